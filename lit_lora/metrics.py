@@ -1,0 +1,146 @@
+"""What a training step and a whole run measured, and the assertion that a run converged.
+
+Plain Python numbers only, so that the record goes into JSON, CSV and a checkpoint as it is. Nothing here imports torch:
+other projects and quick command-line verbs read a finished run with this file alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step."""
+
+    step: int
+    """Optimizer steps taken, this one included."""
+    loss: float
+    """Mean negative log-likelihood per supervised token, in nats, over the whole optimizer step."""
+    loss_scale: float
+    """Factor on the loss before the backward pass under fp16 mixed precision; 1.0 otherwise."""
+    grad_norm: float
+    """L2 norm of the gradient of all trainable parameters, before clipping."""
+    param_norm: float
+    """L2 norm of all trainable parameters, before the update."""
+    learning_rate: float
+    """Learning rate of the first parameter group."""
+    step_time_s: float
+    """Wall-clock seconds since the step before ended."""
+    num_tokens: int
+    """Real (unpadded) tokens over all micro-batches and ranks."""
+    num_target_tokens: int
+    """Supervised tokens over all micro-batches and ranks."""
+
+
+@dataclass
+class TrainingMetrics:
+    """The record of a run: one :class:`StepMetrics` a step, and totals."""
+
+    steps: list[StepMetrics] = field(default_factory=list)
+    validation: list[dict[str, float]] = field(default_factory=list)
+    """One entry a validation run: ``step`` and what was logged (``val_loss``, ``val_perplexity``, ...)."""
+    peak_memory_mib: float = 0.0
+    """Highest memory seen in the run: CUDA allocated, or the process's resident memory on a CPU."""
+
+    @property
+    def losses(self) -> list[float]:
+        """Loss per step, in nats per supervised token."""
+        return [step.loss for step in self.steps]
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens trained on."""
+        return sum(step.num_tokens for step in self.steps)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Real tokens per second; the first step, which pays for warm-up, is left out where there are more."""
+        timed = self.steps[1:] or self.steps
+        seconds = sum(step.step_time_s for step in timed)
+        return sum(step.num_tokens for step in timed) / seconds if seconds > 0 else 0.0
+
+    def state_dict(self) -> dict[str, object]:
+        """As plain types."""
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: dict) -> TrainingMetrics:
+        """The inverse of :meth:`state_dict`."""
+        return cls(
+            steps=[StepMetrics(**step) for step in state["steps"]],
+            validation=[dict(entry) for entry in state["validation"]],
+            peak_memory_mib=float(state["peak_memory_mib"]),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write all as JSON to ``path`` and the steps as CSV beside it; each file is replaced whole."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.state_dict(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+        table = path.with_suffix(".csv")
+        partial = table.with_name(table.name + ".partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(StepMetrics)])
+            writer.writeheader()
+            writer.writerows(asdict(step) for step in self.steps)
+        partial.replace(table)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainingMetrics:
+        """Read what :meth:`save` wrote as JSON."""
+        return cls.from_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def window_means(losses: Sequence[float], window: int) -> tuple[float, float]:
+    """Mean of the first and of the last ``window`` losses (of half of them each, where there are fewer than two windows).
+
+    Raises:
+        ValueError: for fewer than two losses, a window below 1, or a loss that is not finite.
+    """
+    if window < 1:
+        raise ValueError(f"window must be at least 1 step, got {window}")
+    if len(losses) < 2:
+        raise ValueError(f"convergence needs at least 2 losses, got {len(losses)}")
+    for step, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise ValueError(f"loss {loss} of entry {step} is not finite")
+    window = min(window, len(losses) // 2)
+    return _mean(losses[:window]), _mean(losses[-window:])
+
+
+def assert_loss_convergence(losses: Sequence[float], min_decrease: float = 0.3, window: int = 25) -> float:
+    """Assert that the mean loss of the last ``window`` steps lies ``min_decrease`` below that of the first.
+
+    Args:
+        losses: loss per step, in order.
+        min_decrease: smallest relative decrease that passes; 0.3 is 30%.
+        window: steps averaged at each end.
+
+    Returns:
+        The relative decrease.
+
+    Raises:
+        AssertionError: with both means, if the decrease is smaller.
+        ValueError: see :func:`window_means`.
+    """
+    first, last = window_means(losses, window)
+    decrease = (first - last) / first
+    if decrease < min_decrease:
+        raise AssertionError(
+            f"loss fell by {decrease:.1%} (mean of the first {window} steps {first:.4f}, of the last {last:.4f}), "
+            f"expected at least {min_decrease:.1%} over {len(losses)} steps"
+        )
+    return decrease
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
