@@ -1,0 +1,164 @@
+"""Attention over a packed batch: examples lie one after another in one row, and none sees another.
+
+transformers lets a model's attention be chosen by name, so nothing of the model is patched: ``use_packed_attention``
+registers and selects ours. A call that carries offsets (``cu_seq_lens_q``) is computed per example; any other call
+(validation of padded batches, generation with a cache) goes to transformers' own SDPA attention.
+
+Which kernel: half precision on CUDA takes torch's variable-length attention, one launch for all examples. Elsewhere each
+example goes through ``scaled_dot_product_attention``, with the key and value heads repeated on a CPU, where torch's
+grouped-query backward is three times slower than the copy. Soft-capped scores and sliding windows shorter than an
+example take a plain masked product.
+
+Shapes: T tokens of the batch, H query heads, K key and value heads, E head dimension, L length of one example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+IMPLEMENTATION = "lit_lora_packed"
+
+_masks_needed = True
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Let ``model`` compute its attention with :func:`packed_attention_forward`.
+
+    Raises:
+        ValueError: from transformers, for a model whose attention cannot be chosen.
+    """
+    AttentionInterface.register(IMPLEMENTATION, packed_attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask_unless_packed)
+    model.set_attn_implementation(IMPLEMENTATION)
+
+
+@contextmanager
+def no_masks() -> Iterator[None]:
+    """Within, a model makes no attention masks: offsets say all there is to say about a packed batch."""
+    global _masks_needed
+    _masks_needed = False
+    try:
+        yield
+    finally:
+        _masks_needed = True
+
+
+def _mask_unless_packed(*args: Any, **kwargs: Any) -> Tensor | None:
+    return sdpa_mask(*args, **kwargs) if _masks_needed else None
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    seq_lens: list[int] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function for packed batches.
+
+    Args:
+        module: the attention layer.
+        query: ``(1, H, T, E)``.
+        key: ``(1, K, T, E)``.
+        value: ``(1, K, T, E)``.
+        attention_mask: only for calls that are not packed.
+        scaling: factor on the scores; 1/sqrt(E) by default.
+        dropout: probability on the attention weights.
+        cu_seq_lens_q: where examples start and end, ``(N + 1,)`` int32; None for a call that is not packed.
+        seq_lens: the examples' lengths, tokens, as Python numbers: no device needs to be asked.
+        sliding_window: tokens that a token sees, itself included; None for all.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        kwargs: passed on for calls that are not packed.
+
+    Returns:
+        ``(1, T, H, E)``, and None in the place of attention weights.
+    """
+    if cu_seq_lens_q is None or seq_lens is None:
+        if softcap is not None:
+            kwargs["softcap"] = softcap
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    longest = max(seq_lens)
+    window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and dropout == 0.0:
+        return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
+
+    plain = window is None and softcap is None
+    if key.shape[1] != query.shape[1] and not query.is_cuda:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    outputs = []
+    # split, not slices: the backward of a split is one concatenation, that of a slice a full-size zero tensor each.
+    for q, k, v in zip(query.split(seq_lens, 2), key.split(seq_lens, 2), value.split(seq_lens, 2), strict=True):
+        if plain:
+            gqa = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=gqa
+            )
+        else:
+            out = _masked_attention(q, k, v, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
+        outputs.append(out.transpose(1, 2))
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).contiguous(), None
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
+    # Unverified on hardware. A window of w tokens, the token itself included, reaches w - 1 to the left.
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        offsets,
+        offsets,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)
+
+
+def _masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    if key.shape[1] != query.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores_HLL = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores_HLL = softcap * torch.tanh(scores_HLL / softcap)
+    position = torch.arange(query.shape[2], device=query.device)
+    distance_LL = position[:, None] - position[None, :]
+    visible_LL = (distance_LL >= 0) if window is None else (distance_LL >= 0) & (distance_LL < window)
+    weights_HLL = scores_HLL.masked_fill(~visible_LL, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    return F.dropout(weights_HLL.to(query.dtype), dropout) @ value

@@ -1,0 +1,238 @@
+"""Load a base model and its tokenizer, from wherever the name points to.
+
+=============================  ==========================================================================
+``base``                       what is loaded
+=============================  ==========================================================================
+``smollm2-135m-instruct``      a model that ``lit-lora fetch`` has brought
+``path/to/folder``             a folder with ``config.json`` and safetensors
+``path/to/model.gguf``         a GGUF file, dequantized
+``random:NAME_OR_PATH``        the architecture with random weights: a name in ``ARCHITECTURES``, a folder, a
+                               ``config.json``, or a Hub id. For memory studies and tests
+``owner/name``                 a model on the Hugging Face Hub
+=============================  ==========================================================================
+
+Left out: pickled weights (``.bin``, ``.pt``). They can run code when loaded, so only safetensors and GGUF are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from lit_lora.config import QuantizationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RANDOM = "random:"
+BYTE_TOKENIZER = "bytes"
+
+_LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        **_LLAMA,
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
+    "tinyllama-1.1b": {
+        **_LLAMA,
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
+    "llama-2-7b": {
+        **_LLAMA,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    },
+}
+"""Architectures by name, from the models' published ``config.json``."""
+
+
+def load_base_model(
+    base: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    quantization: QuantizationConfig | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Load a causal language model for training: frozen by nobody yet, in training mode.
+
+    Args:
+        base: see the table at the top of this file.
+        dtype: of the weights; "auto" is bfloat16 on CUDA and float32 on a CPU, where bfloat16 products are slow.
+        quantization: how to quantize the linear layers while loading.
+        device: where to; the default device if None.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run code that comes with the model. Off unless you ask for it.
+        seed: for random weights.
+
+    Raises:
+        FileNotFoundError: if the folder or file is not there, or the model was not fetched.
+        ValueError: if the folder holds no safetensors, or ``dtype`` is no float type.
+    """
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    torch_dtype = resolve_dtype(dtype, device)
+    if base.startswith(RANDOM):
+        return _random_model(base, torch_dtype, quantization, device, revision, trust_remote_code, seed)
+    location, gguf_file = resolve_base(base)
+    options: dict[str, Any] = {
+        "dtype": torch_dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+    }
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+        del options["use_safetensors"]
+    if quantization is not None:
+        from lit_lora.adapters.base_weight import transformers_quantization_config
+
+        options["quantization_config"] = transformers_quantization_config(quantization, torch_dtype)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_pretrained(location, **options)
+    if gguf_file:  # the weights are plain now; transformers would refuse to save or train what it calls quantized
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model.train()
+
+
+def load_tokenizer(
+    base: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to ``base``; "bytes" is a built-in one for models with random weights.
+
+    Raises:
+        ValueError: for random weights by name, which have no tokenizer of their own.
+    """
+    if base == BYTE_TOKENIZER:
+        from lit_lora.data.byte_tokenizer import byte_tokenizer
+
+        return byte_tokenizer()
+    if base.startswith(RANDOM):
+        name = base.removeprefix(RANDOM)
+        if name in ARCHITECTURES or name.endswith(".json"):
+            raise ValueError(f"{base!r} has no tokenizer of its own: set data.tokenizer, for example to 'bytes'")
+        base = name
+    location, gguf_file = resolve_base(base)
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code, **options)
+
+
+def resolve_base(base: str) -> tuple[str, str | None]:
+    """Where ``base`` lies: a folder or Hub id, and the GGUF file in it if it is one.
+
+    Raises:
+        FileNotFoundError: naming what is there instead.
+        ValueError: for a folder without a model that can be read safely.
+    """
+    from lit_lora.tools.fetch import KNOWN_MODELS, model_folder
+
+    if base in KNOWN_MODELS:
+        folder = model_folder(base)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{base} is not here yet: run `lit-lora fetch {base}` (looked in {folder})")
+        return str(folder), None
+    path = Path(base).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"no GGUF file {path}" + _neighbours(path))
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} holds no config.json: expected a model folder with config.json and *.safetensors")
+        if not list(path.glob("*.safetensors")):
+            pickles = sorted(p.name for p in (*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")))
+            detail = f"; {', '.join(pickles)} may run code when loaded and is not read" if pickles else ""
+            raise ValueError(f"{path} holds no *.safetensors{detail}: save the model with safe_serialization=True")
+        return str(path), None
+    if path.exists():
+        raise ValueError(f"{path} is a file: expected a model folder, a .gguf file or a Hub id")
+    if path.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
+        known = difflib.get_close_matches(base, KNOWN_MODELS, n=1)
+        hint = f"; did you mean {known[0]!r}?" if known else _neighbours(path)
+        raise FileNotFoundError(f"no model folder {base!r}{hint}")
+    return base, None
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The torch dtype for a name; "auto" by device."""
+    if isinstance(dtype, torch.dtype):
+        resolved = dtype
+    elif dtype == "auto":
+        resolved = torch.bfloat16 if device.type == "cuda" else torch.float32
+    else:
+        resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    return resolved
+
+
+def _random_model(
+    base: str,
+    dtype: torch.dtype,
+    quantization: QuantizationConfig | None,
+    device: torch.device,
+    revision: str | None,
+    trust_remote_code: bool,
+    seed: int,
+) -> PreTrainedModel:
+    config = _architecture(base.removeprefix(RANDOM), revision, trust_remote_code)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.config.name_or_path = base
+    if quantization is not None:
+        from lit_lora.adapters.base_weight import quantize_
+
+        quantize_(model, quantization)
+    return model.train()
+
+
+def _architecture(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    if name in ARCHITECTURES:
+        fields = dict(ARCHITECTURES[name])
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    path = Path(name).expanduser()
+    if path.exists():
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
+        known = difflib.get_close_matches(name, ARCHITECTURES, n=1)
+        hint = f"did you mean {known[0]!r}?" if known else f"known are {', '.join(ARCHITECTURES)}"
+        raise FileNotFoundError(f"no architecture {name!r}: {hint}; or give a folder or a config.json")
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _neighbours(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f" (there is no folder {parent} either)"
+    close = difflib.get_close_matches(path.name, os.listdir(parent), n=1)
+    return f"; did you mean {parent / close[0]}?" if close else ""
