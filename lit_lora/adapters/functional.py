@@ -1,0 +1,165 @@
+"""The product of a frozen weight and its low-rank adapter: a readable reference and the fast path.
+
+Shapes: T tokens (all leading dimensions flattened), I input features, O output features, R rank.
+
+Autograd through the reference keeps the input twice (once per product), the r-wide product, and makes a copy of the
+output for the scale and one for the sum. The fast path keeps the input and the r-wide product, and scales and adds
+inside the matrix product. For a quantized weight it dequantizes again in the backward instead of keeping the result.
+Left out on purpose: dropout (the reference serves it), and stacked projections, which gained nothing on a CPU.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_lora.adapters import base_weight
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """``x @ W.T + bias + scaling * dropout(x) @ A.T @ B.T`` (LoRA, arXiv:2106.09685, eq. 3).
+
+    Args:
+        x: input, ``(..., I)``.
+        weight: base weight, ``(O, I)``.
+        bias: base bias, ``(O,)``.
+        lora_A: down projection, ``(R, I)``.
+        lora_B: up projection, ``(O, R)``.
+        scaling: factor on the adapter's output.
+        dropout: probability of dropping an element of the adapter's input.
+
+    Returns:
+        ``(..., O)``, in the dtype of the base product.
+    """
+    return add_lora(F.linear(x, weight, bias), x, lora_A, lora_B, scaling, dropout)
+
+
+def add_lora(
+    base_out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """The adapter's output on top of the base layer's, the adapter computed in its own dtype (as PEFT does)."""
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(lora_A.dtype)
+    if dropout:
+        x = F.dropout(x, dropout)
+    return (base_out + F.linear(F.linear(x, lora_A), lora_B) * scaling).to(base_out.dtype)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | nn.Module,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    """The value and the gradients of :func:`lora_linear_reference`, with less memory and fewer passes over it.
+
+    Under autocast every operand is converted as ``F.linear`` would convert it.
+
+    Args:
+        x: input, ``(..., I)``.
+        weight: frozen base weight, ``(O, I)``, or a quantized layer, which is then dequantized in each direction.
+        bias: base bias, ``(O,)``.
+        lora_A: down projection, ``(R, I)``.
+        lora_B: up projection, ``(O, R)``.
+        scaling: factor on the adapter's output.
+
+    Returns:
+        ``(..., O)``; can be differentiated once.
+    """
+    layer = weight if isinstance(weight, nn.Module) else None
+    assert layer is not None or not weight.requires_grad, "the fast path has no gradient for the base weight"
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        product = adapter = out = torch.get_autocast_dtype(x.device.type)
+    else:
+        if isinstance(weight, Tensor) and x.dtype != weight.dtype:
+            return lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling)  # fails just as F.linear does
+        product = x.dtype if layer is None else base_weight.compute_dtype(layer, x.dtype)
+        adapter, out = lora_A.dtype, x.dtype
+    dtypes = (product, adapter, out)
+    return _LoRALinear.apply(x, None if layer is not None else weight, bias, lora_A, lora_B, scaling, layer, dtypes)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """dtypes: of the base product, of the adapter's products, of the output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor | None,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        layer: nn.Module | None,
+        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    ) -> Tensor:
+        product, adapter, out = dtypes
+        with _without_autocast(x):
+            x_TI = x.reshape(-1, x.shape[-1])
+            weight = _weight(layer, weight_OI, product)
+            y_TO = F.linear(x_TI.to(product), weight, None if bias is None else bias.to(product)).to(out)
+            down_TR = F.linear(x_TI.to(adapter), lora_A.to(adapter))
+            _add_product_(y_TO, down_TR, lora_B.to(adapter).t(), scaling)
+        ctx.save_for_backward(x, weight_OI, lora_A, lora_B, down_TR)
+        ctx.scaling, ctx.layer, ctx.dtypes = scaling, layer, dtypes
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OI, lora_A, lora_B, down_TR = ctx.saved_tensors
+        product, adapter, _ = ctx.dtypes
+        needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+        grad_x = grad_bias = grad_A = grad_B = None
+        with _without_autocast(grad):
+            grad_TO = grad.reshape(-1, grad.shape[-1])
+            grad_adapter_TO = grad_TO.to(adapter)
+            if needs_B:
+                grad_B = (grad_adapter_TO.t() @ down_TR).mul_(ctx.scaling).to(lora_B.dtype)
+            if needs_A or needs_x:
+                grad_down_TR = (grad_adapter_TO @ lora_B.to(adapter)).mul_(ctx.scaling)
+            if needs_A:
+                grad_A = (grad_down_TR.t() @ x.reshape(-1, x.shape[-1]).to(adapter)).to(lora_A.dtype)
+            if needs_x:
+                grad_TI = (grad_TO.to(product) @ _weight(ctx.layer, weight_OI, product)).to(x.dtype)
+                grad_x = _add_product_(grad_TI, grad_down_TR, lora_A.to(adapter), 1.0).view(x.shape)
+            if needs_bias:
+                grad_bias = grad_TO.sum(0, dtype=ctx.bias_dtype)
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
+
+
+def _weight(layer: nn.Module | None, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if layer is not None:
+        return base_weight.read_weight(layer, dtype)
+    assert weight is not None
+    return weight.to(dtype)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``total += scale * left @ right``, rounded once to the dtype of ``total``."""
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right, alpha=scale)
+    return total.add_(left @ right, alpha=scale)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Conversions are explicit here, in both directions, whatever mode the backward is called in."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()

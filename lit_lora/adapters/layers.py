@@ -1,0 +1,260 @@
+"""The modules that injection puts into a model: adapters around frozen layers, and trainable copies.
+
+Parameters are named as PEFT names them on disk. A wrapper answers for ``weight`` and ``bias`` of what it wraps, because
+models read them (tied heads, dtype checks) and transformers assigns them (``tie_weights``). One adapter in a model;
+several at once, DoRA and convolutions are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lit_lora.adapters import base_weight
+from lit_lora.adapters.functional import add_lora, lora_linear
+from lit_lora.config import LoRAConfig
+
+_FORWARDED = ("weight", "bias")
+
+
+class LoRALayer(nn.Module, ABC):
+    """A frozen layer with a low-rank addition to its weight: ``W + scaling * B @ A``."""
+
+    base_layer: Any
+    """The frozen layer."""
+
+    enabled: bool
+    """False: the layer acts as its base layer."""
+
+    original_weight: tuple[nn.Parameter] | None
+    """While the adapter is folded into the base weight: the weight before. A tuple, to not register it."""
+
+    def __init__(self, base_layer: nn.Module, config: LoRAConfig, *, r: int, lora_alpha: float) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.config = config
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.scaling = config.scaling(r, lora_alpha)
+        self.enabled = True
+        self.original_weight = None
+
+    @abstractmethod
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The trainable matrices, A ``(r, in)`` and B ``(out, r)``."""
+
+    @abstractmethod
+    def delta_weight(self) -> Tensor:
+        """What merging adds to the base weight, in the layout of ``base_weight.read_weight``, at least float32."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is folded into the base weight, so that the base layer alone gives the result."""
+        return self.original_weight is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FORWARDED:
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """Rank and scale, for ``print(model)``."""
+        return f"r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling:g}"
+
+
+class LoRALinear(LoRALayer):
+    """An adapter around anything linear: ``nn.Linear``, ``Conv1D``, bitsandbytes' 4- and 8-bit layers."""
+
+    def __init__(self, base_layer: nn.Module, config: LoRAConfig, *, r: int, lora_alpha: float) -> None:
+        super().__init__(base_layer, config, r=r, lora_alpha=lora_alpha)
+        self.out_features, self.in_features = base_weight.linear_shape(base_layer)
+        device, dtype = self.base_layer.weight.device, getattr(torch, config.adapter_dtype)
+        self.lora_A = _bare_linear(self.in_features, r, device=device, dtype=dtype)
+        self.lora_B = _bare_linear(r, self.out_features, device=device, dtype=dtype)
+        # Looked up once: forwards should cost nothing, and torch.compile should see no lookups.
+        self.has_fast_path = base_weight.is_known_product(base_layer)
+        self.is_transposed = base_weight.is_conv1d(base_layer)
+        self.may_be_quantized = base_weight.may_be_quantized(base_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``, in the dtype that the base layer returns."""
+        if not self.enabled or self.merged:
+            return self.base_layer(x)
+        dropout = self.config.lora_dropout if self.training else 0.0
+        lora_A, lora_B = self.factors()
+        if dropout or not self._takes_fast_path():
+            return add_lora(self.base_layer(x), x, lora_A, lora_B, self.scaling, dropout)
+        base: Tensor | nn.Module = self.base_layer
+        if not (self.may_be_quantized and base_weight.is_quantized(self.base_layer)):
+            base = self.base_layer.weight if not self.is_transposed else self.base_layer.weight.t()
+        return lora_linear(x, base, self.base_layer.bias, lora_A, lora_B, self.scaling)
+
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A ``(r, in)`` and B ``(out, r)``."""
+        return cast(nn.Parameter, self.lora_A.weight), cast(nn.Parameter, self.lora_B.weight)
+
+    def delta_weight(self) -> Tensor:
+        """``scaling * B @ A``, ``(out, in)``."""
+        return _scaled_product(self.lora_B.weight, self.lora_A.weight, self.scaling)
+
+    def _takes_fast_path(self) -> bool:
+        return (
+            self.has_fast_path
+            and not self.base_layer.weight.requires_grad
+            and not base_weight.is_intercepted(self.base_layer)
+        )
+
+
+class LoRAEmbedding(LoRALayer):
+    """An adapter around an embedding; A holds one column per token."""
+
+    def __init__(self, base_layer: nn.Embedding, config: LoRAConfig, *, r: int, lora_alpha: float) -> None:
+        super().__init__(base_layer, config, r=r, lora_alpha=lora_alpha)
+        self.num_embeddings, self.embedding_dim = base_layer.num_embeddings, base_layer.embedding_dim
+        self.padding_idx = base_layer.padding_idx
+        device, dtype = base_layer.weight.device, getattr(torch, config.adapter_dtype)
+        self.lora_embedding_A = nn.Parameter(torch.empty(r, self.num_embeddings, device=device, dtype=dtype))
+        self.lora_embedding_B = nn.Parameter(torch.empty(self.embedding_dim, r, device=device, dtype=dtype))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids ``(...)`` to embeddings ``(..., dim)``, in the dtype that the base layer returns."""
+        out = self.base_layer(ids)
+        if not self.enabled or self.merged:
+            return out
+        base: Any = self.base_layer
+        # As PEFT: the same options as the base, so that a padding token gets no gradient.
+        down = F.embedding(
+            ids,
+            self.lora_embedding_A.T,
+            padding_idx=base.padding_idx,
+            max_norm=base.max_norm,
+            norm_type=base.norm_type,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
+        )
+        added = (down @ self.lora_embedding_B.T) * self.scaling
+        # Gemma scales inside its embedding layer; the adapter is part of the weight, so it is scaled too.
+        scale = getattr(base, "embed_scale", None)
+        if scale is not None:
+            added = added * (scale.to(added.dtype) if isinstance(scale, Tensor) else scale)
+        return (out + added).to(out.dtype)
+
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A ``(r, vocab)`` and B ``(dim, r)``."""
+        return self.lora_embedding_A, self.lora_embedding_B
+
+    def delta_weight(self) -> Tensor:
+        """``scaling * (B @ A).T``, ``(vocab, dim)``."""
+        return _scaled_product(self.lora_embedding_B, self.lora_embedding_A, self.scaling).t()
+
+
+class TrainableCopy(nn.Module):
+    """A module of ``modules_to_save``: a copy is trained in full, the original stays, frozen, for comparison.
+
+    The copy is in the adapter's dtype. Where that differs from what comes in, inputs are converted for the copy and
+    its outputs converted back. A copy of a layer that is tied to another one is not tied to it.
+    """
+
+    def __init__(self, base_layer: nn.Module, config: LoRAConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.config = config
+        self.enabled = True
+        self.copy = copy.deepcopy(base_layer)
+        dtype = getattr(torch, config.adapter_dtype)
+        for module in self.copy.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_floating_point():
+                    setattr(module, name, nn.Parameter(parameter.detach().to(dtype)))
+
+    @property
+    def active(self) -> Any:
+        """The copy, or the original while disabled."""
+        return self.copy if self.enabled else self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The active module's weight."""
+        return self.active.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The active module's bias."""
+        return self.active.bias
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the active module returns."""
+        if not self.enabled:
+            return self.base_layer(*args, **kwargs)
+        parameter = next(iter(self.copy.parameters()))
+        if torch.is_autocast_enabled(parameter.device.type):
+            return self.copy(*args, **kwargs)
+        outside = next(iter(self.base_layer.parameters())).dtype
+        if outside == parameter.dtype:
+            return self.copy(*args, **kwargs)
+        args, kwargs = tree_map(lambda leaf: _convert_float(leaf, parameter.dtype), (args, kwargs))
+        return tree_map(lambda leaf: _convert_float(leaf, outside), self.copy(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        # A model may read any attribute of a module that it owns (layer types, epsilons, ...).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("copy", "base_layer"):
+                raise
+            return getattr(self.active, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers' tie_weights assigns the weight: that concerns the original, a copy is never tied.
+        if name in _FORWARDED:
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """The LoRA layers of a model with their names, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            yield name, module
+
+
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, LoRALayer | TrainableCopy]]:
+    """The LoRA layers and trainable copies of a model with their names, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, (LoRALayer, TrainableCopy)):
+            yield name, module
+
+
+def _bare_linear(num_in: int, num_out: int, *, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer with an unset weight: building it draws no random numbers."""
+    linear = nn.Linear(num_in, num_out, bias=False, device="meta", dtype=dtype)
+    linear.weight = nn.Parameter(torch.empty(num_out, num_in, device=device, dtype=dtype))
+    return linear
+
+
+def _scaled_product(lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
+    dtype = torch.promote_types(lora_A.dtype, torch.float32)
+    return (lora_B.detach().to(dtype) @ lora_A.detach().to(dtype)).mul_(scaling)
+
+
+def _convert_float(leaf: Any, dtype: torch.dtype) -> Any:
+    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
