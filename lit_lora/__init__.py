@@ -35,7 +35,26 @@ _PUBLIC = {
     "TrainingMetrics": "metrics",
     "assert_loss_convergence": "metrics",
 }
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [
+    "InjectionReport",
+    "LoRAConfig",
+    "LoRALightningModule",
+    "QuantizationConfig",
+    "SFTDataModule",
+    "StepMetrics",
+    "TrainingMetrics",
+    "__version__",
+    "assert_loss_convergence",
+    "disable_lora",
+    "inject_lora",
+    "linear_cross_entropy",
+    "load_adapter",
+    "load_base_model",
+    "load_tokenizer",
+    "merge_lora",
+    "save_adapter",
+    "unmerge_lora",
+]
 
 if TYPE_CHECKING:
     from lit_lora.adapters.inject import InjectionReport, inject_lora

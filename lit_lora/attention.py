@@ -4,8 +4,8 @@ transformers lets a model's attention be chosen by name, so nothing of the model
 registers and selects ours. A call that carries offsets (``cu_seq_lens_q``) is computed per example; any other call
 (validation of padded batches, generation with a cache) goes to transformers' own SDPA attention.
 
-Which kernel: half precision on CUDA takes torch's variable-length attention, one launch for all examples. Elsewhere each
-example goes through ``scaled_dot_product_attention``, with the key and value heads repeated on a CPU, where torch's
+Which kernel: half precision on CUDA takes torch's variable-length attention, one launch for all examples. Elsewhere
+each example goes through ``scaled_dot_product_attention``, with key and value heads repeated on a CPU, where torch's
 grouped-query backward is three times slower than the copy. Soft-capped scores and sliding windows shorter than an
 example take a plain masked product.
 

@@ -109,7 +109,7 @@ def with_targets(batch: Batch) -> Batch:
             f"a batch needs labels (-100 where unsupervised) or target_positions and target_ids; it has {sorted(batch)}"
         )
     labels_BL = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-    positions_S = (labels_BL.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)  # one sync on CUDA; our collators avoid it
+    positions_S = (labels_BL.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)  # syncs on CUDA; our collators avoid it
     return {**batch, "target_positions": positions_S, "target_ids": labels_BL.flatten()[positions_S]}
 
 

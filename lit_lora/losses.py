@@ -1,8 +1,8 @@
 """Cross-entropy of a linear output head, without ever holding the logits of all tokens.
 
-A language model's logits are its largest activation: tokens times vocabulary, several copies of it in float32. Here they
-exist for ``chunk_size`` tokens at a time, in one reused buffer, and the gradient of the hidden states is made in the
-forward pass, while the chunk's softmax is at hand. A frozen head, the usual one under LoRA, needs no gradient of its own.
+A language model's logits are its largest activation: tokens times vocabulary, several copies of it in float32. Here
+they exist for ``chunk_size`` tokens at a time, in one reused buffer, and the gradient of the hidden states is made in
+the forward pass, while the chunk's softmax is at hand. A frozen head, the usual one under LoRA, needs no gradient.
 Left out: label smoothing, z-loss, class weights.
 
 Shapes: T tokens, D hidden, V vocab, C tokens of a chunk.
@@ -103,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             sum_C1 = exp_CV.sum(dim=-1, keepdim=True)
             nll_C = sum_C1.squeeze(-1).log() - label_logit_C
             nll_sum += (nll_C * supervised_C).sum()
-            # d nll / d hidden = softmax @ W - W[label]. The softmax's division is left to the narrow side of the product.
+            # d nll / d hidden = softmax @ W - W[label]; the softmax's division is left to the narrow side.
             if grad_hidden is not None:
                 scale_C1 = supervised_C[:, None] / sum_C1
                 product_CD = (exp_CV.to(weight_VD.dtype) @ weight_VD).float()

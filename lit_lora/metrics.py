@@ -100,7 +100,7 @@ class TrainingMetrics:
 
 
 def window_means(losses: Sequence[float], window: int) -> tuple[float, float]:
-    """Mean of the first and of the last ``window`` losses (of half of them each, where there are fewer than two windows).
+    """Mean of the first and of the last ``window`` losses, of half of all each where there are fewer than two windows.
 
     Raises:
         ValueError: for fewer than two losses, a window below 1, or a loss that is not finite.

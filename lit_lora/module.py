@@ -197,9 +197,7 @@ class LoRALightningModule(L.LightningModule):
             rank_zero_info(f"Forward path: {self.path}")
         if self.gradient_checkpointing:
             if not hasattr(model, "gradient_checkpointing_enable"):
-                raise ValueError(
-                    f"gradient_checkpointing is for transformers models, {type(model).__name__} has none: set it to false"
-                )
+                raise ValueError(f"gradient_checkpointing is for transformers models, {type(model).__name__} has none")
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = model
         _keep_batch_norm_frozen(model)
@@ -355,7 +353,8 @@ class LoRALightningModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log ``val_loss`` (nats per token), ``val_perplexity`` and ``val_token_accuracy``."""
         results = self._finish_evaluation("val")
-        if not self.trainer.sanity_checking:
+        whole = not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == math.inf
+        if whole and results:
             self.flush_metrics().validation.append({"step": self.trainer.global_step, **results})
         self._step_ended_s = None if self._step_ended_s is None else time.perf_counter()
 

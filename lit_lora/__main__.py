@@ -1,0 +1,81 @@
+"""``lit-lora``: picks the verb before anything heavy is imported."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+TRAINER_VERBS = {
+    "fit": "fine-tune a model and prove it",
+    "validate": "loss, perplexity and token accuracy on validation data",
+    "test": "the same on test data",
+    "predict": "write a generation for each prompt of a data file",
+}
+TOOLS = {
+    "fetch": "bring a small base model to this machine",
+    "generate": "prompt in, text out, with and without an adapter",
+    "evaluate": "exact match on held-out examples, before and after",
+}
+"""Verb -> help. Each is the function of that name in ``lit_lora.tools.<verb>``."""
+
+TRACEBACK_VARIABLE = "LIT_LORA_TRACEBACK"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb. Exits with 2 for a mistake on the command line, 1 for a run that failed."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return
+    verb = arguments[0]
+    if verb == "--version":
+        from lit_lora import __version__
+
+        print(f"lit-lora {__version__}")
+        return
+    if verb not in TRAINER_VERBS and verb not in TOOLS:
+        close = difflib.get_close_matches(verb, [*TRAINER_VERBS, *TOOLS], n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join([*TRAINER_VERBS, *TOOLS])}"
+        _fail(f"no verb {verb!r}: {hint}", code=2)
+    try:
+        if verb in TOOLS:
+            _run_tool(verb, arguments[1:])
+        else:
+            from lit_lora.cli import run
+
+            run(arguments)
+    except KeyboardInterrupt:
+        _fail("interrupted", code=130)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        # Messages of ours say what to do. What went wrong inside a library needs its traceback, so it can be asked for.
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        _fail(f"{error}\n(set {TRACEBACK_VARIABLE}=1 to see where)", code=1)
+
+
+def _run_tool(verb: str, arguments: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    function = getattr(importlib.import_module(f"lit_lora.tools.{verb}"), verb)
+    auto_cli(function, args=arguments, as_positional=True, prog=f"lit-lora {verb}")
+
+
+def _fail(message: str, *, code: int) -> NoReturn:
+    print(f"lit-lora: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _help() -> str:
+    lines = ["usage: lit-lora VERB [options]", "", "LoRA and QLoRA fine-tuning, where every run proves itself.", ""]
+    lines += [f"  {verb:<10}{text}" for verb, text in {**TRAINER_VERBS, **TOOLS}.items()]
+    lines += ["", "lit-lora VERB --help shows a verb's options. To start: lit-lora fetch, then",
+              "lit-lora fit --config quickstart.yaml"]  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

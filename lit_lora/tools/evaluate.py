@@ -1,0 +1,102 @@
+"""``lit-lora evaluate``: how often the model's answer is exactly the expected one, before and after fine-tuning."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def evaluate(
+    data: str,
+    adapter: str,
+    base: str | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 25,
+    show: int = 3,
+    min_gain: float = 0.0,
+    output: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Measure exact match on held-out examples, without and with the adapter.
+
+    The expected answer is each conversation's last assistant turn; surrounding white space does not count.
+
+    Args:
+        data: file of held-out examples, in any format that training reads.
+        adapter: folder of an adapter in PEFT's format.
+        base: base model, as in --model.base; by default the one that the adapter names.
+        limit: examples to measure on; all if not given.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: prompts at a time.
+        show: examples to print in full.
+        min_gain: fail unless exact match rises by this much, in percentage points.
+        output: file to write the scores and answers to, as JSON.
+        trust_remote_code: run code that comes with the base.
+    """
+    from lit_lora.adapters.merge import disable_lora
+    from lit_lora.data.tokenize import format_prompt
+    from lit_lora.tools.inference import generate_all, load_for_inference
+
+    prompts, expected = _conversations(data, limit)
+    model, tokenizer = load_for_inference(base, adapter, trust_remote_code=trust_remote_code)
+    prompt_ids = [format_prompt(tokenizer, messages) for messages in prompts]
+
+    def answers(name: str) -> list[str]:
+        def progress(done: int) -> None:
+            print(f"\r{name}: {done}/{len(prompts)}", end="\n" if done == len(prompts) else "", file=sys.stderr)
+
+        return [
+            text.strip()
+            for text in generate_all(
+                model,
+                tokenizer,
+                prompt_ids,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        ]
+
+    with disable_lora(model):
+        before = answers("without the adapter")
+    after = answers("with the adapter")
+    for index in range(min(show, len(prompts))):
+        print(f"\nrequest   {prompts[index][-1]['content']}")
+        print(f"expected  {expected[index]}\nbefore    {before[index]}\nafter     {after[index]}")
+    scores = {
+        name: 100 * sum(got == want for got, want in zip(texts, expected, strict=True)) / len(expected)
+        for name, texts in (("before", before), ("after", after))
+    }
+    print(
+        f"\nexact match on {len(expected)} held-out examples: "
+        f"{scores['before']:.1f} % before, {scores['after']:.1f} % after"
+    )
+    if output is not None:
+        from lit_lora.atomic import atomic_write
+
+        record: dict[str, Any] = {"exact_match": scores, "expected": expected, "before": before, "after": after}
+        content = json.dumps(record, ensure_ascii=False, indent=1).encode()
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(output, lambda file: file.write(content))
+    if scores["after"] - scores["before"] < min_gain:
+        raise RuntimeError(
+            f"exact match rose by less than {min_gain} percentage points: the adapter did not learn the task"
+        )
+
+
+def _conversations(data: str, limit: int | None) -> tuple[list[list[dict[str, str]]], list[str]]:
+    from lit_lora.data.prepare import SourceSettings, read_examples
+
+    prompts, expected = [], []
+    for example in read_examples(data, SourceSettings()).items[:limit]:
+        messages = example.content
+        if isinstance(messages, str) or messages[-1]["role"] != "assistant":
+            raise ValueError(f"{data}: a conversation does not end with the assistant's turn, so nothing is expected")
+        prompts.append(messages[:-1])
+        expected.append(messages[-1]["content"].strip())
+    if not prompts:
+        raise ValueError(f"{data} holds no examples")
+    return prompts, expected

@@ -1,0 +1,88 @@
+"""Load a base with an adapter for generation, and generate: what ``generate`` and ``evaluate`` share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_lora.adapters.peft_format import load_adapter
+from lit_lora.models import load_base_model, load_tokenizer
+
+
+def load_for_inference(
+    base: str | None, adapter: str | None, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model, put an adapter on it if one is given, and load the tokenizer.
+
+    Args:
+        base: as in ``--model.base``; None for the base that the adapter names.
+        adapter: folder in PEFT's format.
+        dtype: of the base's weights.
+        trust_remote_code: run code that comes with the base.
+
+    Raises:
+        ValueError: if neither tells the base.
+        FileNotFoundError: if the adapter folder has no ``adapter_config.json``.
+    """
+    if base is None:
+        if adapter is None:
+            raise ValueError("which model? Give --base, or --adapter whose config names its base")
+        config = Path(adapter) / "adapter_config.json"
+        if not config.is_file():
+            raise FileNotFoundError(f"no adapter in {adapter}: expected {config}")
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{config} names no base model: give --base")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_base_model(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def generate_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Greedy completions, in the order of the prompts.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: decodes; special tokens are left out.
+        prompts: token ids of each prompt.
+        max_new_tokens: longest completion.
+        batch_size: prompts at a time; those of similar length go together, padded on the left.
+        progress: called with the number of prompts that are done.
+    """
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    completions = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        longest = max(len(prompts[index]) for index in indices)
+        ids = torch.full((len(indices), longest), pad_id, device=model.device)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(indices):
+            length = len(prompts[index])
+            ids[row, longest - length :] = torch.tensor(prompts[index])
+            mask[row, longest - length :] = 1
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id
+        )
+        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        for index, text in zip(indices, texts, strict=True):
+            completions[index] = text
+        if progress is not None:
+            progress(start + len(indices))
+    return completions
