@@ -1,0 +1,50 @@
+# Everything runs from a fresh virtual environment that only needs Python and a package index.
+# make VENV=/elsewhere/venv PYTHON=python3.11 ... puts it elsewhere or takes another Python.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip
+LIT_LORA = $(BIN)/lit-lora
+TORCH = $(shell grep '^torch==' constraints.txt)
+RUN = runs/quickstart
+
+.DEFAULT_GOAL = help
+.PHONY: help setup model quickstart test unit lint check wheel clean
+
+help:  ## this text
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
+
+# torch first and by itself: the later steps then find it installed and do not look for another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt $(TORCH)
+	$(PIP) install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+setup: $(VENV)/.installed  ## make the virtual environment .venv with everything in it
+
+model: setup  ## bring the small model of the quickstart and the tests (once, about a minute)
+	$(LIT_LORA) fetch smollm2-135m-instruct
+
+quickstart: model  ## fine-tune a 135M model on this machine's CPU and compare it with the base
+	$(LIT_LORA) fit --config configs/quickstart.yaml
+	$(LIT_LORA) evaluate configs/data/requests_test.jsonl "$$(ls -dt $(RUN)*/ | head -n 1)adapter"
+
+test: model  ## every test, those with the real model too
+	$(BIN)/python -m pytest
+
+unit: setup  ## the tests that need no model
+	$(BIN)/python -m pytest -m 'not real_model'
+
+lint: setup  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint unit  ## what to run before a commit: lint and the unit tests
+
+wheel: setup  ## build dist/*.whl
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## remove what was built; models and runs stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
