@@ -1,1 +1,1 @@
-
+"""Instruction data: formats, tokenization, packing, and batches whose order survives a stop."""

@@ -1,0 +1,385 @@
+"""SFTDataModule: instruction data for supervised fine-tuning, with a position that survives a stop.
+
+Tokenizes once (cached), packs batches without padding, and knows at any moment which micro-batches have been trained
+on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, default_cache_dir, tokenizer_digest
+from lit_lora.data.packing import collate_packed, collate_padded
+from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
+from lit_lora.data.resume import check_fingerprint, rank_batches_consumed
+from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler
+from lit_lora.data.sources import source_digest
+from lit_lora.data.summary import DataSummary, summarize
+from lit_lora.data.tokenize import format_prompt
+
+DEFAULT_BATCH_SIZE = 4
+
+
+class ResumableDataLoader(DataLoader):
+    """A DataLoader over :class:`ResumableBatchSampler`.
+
+    It answers Lightning's question whether it can resume; the position itself is kept by the data module, for all
+    workers.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: see :meth:`SFTDataModule.state_dict`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load: see :meth:`SFTDataModule.load_state_dict`."""
+
+
+class PromptDataset(Dataset):
+    """Prompts to answer, with the reference answers."""
+
+    def __init__(self, prompts: list[dict[str, Any]]) -> None:
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.prompts[index]
+
+
+class SFTDataModule(pl.LightningDataModule):
+    """Instruction data for supervised fine-tuning.
+
+    Args:
+        train: training data: a .json, .jsonl, .csv or .parquet file, or a Hub dataset (``name``, ``name:config``,
+            ``name@split``).
+        validation: validation data, likewise.
+        validation_fraction: share of ``train`` to validate on, where ``validation`` is not given.
+        test: test data, likewise; the validation data where not given.
+        format: "alpaca", "sharegpt", "messages", "prompt_completion", "text", or "auto" to tell by the columns.
+        columns: names that differ from the format's, for example ``{"prompt": "question", "completion": "answer"}``.
+        tokenizer: tokenizer, or name or folder of one; by default that of the module's ``base``.
+        max_length: longest example in tokens; longer ones lose their end.
+        batch_size: most examples in a micro-batch; 4 where neither this nor ``max_tokens_per_batch`` is given.
+        max_tokens_per_batch: most tokens in a micro-batch, padding included where batches are padded.
+        packing: put the examples of a batch one after the other instead of padding them.
+        shuffle: visit the training data in a different order every epoch.
+        seed: of the order and of the validation split.
+        num_workers: processes that assemble batches. The data is tokenized already, so 0 is enough.
+        train_on_prompt: also learn the prompts.
+        limit: use only the first rows of ``train``, this many.
+        on_bad_rows: "error" to refuse data with bad rows, "drop" to go on without them.
+        cache_dir: folder for tokenized data; by default ``$LIT_LORA_CACHE/tokenized`` or
+            ``~/.cache/lit_lora/tokenized``.
+        trust_remote_code: run code that comes with the tokenizer.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        *,
+        validation: str | None = None,
+        validation_fraction: float = 0.0,
+        test: str | None = None,
+        format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto",
+        columns: dict[str, str] | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        max_length: int = 1024,
+        batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
+        packing: bool = True,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        train_on_prompt: bool = False,
+        limit: int | None = None,
+        on_bad_rows: Literal["error", "drop"] = "error",
+        cache_dir: str | Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
+        if validation is not None and validation_fraction:
+            raise ValueError("validation_fraction has no effect beside a validation file: set one of them")
+        if batch_size is None and max_tokens_per_batch is None:
+            batch_size = DEFAULT_BATCH_SIZE
+        self.train_source = str(train)
+        self.validation_source = None if validation is None else str(validation)
+        self.test_source = None if test is None else str(test)
+        self.validation_fraction = validation_fraction
+        self.source_settings = SourceSettings(
+            format=format,
+            columns=columns,
+            max_length=max_length,
+            train_on_prompt=train_on_prompt,
+            limit=limit,
+            on_bad_rows=on_bad_rows,
+        )
+        self.batch_settings = BatchSettings(
+            batch_size=batch_size, max_tokens=max_tokens_per_batch, padded=not packing, shuffle=shuffle, seed=seed
+        )
+        self.packing = packing
+        self.num_workers = num_workers
+        self.trust_remote_code = trust_remote_code
+        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.train_data: TokenizedDataset | None = None
+        self.validation_data: TokenizedDataset | None = None
+        self.test_data: TokenizedDataset | None = None
+        self.summary: DataSummary | None = None
+        self._tokenizer = tokenizer
+        self._datasets: dict[str, TokenizedDataset] = {}
+        self._train_sampler: ResumableBatchSampler | None = None
+        self._loaded_state: dict[str, Any] | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use.
+
+        Raises:
+            ValueError: if none was given and the module does not say which base model it trains.
+        """
+        if not isinstance(self._tokenizer, PreTrainedTokenizerBase):
+            from lit_lora.models import load_tokenizer
+
+            name = self._tokenizer
+            if name is None:
+                name = getattr(self.trainer.lightning_module, "base", None) if self.trainer is not None else None
+            if not isinstance(name, str):
+                raise ValueError(
+                    "no tokenizer: the module has no attribute 'base' with the model's name; "
+                    "set data.tokenizer to a name, a folder, or 'bytes'"
+                )
+            self._tokenizer = load_tokenizer(name, trust_remote_code=self.trust_remote_code)
+        return self._tokenizer
+
+    def prepare_data(self) -> None:
+        """Tokenize every source into the cache, on one process a machine."""
+        for source in (self.train_source, self.validation_source, self.test_source):
+            if source is not None:
+                self._tokenized(source)
+
+    def setup(self, stage: str) -> None:
+        """Load the tokenized data.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            ValueError: if the Trainer would replace the sampler, or the data cannot be used.
+        """
+        self._check_trainer()
+        self._train_sampler, self._loaded_state = None, None
+        train = self._tokenized(self.train_source)
+        if self.validation_fraction:
+            chosen = split_indices(len(train), self.validation_fraction, self.batch_settings.seed)
+            train, self.validation_data = train.select(chosen[0]), train.select(chosen[1])
+        elif self.validation_source is not None:
+            self.validation_data = self._tokenized(self.validation_source)
+        if self.test_source is not None:
+            self.test_data = self._tokenized(self.test_source)
+        self.train_data = train
+        if stage == "fit":
+            num_validation = 0 if self.validation_data is None else len(self.validation_data)
+            self.summary = summarize(train, self.tokenizer, self.batch_settings, num_validation=num_validation)
+            if self._rank == 0:
+                print(self.summary)
+
+    def train_dataloader(self) -> DataLoader:
+        """Micro-batches of this rank, from the place where a loaded checkpoint stopped."""
+        assert self.train_data is not None, "setup() comes before train_dataloader()"
+        if self._train_sampler is None:
+            resume_from = None
+            if self._loaded_state is not None:
+                resume_from = (self._loaded_state["epoch"], self.rank_batches_consumed(self._world_size))
+            settings = self.batch_settings
+            if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+                settings = replace(settings, shuffle=False)
+            self._train_sampler = ResumableBatchSampler(
+                self.train_data.lengths,
+                settings,
+                rank=self._rank,
+                world_size=self._world_size,
+                resume_from=resume_from,
+                progress=None if self.trainer is None else self._progress,
+            )
+        return self._loader(self.train_data, self._train_sampler)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Validation batches, in the data's order; none without validation data."""
+        return self._evaluation_loader(self.validation_data)
+
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Test batches: the validation data where there is no test data."""
+        return self._evaluation_loader(self.validation_data if self.test_data is None else self.test_data)
+
+    def predict_dataloader(self) -> DataLoader:
+        """Prompts with reference answers, one at a time: ``prompt_ids`` (1, L), ``reference``, ``example_ids`` (1,).
+
+        From the test data, else the validation data, else the training data. Of a conversation the last answer is
+        asked for.
+        """
+        pairs = (
+            (self.test_source, self.test_data),
+            (self.validation_source or self.train_source, self.validation_data),
+            (self.train_source, self.train_data),
+        )
+        source, data = next((source, data) for source, data in pairs if data is not None)
+        assert source is not None
+        settings = self._settings_of(source)
+        contents = {example.line: example.content for example in read_examples(source, settings).items}
+        prompts = []
+        for index, line in enumerate(data.lines.tolist()):
+            content = contents[line]
+            if isinstance(content, str):
+                raise ValueError(
+                    f"{source} holds plain text, which has no prompts to answer: use a format with prompts"
+                )
+            last = max(number for number, turn in enumerate(content) if turn["role"] == "assistant")
+            ids = torch.tensor([format_prompt(self.tokenizer, content[:last])])
+            example_ids = torch.tensor([index])
+            prompts.append({"prompt_ids": ids, "reference": content[last]["content"], "example_ids": example_ids})
+        share = prompts[self._rank :: self._world_size]
+        return DataLoader(PromptDataset(share), batch_size=1, collate_fn=_only, generator=self._generator())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the training data and what it depends on; plain types."""
+        if self._train_sampler is None:
+            return dict(self._loaded_state or {})
+        epoch, consumed = self._train_sampler.position()
+        return {
+            "epoch": epoch,
+            "consumed": consumed * self._world_size,
+            "micro_batches": self._train_sampler.num_global,
+            "world_size": self._world_size,
+            "fingerprint": self.fingerprint(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a position; outside of training, do nothing.
+
+        Raises:
+            ValueError: if the data or a setting on which the position depends has changed.
+        """
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        check_fingerprint(state_dict["fingerprint"], self.fingerprint())
+        self._loaded_state = dict(state_dict)
+        self._train_sampler = None
+
+    def rank_batches_consumed(self, world_size: int) -> int:
+        """Micro-batches that each of ``world_size`` ranks had consumed in its epoch when the loaded state was saved.
+
+        Raises:
+            ValueError: if they cannot be divided among the ranks.
+        """
+        return 0 if self._loaded_state is None else rank_batches_consumed(self._loaded_state, world_size)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides which example comes at which place; plain types."""
+        assert self.train_data is not None, "setup() comes before fingerprint()"
+        settings = asdict(self.source_settings)
+        return {
+            "train": source_digest(self.train_source),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "num_examples": len(self.train_data),
+            "validation_fraction": self.validation_fraction,
+            **{name: settings[name] for name in ("max_length", "train_on_prompt", "limit", "on_bad_rows")},
+            **{"batch_size": self.batch_settings.batch_size, "max_tokens_per_batch": self.batch_settings.max_tokens},
+            **{"packing": self.packing, "shuffle": self.batch_settings.shuffle, "seed": self.batch_settings.seed},
+        }
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    def _progress(self) -> tuple[int, float]:
+        assert self.trainer is not None
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return batches.processed, self.trainer.num_training_batches  # type: ignore[attr-defined]
+
+    def _check_trainer(self) -> None:
+        # Lightning has no public way to ask; with its own sampler in place of ours it fails later and less clearly.
+        if self.trainer is None or self._world_size == 1:
+            return
+        if self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                f"the data is divided among the {self._world_size} ranks by SFTDataModule: "
+                "set Trainer(use_distributed_sampler=False)"
+            )
+
+    def _settings_of(self, source: str) -> SourceSettings:
+        return self.source_settings if source == self.train_source else replace(self.source_settings, limit=None)
+
+    def _tokenized(self, source: str) -> TokenizedDataset:
+        if source not in self._datasets:
+            settings = self._settings_of(source)
+            self._datasets[source] = tokenize_source(source, self.tokenizer, settings, cache_dir=self.cache_dir)
+        return self._datasets[source]
+
+    def _evaluation_loader(self, data: TokenizedDataset | None) -> DataLoader | list[DataLoader]:
+        if data is None:
+            return []
+        settings = replace(self.batch_settings, shuffle=False)
+        sampler = ResumableBatchSampler(data.lengths, settings, rank=self._rank, world_size=self._world_size)
+        return self._loader(data, sampler)
+
+    def _loader(self, data: TokenizedDataset, sampler: ResumableBatchSampler) -> DataLoader:
+        self._check_vocabulary(data)
+        collate: Callable[[Any], Any] = collate_packed if self.packing else collate_padded
+        return ResumableDataLoader(
+            data,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            generator=self._generator(),
+        )
+
+    def _generator(self) -> torch.Generator:
+        """A DataLoader draws from a generator for every iterator; the global one would differ after a resume."""
+        return torch.Generator().manual_seed(self.batch_settings.seed)
+
+    def _check_vocabulary(self, data: TokenizedDataset) -> None:
+        from transformers import PreTrainedModel
+
+        module = None if self.trainer is None else self.trainer.lightning_module
+        model = getattr(module, "model", None)
+        if isinstance(model, PreTrainedModel):
+            check_vocabulary(data, model.config.get_text_config().vocab_size)
+
+
+def split_indices(num_examples: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Divide examples into training and validation, each in the data's order.
+
+    Raises:
+        ValueError: if either would be empty.
+    """
+    num_validation = round(num_examples * fraction)
+    if not 0 < num_validation < num_examples:
+        raise ValueError(
+            f"validation_fraction={fraction} of {num_examples} examples is {num_validation}: "
+            "both parts need at least one"
+        )
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(num_examples)
+    return np.sort(order[num_validation:]), np.sort(order[:num_validation])
+
+
+def _only(batch: list[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The single example of a batch."""
+    return batch[0]

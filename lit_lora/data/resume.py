@@ -1,0 +1,88 @@
+"""The data's part of a checkpoint: its state, checks on loading, and Lightning's counters made to agree with it.
+
+Lightning counts batches per rank, and counts an epoch as done that ``max_steps`` or early stopping ended in the
+middle. The data counts global micro-batches. After a checkpoint is loaded, the data is right and the counters follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+DATA_STATE_KEY = "SFTDataModule"
+"""Where Lightning keeps the data module's state in a checkpoint: the class's name."""
+
+
+def rank_batches_consumed(state: Mapping[str, Any], world_size: int) -> int:
+    """Micro-batches that each of ``world_size`` ranks has consumed in the epoch.
+
+    Args:
+        state: from ``SFTDataModule.state_dict``; may come from another number of ranks.
+        world_size: ranks now.
+
+    Raises:
+        ValueError: if the consumed micro-batches cannot be divided among the ranks.
+    """
+    consumed = state["consumed"]
+    if consumed % world_size:
+        raise ValueError(
+            f"the checkpoint was saved after {consumed} micro-batches of the epoch, which {world_size} ranks cannot "
+            f"share: resume with {state['world_size']} ranks, or from a checkpoint at the end of an optimizer step"
+        )
+    return int(consumed) // world_size
+
+
+def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Check that a checkpoint's position means the same with the present data and settings.
+
+    Raises:
+        ValueError: if a setting differs; names each.
+    """
+    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    if names:
+        differences = "; ".join(f"{name} was {saved.get(name)!r} and is {current.get(name)!r}" for name in names)
+        raise ValueError(
+            f"cannot continue in the middle of the data, because it has changed since the checkpoint: {differences}. "
+            "Restore these settings, or start a new run from the saved adapter instead of the checkpoint"
+        )
+
+
+def align_loop_progress(checkpoint: dict[str, Any], world_size: int) -> None:
+    """Set the loop counters of a loaded checkpoint to the data's position, in place.
+
+    For ``LightningModule.on_load_checkpoint``. Does nothing to a checkpoint without data state. Needed to resume with
+    another number of ranks, at the exact end of an epoch under ``max_steps``, and in an epoch that was stopped early.
+
+    Args:
+        checkpoint: as Lightning passes it to the hook.
+        world_size: ranks now.
+
+    Raises:
+        ValueError: see :func:`rank_batches_consumed`.
+    """
+    state = checkpoint.get(DATA_STATE_KEY)
+    if not state or "loops" not in checkpoint:
+        return
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    epoch, consumed = state["epoch"], rank_batches_consumed(state, world_size)
+    finished = epochs["total"]["started"] - bool(consumed)
+    if consumed == 0:
+        _set(epochs["current"], ready=epoch, started=epoch, processed=epoch, completed=epoch)
+        _set(epochs["total"], ready=finished, started=finished, processed=finished, completed=finished)
+        _set(batches["current"], ready=0, started=0, processed=0, completed=0)
+        total = batches["total"]["processed"]
+        _set(batches["total"], ready=total, started=total, processed=total, completed=total)
+    else:
+        _set(epochs["current"], ready=epoch + 1, started=epoch + 1, processed=epoch, completed=epoch)
+        _set(epochs["total"], ready=finished + 1, started=finished + 1, processed=finished, completed=finished)
+        # A checkpoint from ``on_train_batch_end`` has one batch processed that is not completed; Lightning looks at
+        # that.
+        open_batches = batches["current"]["processed"] - batches["current"]["completed"]
+        completed = consumed - open_batches
+        _set(batches["current"], ready=consumed, started=consumed, processed=consumed, completed=completed)
+    batches["is_last_batch"] = False
+
+
+def _set(counters: dict[str, int], **values: int) -> None:
+    counters.update(values)
