@@ -1,0 +1,115 @@
+"""Reading how much memory is in use, and the highest since a moment: CUDA's allocator, or the process's resident set.
+
+Neither waits for the device: CUDA's counters are kept by the allocator on the CPU.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+
+MIB = 2**20
+
+
+class MemoryMeter(Protocol):
+    """Something that measures memory in MiB."""
+
+    @property
+    def method(self) -> str:
+        """How peaks are found, for reports."""
+        ...
+
+    def current_mib(self) -> float:
+        """In use now."""
+        ...
+
+    def peak_mib(self) -> float:
+        """Highest since :meth:`reset_peak`."""
+        ...
+
+    def reset_peak(self) -> None:
+        """Forget the peak."""
+        ...
+
+
+class CudaMeter:
+    """Memory allocated by PyTorch on one CUDA device."""
+
+    method = "CUDA allocator"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def current_mib(self) -> float:
+        """Allocated now."""
+        return torch.cuda.memory_allocated(self.device) / MIB
+
+    def reserved_mib(self) -> float:
+        """Held by the allocator now, in use or not."""
+        return torch.cuda.memory_reserved(self.device) / MIB
+
+    def peak_mib(self) -> float:
+        """Highest allocated."""
+        return torch.cuda.max_memory_allocated(self.device) / MIB
+
+    def reset_peak(self) -> None:
+        """Forget the peak, for every reader of ``torch.cuda.max_memory_allocated``."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+class ResidentMeter:
+    """Resident memory of this process.
+
+    On Linux the kernel keeps the peak (``VmHWM``) and forgets it on request (``/proc/self/clear_refs``, see proc(5)).
+    Where it does not, the peak is the higher of the readings at the two ends of a phase: what rises and falls within a
+    phase is missed, and ``method`` says so.
+    """
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._start_mib = self.current_mib()
+        self._kernel_keeps_peak: bool | None = None  # unknown before the first reset: trying it out is a reset
+
+    @property
+    def method(self) -> str:
+        """How peaks are found, for reports."""
+        return "kernel's resident peak" if self._kernel_keeps_peak else "resident memory at phase boundaries"
+
+    def current_mib(self) -> float:
+        """Resident now."""
+        return self._process.memory_info().rss / MIB
+
+    def peak_mib(self) -> float:
+        """Highest resident, see the class."""
+        now = self.current_mib()
+        return max(now, _peak_kib() / 1024) if self._kernel_keeps_peak else max(now, self._start_mib)
+
+    def reset_peak(self) -> None:
+        """Forget the peak, for every reader of ``VmHWM`` and ``ru_maxrss``."""
+        if self._kernel_keeps_peak is None:
+            self._kernel_keeps_peak = _kernel_forgets_peak_on_request()
+        if self._kernel_keeps_peak:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        self._start_mib = self.current_mib()
+
+
+def _peak_kib() -> int:
+    match = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    return int(match[1]) if match else 0
+
+
+def _kernel_forgets_peak_on_request() -> bool:
+    """Try it: raise the resident memory, let go, and see whether the peak comes down after the request."""
+    try:
+        ballast = bytearray(40 * MIB)  # above malloc's largest mmap threshold: freeing it gives it back
+        ballast[::4096] = b"x" * len(ballast[::4096])
+        before = _peak_kib()
+        del ballast
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return 0 < _peak_kib() < before - 8 * 1024
+    except OSError:
+        return False

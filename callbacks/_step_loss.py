@@ -1,0 +1,76 @@
+"""The loss of every optimizer step, collected without waiting for the device.
+
+Two sources. A metric that the module logs (``train_loss``) is the right one where there is one: the value that
+``training_step`` returns may be a sum, scaled for accumulation, or otherwise not comparable between steps. Without the
+metric, the returned losses are averaged over the micro-batches of the step. The source is chosen once: the two are
+never mixed in one record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+
+class StepLoss:
+    """Collects one loss a step in ``on_train_batch_end``; :meth:`drain` hands them over as numbers.
+
+    Args:
+        monitor: name of the logged metric to prefer; None to use the returned loss only.
+    """
+
+    def __init__(self, monitor: str | None) -> None:
+        self.monitor = monitor
+        self.source: Literal["monitor", "output"] | None = None
+        self.restarted = False
+        """Set when the metric turned up one step late: what was recorded before must be dropped."""
+        self._num_recorded = 0
+        self._last_step = 0
+        self._micro_losses: list[Tensor] = []
+        self._pending: list[tuple[int, Tensor]] = []
+
+    def start(self, trainer: pl.Trainer) -> None:
+        """Call in ``on_train_start``."""
+        self._last_step = trainer.global_step
+        self._micro_losses.clear()
+
+    def update(self, trainer: pl.Trainer, outputs: Any) -> bool:
+        """Take in one micro-batch; returns whether an optimizer step was taken."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            # Lightning has divided what training_step returned by accumulate_grad_batches.
+            self._micro_losses.append(loss.detach().float() * trainer.accumulate_grad_batches)
+        if trainer.global_step == self._last_step:
+            return False
+        self._last_step = trainer.global_step
+        self._record(trainer)
+        self._micro_losses.clear()
+        return True
+
+    def drain(self) -> list[tuple[int, float]]:
+        """The (step, loss) pairs since the last call. One wait for the device, where the losses lie on one."""
+        if not self._pending:
+            return []
+        steps = [step for step, _ in self._pending]
+        losses = torch.stack([loss for _, loss in self._pending]).tolist()
+        self._pending.clear()
+        return list(zip(steps, losses, strict=True))
+
+    def _record(self, trainer: pl.Trainer) -> None:
+        logged = trainer.callback_metrics.get(self.monitor) if self.monitor is not None else None
+        if self.source is None:
+            self.source = "output" if logged is None else "monitor"
+        elif self.source == "output" and logged is not None and self._num_recorded == 1:
+            # A module that logs in its own on_train_batch_end is heard one step late, since callbacks come first. Later
+            # than that it is an epoch's mean that lingers, and not a loss per step.
+            self.source, self.restarted = "monitor", True
+            self._pending.clear()
+        self._num_recorded += 1
+        if self.source == "monitor" and logged is not None:
+            self._pending.append((self._last_step, logged.detach().float().reshape(()).clone()))
+        elif self.source == "output" and self._micro_losses:
+            self._pending.append((self._last_step, torch.stack(self._micro_losses).mean()))

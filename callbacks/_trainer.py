@@ -1,0 +1,62 @@
+"""What every callback here asks of a Trainer: when to log, how to agree over ranks, where to write."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lit_lora.atomic import atomic_write
+
+_DEFAULT_INTERVAL = 50  # steps; Trainer's own default, for a Trainer that never logs (barebones)
+
+
+def log_interval(trainer: pl.Trainer) -> int:
+    """Optimizer steps from one logging step to the next; 0 where nothing is ever logged."""
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, set outside of the class
+    return interval
+
+
+def is_logging_step(trainer: pl.Trainer, step: int) -> bool:
+    """Whether Lightning hands the metrics of this optimizer step (counted from 1) to the loggers."""
+    interval = log_interval(trainer)
+    return interval > 0 and step % interval == 0
+
+
+def is_reading_step(trainer: pl.Trainer, step: int) -> bool:
+    """Whether to wait for the device at this step: the logging steps, or every 50th where nothing is ever logged."""
+    return step % (log_interval(trainer) or _DEFAULT_INTERVAL) == 0
+
+
+def log_metrics(trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: Mapping[str, Tensor | float]) -> None:
+    """Log values of this step; without effect under ``Trainer(barebones=True)``, which forbids logging."""
+    if metrics and not trainer.barebones:
+        pl_module.log_dict(dict(metrics), on_step=True, on_epoch=False, batch_size=1)
+
+
+def any_rank(trainer: pl.Trainer, flag: bool) -> bool:
+    """Whether the flag is set on any rank; every rank must call it. Waits for the device where there are several."""
+    return trainer.strategy.reduce_boolean_decision(flag, all=False) if trainer.world_size > 1 else flag
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON takes it: numbers that are not finite become text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plain(content), indent=1) + "\n"
+    atomic_write(path, lambda stream: stream.write(text.encode()))

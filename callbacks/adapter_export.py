@@ -1,0 +1,285 @@
+"""HFAdapterExport: the adapter as a folder that PEFT, transformers and vLLM load, written while training runs.
+
+Two folders: the last adapter and the one with the best validation. The model may hold lit_lora's adapters, written by
+``save_adapter``, or PEFT's own (a ``PeftModel`` in someone else's module), written by PEFT into a temporary folder and
+then moved into place. Either way every file is replaced whole, and an earlier adapter stays until the new one is
+complete.
+
+Left out: saving on exceptions; what an interrupted run had is in its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import operator
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lit_lora.adapters.model_card import model_card
+from lit_lora.adapters.peft_format import CARD_NAME, CONFIG_NAME, adapter_state_dict, from_peft_config, save_adapter
+from lit_lora.atomic import atomic_write
+from lit_lora.callbacks.verdict import Verdict
+
+log = logging.getLogger(__name__)
+
+
+class HFAdapterExport(pl.Callback):
+    """Writes the adapter in PEFT's format, with a model card.
+
+    The last adapter goes to ``<default_root_dir>/adapter`` at the end of fit (and every ``every_n_steps``), the best
+    one to ``<default_root_dir>/adapter-best`` after each validation that improves ``monitor``. A write that fails (full
+    disk, missing permission) is logged with its folder and tried again at the next save; the earlier adapter is kept.
+    Only a failure at the end of fit raises.
+
+    The first process writes; all wait for it. Logs no metrics.
+
+    Args:
+        folder: where the last adapter goes; None for the default above.
+        best_folder: where the best adapter goes; None for the default above.
+        monitor: logged metric that decides which adapter is best; None writes the last one only.
+        mode: "min" if a lower ``monitor`` is better, else "max".
+        every_n_steps: optimizer steps between saves of the last adapter; None saves at the end only.
+        model_attr: attribute of the module that holds the model with the adapters; dots lead further down, and "" is
+            the module itself.
+        base_model_name: Hub id or folder of the base; taken from a transformers model if None.
+        data: what was trained on, for the model card; the datamodule's name and settings if None.
+        portable: fold scales into the weights, for readers that know no rank patterns; see ``save_adapter``.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        best_folder: str | Path | None = None,
+        monitor: str | None = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        every_n_steps: int | None = None,
+        model_attr: str = "model",
+        base_model_name: str | None = None,
+        data: str | None = None,
+        portable: bool = False,
+    ) -> None:
+        super().__init__()
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        if best_folder is not None and monitor is None:
+            raise ValueError("best_folder has no effect without monitor: name the metric that decides")
+        self.folder = Path(folder) if folder is not None else None
+        self.best_folder = Path(best_folder) if best_folder is not None else None
+        self.monitor = monitor
+        self.mode = mode
+        self.every_n_steps = every_n_steps
+        self.model_attr = model_attr
+        self.base_model_name = base_model_name
+        self.data = data
+        self.portable = portable
+        self.best_score: float | None = None
+        self.best_step: int | None = None
+        self.verdict: Verdict | None = None
+        self._failed: dict[str, str] = {}
+        """Folders whose last write failed, and why."""
+        self._last_step = 0
+        self._validated_without_monitor = False
+
+    @property
+    def state_key(self) -> str:
+        """Names what the state depends on."""
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode, model_attr=self.model_attr)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a run that would have nothing to export."""
+        self.verdict = None
+        self._failed.clear()
+        model = self._model(pl_module)
+        if adapter_state_dict(model):
+            return
+        if not _is_peft_model(model):
+            raise ValueError(
+                f"{type(pl_module).__name__}.{self.model_attr or 'self'} ({type(model).__name__}) holds no adapters of "
+                "lit_lora and is no PEFT model: call inject_lora on it, or set model_attr to the model that has them"
+            )
+        if self.portable:
+            raise ValueError("portable has no effect on a PEFT model, which PEFT writes: leave it at False")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count steps from here."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Save the last adapter where its interval is over."""
+        step = trainer.global_step
+        if self.every_n_steps is None or step == self._last_step:
+            return
+        self._last_step = step
+        if step % self.every_n_steps == 0:
+            self._save(trainer, pl_module, self.folder or Path(trainer.default_root_dir) / "adapter")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the best adapter if this is it."""
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            self._validated_without_monitor = True
+            return
+        # The first process decides: a metric that is not synchronised differs between them.
+        score = trainer.strategy.broadcast(float(value))
+        better = self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score)
+        if not math.isfinite(score) or not better:
+            return
+        folder = self.best_folder or Path(trainer.default_root_dir) / "adapter-best"
+        if self._save(trainer, pl_module, folder):
+            self.best_score, self.best_step = score, trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the last adapter and give the verdict."""
+        folder = self.folder or Path(trainer.default_root_dir) / "adapter"
+        self._save(trainer, pl_module, folder)
+        best = ""
+        if self.best_score is not None:
+            best = f"; best {self.monitor} {self.best_score:.6g} at step {self.best_step}"
+        elif self._validated_without_monitor:
+            known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            rank_zero_warn(f"no best adapter was saved: {self.monitor} was never logged in validation; logged: {known}")
+        if self._failed:
+            reasons = "; ".join(self._failed.values())
+            self.verdict = Verdict("adapter export", False, reasons)
+        else:
+            self.verdict = Verdict("adapter export", True, f"{folder}{best}")
+            rank_zero_info(f"adapter written to {folder}{best}")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise after every callback has saved what it has."""
+        if self._failed:
+            raise OSError(f"the adapter could not be written: {'; '.join(self._failed.values())}")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give a verdict for a run that ended early."""
+        if self.verdict is None:
+            self.verdict = Verdict("adapter export", None, f"ended early after step {trainer.global_step}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far, as plain types."""
+        return {"best_score": self.best_score, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; without one, the first validation is the best."""
+        self.best_score = state_dict.get("best_score")
+        self.best_step = state_dict.get("best_step")
+
+    def _model(self, pl_module: pl.LightningModule) -> nn.Module:
+        if not self.model_attr:
+            return pl_module
+        try:
+            model = operator.attrgetter(self.model_attr)(pl_module)
+        except AttributeError as error:
+            children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
+            raise ValueError(
+                f"{type(pl_module).__name__} has no attribute {self.model_attr!r}: set model_attr to the sub-module "
+                f"that holds the adapters (it has: {children}), or to '' for the module itself"
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model_attr={self.model_attr!r} is a {type(model).__name__}, expected an nn.Module")
+        return model
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> bool:
+        """Write on the first process; every process learns how it went, which is also the barrier."""
+        outcome: tuple[str, str] | None = None
+        if trainer.is_global_zero:
+            try:
+                self._write(trainer, pl_module, folder)
+            except OSError as error:
+                outcome = ("OSError", f"{folder}: {error}")
+            except ValueError as error:
+                outcome = ("ValueError", f"{folder}: {error}")
+        outcome = trainer.strategy.broadcast(outcome)
+        self._failed.pop(str(folder), None)
+        if outcome is None:
+            return True
+        kind, reason = outcome
+        if kind == "ValueError":
+            self.verdict = Verdict("adapter export", False, reason)
+            raise ValueError(f"the adapter of step {trainer.global_step} cannot be written: {reason}")
+        self._failed[str(folder)] = reason
+        log.error(f"the adapter of step {trainer.global_step} was not written; the earlier one is kept: {reason}")
+        return False
+
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> None:
+        model = self._model(pl_module)
+        if adapter_state_dict(model):
+            save_adapter(model, folder, base_model_name=self.base_model_name, portable=self.portable)
+        else:
+            _save_peft_model(model, folder)
+        content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        try:
+            config = from_peft_config(content)
+        except ValueError:  # a PEFT adapter that lit_lora does not implement: PEFT's own card stays
+            return
+        card = model_card(
+            config,
+            base_model_name=self.base_model_name or content.get("base_model_name_or_path"),
+            data=self.data if self.data is not None else _data_of(trainer),
+            hyperparameters=_hyperparameters(trainer, pl_module),
+            results=_results(trainer),
+        )
+        atomic_write(folder / CARD_NAME, lambda stream: stream.write(card.encode()))
+
+
+def _is_peft_model(model: nn.Module) -> bool:
+    # By what it can do: importing peft takes seconds, and it may not be installed.
+    return hasattr(model, "peft_config") and hasattr(model, "save_pretrained")
+
+
+def _save_peft_model(model: Any, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".partial") as partial:
+        model.save_pretrained(partial)
+        source = next(Path(partial).rglob(CONFIG_NAME)).parent  # in a sub-folder unless the adapter is called "default"
+        files = sorted(path for path in source.iterdir() if path.is_file())
+        for path in files:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        for path in sorted(files, key=lambda path: path.name == CONFIG_NAME):  # the config last: it makes the folder
+            os.replace(path, folder / path.name)
+
+
+def _data_of(trainer: pl.Trainer) -> str | None:
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
+    if datamodule is None:
+        return None
+    settings = ", ".join(f"{name}={value!r}" for name, value in datamodule.hparams.items() if _is_plain(value))
+    return f"{type(datamodule).__name__}({settings})"
+
+
+def _hyperparameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    settings = {name: value for name, value in pl_module.hparams.items() if _is_plain(value)}
+    return settings | {
+        "optimizer steps": trainer.global_step,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "precision": trainer.precision,
+        "processes": trainer.world_size,
+        "lightning": pl.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _results(trainer: pl.Trainer) -> dict[str, float]:
+    """The metrics as they stand; without those about the run's machinery."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {name: value for name, value in metrics.items() if not name.startswith(("grad_norm/", "memory/"))}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str))

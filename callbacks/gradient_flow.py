@@ -1,0 +1,259 @@
+"""GradientFlowAssertion: the adapters trained, and nothing else did.
+
+Adapters are the parameters that require a gradient; the base is everything else. Both are compared by checksum between
+the start and the end of training, so nothing is copied; gradients are watched only until each has been seen to flow.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_lora.callbacks._checksum import checksums, frozen_tensors
+from lit_lora.callbacks._names import adapter_half, listed, module_path
+from lit_lora.callbacks._trainer import is_reading_step
+from lit_lora.callbacks.verdict import Verdict
+
+_NAME = "gradient flow"
+
+
+class GradientFlowError(RuntimeError):
+    """An adapter did not train, a gradient was not finite, or the frozen base changed."""
+
+
+class GradientFlowAssertion(pl.Callback):
+    """Asserts that every adapter parameter got a gradient and moved, and that the frozen base is bit-identical.
+
+    Checked early, before optimizer step ``check_after_steps``: every gradient was finite and non-zero once. (On the
+    first step the gradient of A is exactly zero, since B still is.) Checked at the end: every adapter parameter moved
+    and is finite; every frozen parameter, quantized weight with its scales, and persistent buffer has the same bits as
+    at the start. Steps with a learning rate of zero, and steps that an fp16 loss scale drops, do not count.
+
+    On resume the whole run is judged: the state holds the checksums of its start.
+
+    Logs nothing.
+
+    Args:
+        on_failure: "raise" a :class:`GradientFlowError` (early at once, at the end once all is saved), or "warn".
+        check_after_steps: optimizer step before which gradients are first judged; None judges at the end only. Set it
+            higher where some adapters are used rarely (mixtures of experts).
+        check_base: also compare the base; costs one pass over its weights at each end.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_failure: Literal["warn", "raise"] = "raise",
+        check_after_steps: int | None = 2,
+        check_base: bool = True,
+    ) -> None:
+        super().__init__()
+        if on_failure not in ("warn", "raise"):
+            raise ValueError(f"on_failure must be 'warn' or 'raise', got {on_failure!r}")
+        if check_after_steps is not None and check_after_steps < 2:
+            raise ValueError(
+                f"check_after_steps must be at least 2, got {check_after_steps}: on the first step the gradient of A "
+                "is zero because B is"
+            )
+        self.on_failure = on_failure
+        self.check_after_steps = check_after_steps
+        self.check_base = check_base
+        self.verdict: Verdict | None = None
+        self._start: dict[str, tuple[int, int]] = {}
+        """Checksums of the trainable parameters when the run began."""
+        self._base: dict[str, tuple[int, int]] = {}
+        self._flowed: set[str] = set()
+        """Names of the parameters that have had a finite non-zero gradient."""
+        self._num_updates = 0
+        """Optimizer steps that could move something."""
+        self._pending: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+        self._checked = False
+
+    @property
+    def state_key(self) -> str:
+        """Names what the state depends on."""
+        return self._generate_state_key(check_after_steps=self.check_after_steps, check_base=self.check_base)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the checksums that the end is compared with, unless the state brought them."""
+        self.verdict = None
+        trainable = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        if not trainable:
+            self._fail(trainer, "no parameter requires a gradient, so nothing is trained: inject adapters first")
+        if self._start.keys() != trainable.keys():
+            self._start = dict(zip(trainable, checksums(trainable.values()), strict=True))
+            self._flowed.clear()
+            self._num_updates = 0
+            self._checked = False
+        if self.check_base:
+            base = _checksums_of_base(pl_module)
+            changed = _differing(self._base, base) if self._base else []
+            if changed:
+                rank_zero_warn(
+                    f"the base differs in {len(changed)} tensors from the one the checkpoint was trained on: "
+                    f"{listed(changed)}; load the same base in the same precision"
+                )
+            self._base = base
+        self._names = {id(p): name for name, p in trainable.items()}
+        self._pending.clear()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Note which gradients flow, and judge them early."""
+        if len(self._flowed) == len(self._start):
+            return
+        # A tensor learning rate on a GPU is waited for here; only until every gradient has flowed.
+        if not any(float(group["lr"]) > 0 for group in optimizer.param_groups if "lr" in group):
+            return
+        self._note(trainer, optimizer)
+        step = self._num_updates + 1
+        due = self.check_after_steps is not None and step >= self.check_after_steps and not self._checked
+        if due or step == 1 or is_reading_step(trainer, trainer.global_step + 1):
+            dropped = self._read(trainer)
+            if dropped:  # by the loss scale: A still waits for B to move
+                return
+            if due:
+                self._checked = True
+                dead = [name for name in self._start if name not in self._flowed]
+                if dead:
+                    self._fail(trainer, self._no_gradient(pl_module, dead, trainer.global_step + 1))
+        self._num_updates = step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare both ends and give the verdict."""
+        self._read(trainer)
+        if trainer.global_step == 0:
+            self.verdict = Verdict(_NAME, None, "no optimizer step was taken")
+            return
+        problems = self._problems_at_end(trainer, pl_module)
+        if problems:
+            self.verdict = Verdict(_NAME, False, "; ".join(problems))
+            if self.on_failure == "warn":
+                rank_zero_warn(f"{_NAME}: {self.verdict.detail}")
+        else:
+            base = f"{len(self._base)} frozen tensors bit-identical" if self.check_base else "base not checked"
+            self.verdict = Verdict(_NAME, True, f"all {len(self._start)} trainable parameters moved; {base}")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise after every callback has saved what it has."""
+        if self.verdict is not None and self.verdict.passed is False and self.on_failure == "raise":
+            raise GradientFlowError(self.verdict.detail)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give a verdict for a run that ended early, and let go of the gradients' flags."""
+        if self.verdict is None:
+            self.verdict = Verdict(_NAME, None, f"ended early after step {trainer.global_step}")
+        self._pending.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Checksums of the start and which gradients have flowed, as plain types."""
+        return {
+            "start": {name: list(value) for name, value in self._start.items()},
+            "base": {name: list(value) for name, value in self._base.items()},
+            "flowed": sorted(self._flowed),
+            "num_updates": self._num_updates,
+            "checked": self._checked,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; without a state, the run is judged from where it resumed."""
+        self._start = {name: (value[0], value[1]) for name, value in state_dict.get("start", {}).items()}
+        self._base = {name: (value[0], value[1]) for name, value in state_dict.get("base", {}).items()}
+        self._flowed = set(state_dict.get("flowed", []))
+        self._num_updates = state_dict.get("num_updates", 0)
+        self._checked = state_dict.get("checked", False)
+
+    def _note(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        """Add, on the device, which gradients are non-zero: 0 not yet, 1 flowed, NaN not finite."""
+        watched = [
+            (self._names[id(p)], p.grad)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None and id(p) in self._names and self._names[id(p)] not in self._flowed
+        ]
+        if not watched:
+            return
+        grads = [grad.coalesce().values() if grad.is_sparse else grad for _, grad in watched]
+        for (name, _), norm in zip(watched, torch._foreach_norm(grads, torch.inf, dtype=torch.float32), strict=True):
+            flag = torch.where(torch.isfinite(norm), (norm > 0).float(), torch.nan)
+            self._pending[name] = torch.maximum(self._pending[name], flag) if name in self._pending else flag
+
+    def _read(self, trainer: pl.Trainer) -> bool:
+        """Read the flags, one wait for the device; returns whether the loss scale drops the step."""
+        if not self._pending:
+            return False
+        names = list(self._pending)
+        device = self._pending[names[0]].device
+        flags = torch.stack([flag.to(device) for flag in self._pending.values()]).tolist()
+        self._pending.clear()
+        broken = [name for name, flag in zip(names, flags, strict=True) if flag != flag]
+        self._flowed.update(name for name, flag in zip(names, flags, strict=True) if flag == 1)
+        if broken and getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return True
+        if broken:
+            self._fail(trainer, f"the gradients of {len(broken)} parameters are not finite: {listed(broken)}")
+        return False
+
+    def _problems_at_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+        problems = []
+        parameters = {name: p for name, p in pl_module.named_parameters() if name in self._start}
+        now = dict(zip(parameters, checksums(parameters.values()), strict=True))
+        idle = [name for name, before in self._start.items() if now.get(name) == before]
+        dead = [name for name in idle if name not in self._flowed]
+        if dead and len(self._flowed) < len(self._start):
+            problems.append(self._no_gradient(pl_module, dead, trainer.global_step))
+        unmoved = [name for name in idle if name in self._flowed]
+        if unmoved:
+            problems.append(
+                f"{len(unmoved)} parameters had a gradient and did not move: {listed(unmoved)}; likely a learning rate "
+                "of zero, parameters left out of the optimizer, or updates too small for their dtype"
+            )
+        broken = [name for name, p in parameters.items() if not bool(torch.isfinite(p.detach()).all())]
+        if broken:
+            problems.append(f"{len(broken)} parameters are not finite: {listed(broken)}")
+        if self.check_base:
+            changed = _differing(self._base, _checksums_of_base(pl_module))
+            if changed:
+                problems.append(
+                    f"the frozen base changed in {len(changed)} tensors: {listed(changed)}; give the optimizer only "
+                    "the parameters that require a gradient, and look for code that writes to weights in place"
+                )
+        return problems
+
+    def _no_gradient(self, pl_module: pl.LightningModule, dead: list[str], step: int) -> str:
+        half_dead = sorted({module_path(name) for name in dead if adapter_half(name)})
+        what = (
+            f"{len(dead)} of {len(self._start)} trainable parameters had no gradient up to step {step}: {listed(dead)}"
+        )
+        if half_dead:
+            what += f" (adapters of {listed(half_dead)})"
+        if len(dead) == len(self._start):
+            return (
+                f"{what}; likely gradient checkpointing without input gradients (use the non-reentrant kind, or "
+                "enable_input_require_grads()), or a loss that does not depend on the model"
+            )
+        if all(adapter_half(name) == "A" for name in dead):
+            return f"{what}; A gets a gradient once B has moved: likely a learning rate of zero for B"
+        return f"{what}; likely layers that the forward does not use, or parameters left out of the optimizer"
+
+    def _fail(self, trainer: pl.Trainer, problem: str) -> None:
+        if self.on_failure == "raise":
+            self.verdict = Verdict(_NAME, False, problem)
+            raise GradientFlowError(problem)
+        rank_zero_warn(f"{_NAME}: {problem}")
+
+
+def _checksums_of_base(pl_module: pl.LightningModule) -> dict[str, tuple[int, int]]:
+    frozen = frozen_tensors(pl_module)
+    return dict(zip(frozen, checksums(frozen.values()), strict=True))
+
+
+def _differing(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> list[str]:
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]

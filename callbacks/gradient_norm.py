@@ -1,0 +1,400 @@
+"""GradientNormLogger: gradient norms, and a stop at the first loss or gradient that is not finite.
+
+Norms are taken in ``on_before_optimizer_step``: unscaled, over the whole accumulation window, before clipping. One
+fused pass over the gradients a step gives a norm per parameter; sums per layer are made on logging steps only.
+
+Cost of the check for finite numbers: on a CPU nothing. On CUDA reading a flag would make the CPU wait for the GPU, so
+flags stay on the device and are read together on logging steps, before every checkpoint and at the end: a run stops up
+to ``log_every_n_steps`` steps late, still names the step it happened in, and never writes a checkpoint in between.
+``on_non_finite="skip"`` has to know before the update, so it waits for the device once an optimizer step.
+
+Left out: sharded gradients (FSDP), whose local norms would be wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_lora.callbacks._names import adapter_half, layer_group, listed
+from lit_lora.callbacks._step_loss import StepLoss
+from lit_lora.callbacks._trainer import is_logging_step, is_reading_step, log_metrics, write_json
+from lit_lora.callbacks.verdict import Verdict
+
+_MIN_HISTORY = 10  # steps before a spike can be told from the start of training
+_MIN_RELATIVE_STD = 0.01  # floor under the spread, so that a flat loss does not make a spike of every ripple
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient became NaN or infinite, or the fp16 loss scale collapsed."""
+
+
+@dataclass
+class _Step:
+    """One optimizer step, on the device until it is read."""
+
+    step: int
+    names: list[str]
+    norms: Tensor
+    """Norm per parameter, ``(P,)``."""
+    total: Tensor
+    bad: Tensor
+    """Whether anything was not finite, on any rank."""
+    losses: list[Tensor]
+    example_ids: list[Tensor]
+
+
+class GradientNormLogger(pl.Callback):
+    """Logs gradient norms and stops, or skips the step, at the first loss or gradient that is not finite.
+
+    The failing step is written to ``<default_root_dir>/non_finite_step_<n>.json``: parameters, losses, and, where
+    batches are dicts with ``example_ids``, the ids of all examples of the step, for replay. Loss spikes and gradient
+    explosions are reported as warnings with their step.
+
+    Under fp16 mixed precision an overflow is how the loss scale finds its level: such steps are counted, not an error,
+    until the scale falls below ``min_loss_scale``.
+
+    Logged on logging steps (unitless L2 norms before clipping, and counts):
+
+    - ``grad_norm/total``, ``grad_norm/A``, ``grad_norm/B``: all parameters of the optimizer; each half of the adapters.
+    - ``grad_norm/<layer>``: per numbered layer (``grad_norm/layers.3``), else per module.
+    - ``grad_norm/loss_scale``: under fp16 mixed precision.
+    - ``grad_norm/non_finite_steps``, ``grad_norm/loss_spikes``, ``grad_norm/explosions``: counts, once there are any.
+
+    Args:
+        per_layer: also log one norm per layer.
+        on_non_finite: "stop" raises :class:`NonFiniteError`; "skip" drops the gradients of the step, so that neither
+            momentum nor weight decay moves anything.
+        max_skips: steps that "skip" may drop in a run before it stops.
+        monitor: logged metric to watch for spikes; the returned loss where there is no such metric.
+        window: optimizer steps that spikes and explosions are measured against.
+        spike_std: standard deviations above the window's mean at which a loss is a spike.
+        explosion_factor: multiple of the window's median at which a gradient norm is an explosion.
+        min_loss_scale: smallest fp16 loss scale that is not an underflow.
+    """
+
+    def __init__(
+        self,
+        *,
+        per_layer: bool = True,
+        on_non_finite: Literal["stop", "skip"] = "stop",
+        max_skips: int = 10,
+        monitor: str | None = "train_loss",
+        window: int = 100,
+        spike_std: float = 6.0,
+        explosion_factor: float = 10.0,
+        min_loss_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if on_non_finite not in ("stop", "skip"):
+            raise ValueError(f"on_non_finite must be 'stop' or 'skip', got {on_non_finite!r}")
+        if max_skips < 1:
+            raise ValueError(f"max_skips must be at least 1, got {max_skips}; use on_non_finite='stop' for none")
+        if window < _MIN_HISTORY:
+            raise ValueError(f"window must be at least {_MIN_HISTORY} steps, got {window}")
+        if spike_std <= 0 or explosion_factor <= 1 or min_loss_scale <= 0:
+            raise ValueError(
+                "spike_std and min_loss_scale must be above 0 and explosion_factor above 1, "
+                f"got {spike_std}, {min_loss_scale}, {explosion_factor}"
+            )
+        self.per_layer = per_layer
+        self.on_non_finite = on_non_finite
+        self.max_skips = max_skips
+        self.spike_std = spike_std
+        self.explosion_factor = explosion_factor
+        self.min_loss_scale = min_loss_scale
+        self.verdict: Verdict | None = None
+        self.num_non_finite = 0
+        """Optimizer steps dropped, by "skip" or by the fp16 loss scale."""
+        self.num_spikes = 0
+        self.num_explosions = 0
+        self.max_norm = 0.0
+        self.max_norm_step = 0
+        self._window = window
+        self._loss_window: deque[float] = deque(maxlen=window)
+        self._norm_window: deque[float] = deque(maxlen=window)
+        self._step_loss = StepLoss(monitor)
+        self._names: dict[int, str] = {}
+        self._pending: list[_Step] = []
+        self._losses: list[Tensor] = []
+        self._example_ids: list[Tensor] = []
+
+    @property
+    def state_key(self) -> str:
+        """Names what the state depends on."""
+        return self._generate_state_key(on_non_finite=self.on_non_finite, window=self._window)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin a run with nothing pending."""
+        self.verdict = None
+        self._names = {}
+        self._clear()
+        self._step_loss.start(trainer)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        """Remember which examples the step is made of."""
+        ids = batch.get("example_ids") if isinstance(batch, dict) else None
+        if isinstance(ids, Tensor):
+            self._example_ids.append(ids.detach())
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Keep the loss for the check. With a loss scale it is not yet the loss: see ``on_train_batch_end``."""
+        if _scaler(trainer) is None:
+            self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Measure, check and log this step's gradients."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        step = trainer.global_step + 1
+        names = self._names_of(pl_module, parameters)
+        norms = _norms(parameters)
+        scaler = _scaler(trainer)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # A fused optimizer unscales in its own step, after this hook. get_scale() waits for the device every step.
+            norms = norms / scaler.get_scale()
+        total = torch.linalg.vector_norm(norms)
+        bad = ~torch.isfinite(total)
+        if self._losses:
+            bad = bad | ~torch.isfinite(torch.stack([loss.float() for loss in self._losses])).all().to(bad.device)
+        if trainer.world_size > 1:  # so that all ranks stop or skip together; no wait for the device
+            bad = torch.as_tensor(trainer.strategy.reduce(bad.float(), reduce_op="sum")) > 0
+        record = _Step(step, names, norms, total, bad, list(self._losses), list(self._example_ids))
+        self._pending.append(record)
+        if scaler is None and (
+            self.on_non_finite == "skip" or norms.device.type == "cpu" or is_reading_step(trainer, step)
+        ):
+            self._read(trainer, optimizer)
+        if is_logging_step(trainer, step):
+            self._log(trainer, pl_module, record)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch the loss, and under fp16 mixed precision the loss scale."""
+        scaler = _scaler(trainer)
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if scaler is not None and isinstance(loss, Tensor):
+            self._losses.append(loss.detach())
+        if not self._step_loss.update(trainer, outputs):
+            return
+        step = trainer.global_step
+        reading = is_reading_step(trainer, step) or pl_module.device.type == "cpu"
+        if scaler is not None and self._pending:
+            self._pending[-1].losses = list(self._losses)
+            if reading:
+                self._read_scaled(trainer, float(scaler.get_scale()))
+        self._losses.clear()
+        self._example_ids.clear()
+        if reading:
+            self._watch_losses()
+        if is_logging_step(trainer, step):
+            counts = {
+                "grad_norm/non_finite_steps": self.num_non_finite,
+                "grad_norm/loss_spikes": self.num_spikes,
+                "grad_norm/explosions": self.num_explosions,
+            }
+            values = {key: float(count) for key, count in counts.items() if count}
+            if scaler is not None:
+                values["grad_norm/loss_scale"] = float(scaler.get_scale())
+            log_metrics(trainer, pl_module, values)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """Let no checkpoint be written of weights that a non-finite step has spoilt."""
+        self._read_all(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read what is still pending and give the verdict."""
+        self._read_all(trainer)
+        dropped = f", {self.num_non_finite} dropped as not finite" if self.num_non_finite else ""
+        self.verdict = Verdict(
+            "finite gradients",
+            True if self.max_norm_step else None,
+            f"{trainer.global_step} steps{dropped}; largest norm {self.max_norm:.4g} at step {self.max_norm_step}; "
+            f"{self.num_spikes} loss spikes, {self.num_explosions} gradient explosions",
+        )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give a verdict for a run that ended early, and let go of the batch."""
+        if self.verdict is None:
+            self.verdict = Verdict("finite gradients", None, f"ended early after step {trainer.global_step}")
+        self._clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Windows and counts as plain types."""
+        return {
+            "losses": list(self._loss_window),
+            "norms": list(self._norm_window),
+            "counts": [self.num_non_finite, self.num_spikes, self.num_explosions],
+            "max_norm": [self.max_norm, self.max_norm_step],
+            "source": self._step_loss.source,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; what an older state lacks starts empty."""
+        self._loss_window.extend(state_dict.get("losses", []))
+        self._norm_window.extend(state_dict.get("norms", []))
+        self.num_non_finite, self.num_spikes, self.num_explosions = state_dict.get("counts", [0, 0, 0])
+        self.max_norm, self.max_norm_step = state_dict.get("max_norm", [0.0, 0])
+        self._step_loss.source = state_dict.get("source")
+
+    def _names_of(self, pl_module: pl.LightningModule, parameters: list[torch.nn.Parameter]) -> list[str]:
+        if any(id(p) not in self._names for p in parameters):
+            self._names = {id(p): name for name, p in pl_module.named_parameters()}
+        return [self._names.get(id(p), f"parameter {i} of the optimizer") for i, p in enumerate(parameters)]
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: _Step) -> None:
+        members: dict[str, list[int]] = {}
+        for index, name in enumerate(record.names):
+            if self.per_layer:
+                members.setdefault(f"grad_norm/{layer_group(name)}", []).append(index)
+            half = adapter_half(name)
+            if half is not None:
+                members.setdefault(f"grad_norm/{half}", []).append(index)
+        values = {key: torch.linalg.vector_norm(record.norms[indices]) for key, indices in members.items()}
+        log_metrics(trainer, pl_module, {"grad_norm/total": record.total, **values})
+
+    def _read_all(self, trainer: pl.Trainer) -> None:
+        scaler = _scaler(trainer)
+        if scaler is None:
+            self._read(trainer, None)
+        else:
+            self._read_scaled(trainer, float(scaler.get_scale()))
+        self._watch_losses()
+
+    def _read(self, trainer: pl.Trainer, optimizer: Optimizer | None) -> None:
+        """Check the pending steps; the last of them has not updated anything yet if its optimizer is given."""
+        for record, total, bad in self._take():
+            if not bad:
+                self._watch_norm(record.step, total)
+                continue
+            self.num_non_finite += 1
+            if self.on_non_finite == "stop" or optimizer is None or self.num_non_finite > self.max_skips:
+                skipped = f" ({self.num_non_finite - 1} steps were skipped before)" if self.num_non_finite > 1 else ""
+                self._stop(trainer, record, self._reason(record) + skipped)
+            rank_zero_warn(f"skipped the update of step {record.step}: {self._reason(record)}")
+            optimizer.zero_grad(set_to_none=True)
+
+    def _read_scaled(self, trainer: pl.Trainer, scale: float) -> None:
+        for record, total, bad in self._take():
+            # One wait for the device a step, on reading steps only.
+            if not all(bool(torch.isfinite(loss)) for loss in record.losses):
+                self.num_non_finite += 1
+                if self.on_non_finite == "stop" or self.num_non_finite > self.max_skips:
+                    self._stop(trainer, record, self._reason(record))
+                rank_zero_warn(f"the loss scale skipped the update of step {record.step}: {self._reason(record)}")
+            elif bad:
+                self.num_non_finite += 1
+                if scale < self.min_loss_scale:
+                    self._stop(
+                        trainer,
+                        record,
+                        f"the fp16 loss scale fell to {scale:g}, below min_loss_scale={self.min_loss_scale:g}, after "
+                        f"{self.num_non_finite} overflows; train in bf16-mixed, or lower the learning rate",
+                    )
+            else:
+                self._watch_norm(record.step, total)
+
+    def _take(self) -> list[tuple[_Step, float, bool]]:
+        if not self._pending:
+            return []
+        pending, self._pending = self._pending, []
+        totals = torch.stack([record.total.float() for record in pending])
+        bad = torch.stack([record.bad.to(totals.device) for record in pending])
+        values = torch.stack([totals, bad.float()]).tolist()  # the one wait for the device
+        return [(r, total, flag > 0) for r, total, flag in zip(pending, *values, strict=True)]
+
+    def _reason(self, record: _Step) -> str:
+        losses = [float(loss) for loss in record.losses]
+        finite = torch.isfinite(record.norms).tolist()
+        names = [name for name, ok in zip(record.names, finite, strict=True) if not ok]
+        if any(not torch.isfinite(loss) for loss in record.losses):
+            what = f"the loss of step {record.step} is not finite ({losses})"
+            return what + (f"; so are the gradients of {len(names)} parameters: {listed(names)}" if names else "")
+        if not names:
+            return f"a loss or gradient of step {record.step} is not finite on another rank, or the norm overflows"
+        return f"the gradient of step {record.step} is not finite in {len(names)} parameters: {listed(names)}"
+
+    def _stop(self, trainer: pl.Trainer, record: _Step, reason: str) -> NoReturn:
+        ids = [batch.tolist() for batch in record.example_ids]
+        if trainer.world_size > 1 and torch.distributed.is_initialized():
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, ids)
+        else:
+            gathered = [ids]
+        path = Path(trainer.default_root_dir) / f"non_finite_step_{record.step}.json"
+        if trainer.is_global_zero:
+            content = {
+                "step": record.step,
+                "epoch": trainer.current_epoch,
+                "reason": reason,
+                "losses": [float(loss) for loss in record.losses],
+                "grad_norms": dict(zip(record.names, record.norms.tolist(), strict=True)),
+                "example_ids_by_rank_and_micro_batch": gathered,
+            }
+            try:
+                write_json(path, content)
+            except OSError as error:
+                reason += f"; {path} could not be written: {error}"
+        self.verdict = Verdict("finite gradients", False, reason)
+        raise NonFiniteError(
+            f"{reason}. The step's examples and norms are in {path}; look there for empty or extreme examples, then "
+            "lower the learning rate, clip gradients, or use on_non_finite='skip'"
+        )
+
+    def _watch_norm(self, step: int, total: float) -> None:
+        if total > self.max_norm or not self.max_norm_step:
+            self.max_norm, self.max_norm_step = total, step
+        if len(self._norm_window) >= _MIN_HISTORY:
+            median = statistics.median(self._norm_window)
+            if total > self.explosion_factor * median > 0:
+                self.num_explosions += 1
+                rank_zero_warn(f"gradient explosion at step {step}: norm {total:.4g}, running median {median:.4g}")
+        self._norm_window.append(total)
+
+    def _watch_losses(self) -> None:
+        if self._step_loss.restarted:
+            self._loss_window.clear()
+            self._step_loss.restarted = False
+        for step, loss in self._step_loss.drain():
+            if len(self._loss_window) >= _MIN_HISTORY:
+                mean = statistics.fmean(self._loss_window)
+                variance = statistics.fmean((x - mean) ** 2 for x in self._loss_window)
+                spread = max(math.sqrt(variance), _MIN_RELATIVE_STD * abs(mean))
+                if loss > mean + self.spike_std * spread:
+                    self.num_spikes += 1
+                    rank_zero_warn(
+                        f"loss spike at step {step}: {loss:.4g}, {(loss - mean) / spread:.1f} standard deviations "
+                        f"above the running mean {mean:.4g}"
+                    )
+            self._loss_window.append(loss)
+
+    def _clear(self) -> None:
+        self._pending.clear()
+        self._losses.clear()
+        self._example_ids.clear()
+
+
+def _scaler(trainer: pl.Trainer) -> Any:
+    """The fp16 gradient scaler of the precision plugin, where it has one."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _norms(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """L2 norm of each gradient, ``(P,)`` float32, on the first gradient's device."""
+    grads = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(grads, 2.0, dtype=torch.float32)
+    return torch.stack([norm.to(grads[0].device, non_blocking=True) for norm in norms])
