@@ -142,6 +142,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._datasets: dict[str, TokenizedDataset] = {}
         self._train_sampler: ResumableBatchSampler | None = None
         self._loaded_state: dict[str, Any] | None = None
+        self._limit_val_batches: int | float | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -195,6 +196,18 @@ class SFTDataModule(pl.LightningDataModule):
             self.summary = summarize(train, self.tokenizer, self.batch_settings, num_validation=num_validation)
             if self._rank == 0:
                 print(self.summary)
+            if self.validation_data is None and self.trainer is not None:
+                # Lightning warns about an empty list of loaders; this is how a Trainer without validation is asked for.
+                self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
+
+    def teardown(self, stage: str) -> None:
+        """Give the Trainer back its validation setting.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+        """
+        if self._limit_val_batches is not None and self.trainer is not None:
+            self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
     def train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank, from the place where a loaded checkpoint stopped."""
@@ -216,13 +229,18 @@ class SFTDataModule(pl.LightningDataModule):
             )
         return self._loader(self.train_data, self._train_sampler)
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Validation batches, in the data's order; none without validation data."""
+    def val_dataloader(self) -> DataLoader:
+        """Validation batches, in the data's order."""
+        if self.validation_data is None:
+            raise ValueError("there is no validation data: set data.validation or data.validation_fraction")
         return self._evaluation_loader(self.validation_data)
 
-    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+    def test_dataloader(self) -> DataLoader:
         """Test batches: the validation data where there is no test data."""
-        return self._evaluation_loader(self.validation_data if self.test_data is None else self.test_data)
+        data = self.validation_data if self.test_data is None else self.test_data
+        if data is None:
+            raise ValueError("there is no test data: set data.test, data.validation or data.validation_fraction")
+        return self._evaluation_loader(data)
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts with reference answers, one at a time: ``prompt_ids`` (1, L), ``reference``, ``example_ids`` (1,).
@@ -332,9 +350,7 @@ class SFTDataModule(pl.LightningDataModule):
             self._datasets[source] = tokenize_source(source, self.tokenizer, settings, cache_dir=self.cache_dir)
         return self._datasets[source]
 
-    def _evaluation_loader(self, data: TokenizedDataset | None) -> DataLoader | list[DataLoader]:
-        if data is None:
-            return []
+    def _evaluation_loader(self, data: TokenizedDataset) -> DataLoader:
         settings = replace(self.batch_settings, shuffle=False)
         sampler = ResumableBatchSampler(data.lengths, settings, rank=self._rank, world_size=self._world_size)
         return self._loader(data, sampler)
