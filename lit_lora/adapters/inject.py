@@ -178,7 +178,6 @@ def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
         model.set_submodule(name, layer)
     for name, module in plan.saved.items():
         wrapper = TrainableCopy(module, config)
-        wrapper.copy.requires_grad_(True)
         wrapper.train(module.training)
         model.set_submodule(name, wrapper)
 

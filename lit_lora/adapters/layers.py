@@ -178,12 +178,9 @@ class TrainableCopy(nn.Module):
         self.base_layer = base_layer
         self.config = config
         self.enabled = True
-        self.copy = copy.deepcopy(base_layer)
-        dtype = getattr(torch, config.adapter_dtype)
-        for module in self.copy.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_floating_point():
-                    setattr(module, name, nn.Parameter(parameter.detach().to(dtype)))
+        # Parameters are copied by hand: deepcopy would copy them in the wrong dtype, and fails for fake tensors.
+        memo = {id(p): _trainable(p, getattr(torch, config.adapter_dtype)) for p in base_layer.parameters()}
+        self.copy = copy.deepcopy(base_layer, memo)
 
     @property
     def active(self) -> Any:
@@ -254,6 +251,11 @@ def _bare_linear(num_in: int, num_out: int, *, device: torch.device, dtype: torc
 def _scaled_product(lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
     dtype = torch.promote_types(lora_A.dtype, torch.float32)
     return (lora_B.detach().to(dtype) @ lora_A.detach().to(dtype)).mul_(scaling)
+
+
+def _trainable(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    is_float = parameter.is_floating_point()
+    return nn.Parameter(parameter.detach().to(dtype if is_float else parameter.dtype, copy=True), is_float)
 
 
 def _convert_float(leaf: Any, dtype: torch.dtype) -> Any:

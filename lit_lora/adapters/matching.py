@@ -52,14 +52,14 @@ def match_modules(model: nn.Module, config: LoRAConfig) -> Matched:
     """
     modules = {name: module for name, module in model.named_modules() if name}
     problems: list[str] = []
-    saved = _match_saved(modules, config, problems)
     targeted = _match_targets(model, modules, config, problems)
-    excluded = _match_excluded(modules, config, problems)
+    saved = _match_saved(modules, config, problems)
+    left_out = {*_match_excluded(modules, config, problems), *saved}
     inside_saved = tuple(f"{name}." for name in saved)
     candidates = {
-        name: entries
-        for name, entries in targeted.items()
-        if name not in excluded and name not in saved and not name.startswith(inside_saved)
+        name: targeted[name]
+        for name in modules
+        if name in targeted and name not in left_out and not name.startswith(inside_saved)
     }
     chosen = _in_layers(candidates, config, problems)
     _check_adaptable(modules, chosen)
