@@ -71,8 +71,8 @@ def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _as_integers(flat: Tensor) -> Tensor:
-    num_bytes = flat.numel() * flat.element_size()
-    aligned = flat.storage_offset() * flat.element_size() % 4 == 0
-    if flat.dtype == torch.bool or not (num_bytes % 4 == 0 and aligned):
+    if flat.dtype == torch.bool or flat.numel() * flat.element_size() % 4:
         return flat.view(torch.uint8)
+    if flat.storage_offset() * flat.element_size() % 4:  # a slice that no int32 can begin at
+        flat = flat.clone()
     return flat.view(torch.int32)

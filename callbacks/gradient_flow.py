@@ -109,12 +109,11 @@ class GradientFlowAssertion(pl.Callback):
         """Note which gradients flow, and judge them early."""
         if len(self._flowed) == len(self._start):
             return
-        # A tensor learning rate on a GPU is waited for here; only until every gradient has flowed.
-        if not any(float(group["lr"]) > 0 for group in optimizer.param_groups if "lr" in group):
-            return
         self._note(trainer, optimizer)
+        # A tensor learning rate on a GPU is waited for here; only until every gradient has flowed.
+        moves = any(float(group["lr"]) > 0 for group in optimizer.param_groups if "lr" in group)
         step = self._num_updates + 1
-        due = self.check_after_steps is not None and step >= self.check_after_steps and not self._checked
+        due = moves and self.check_after_steps is not None and step >= self.check_after_steps and not self._checked
         if due or step == 1 or is_reading_step(trainer, trainer.global_step + 1):
             dropped = self._read(trainer)
             if dropped:  # by the loss scale: A still waits for B to move
@@ -124,7 +123,7 @@ class GradientFlowAssertion(pl.Callback):
                 dead = [name for name in self._start if name not in self._flowed]
                 if dead:
                     self._fail(trainer, self._no_gradient(pl_module, dead, trainer.global_step + 1))
-        self._num_updates = step
+        self._num_updates += moves
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare both ends and give the verdict."""
