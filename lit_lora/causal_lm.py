@@ -139,7 +139,7 @@ def unpack(batch: Batch) -> Batch:
 def _seq_lens(batch: Batch) -> list[int]:
     if "seq_lens" in batch:
         return batch["seq_lens"]
-    return batch["cu_seq_lens"].diff().tolist()  # syncs on CUDA; the module adds seq_lens before the transfer
+    return batch["cu_seq_lens"].diff().tolist()  # syncs on CUDA; our collator gives seq_lens
 
 
 def _model_inputs(batch: Batch) -> Batch:

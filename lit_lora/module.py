@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_lora import causal_lm, schedule
+from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.checkpoint import base_fingerprint, describe_mismatch, read_checkpoint, rng_state, set_rng_state
 from lit_lora.config import LoRAConfig, QuantizationConfig
@@ -196,9 +197,7 @@ class LoRALightningModule(L.LightningModule):
             self.path = causal_lm.choose_path(model, packing=self.packing)  # type: ignore[arg-type]
             rank_zero_info(f"Forward path: {self.path}")
         if self.gradient_checkpointing:
-            if not hasattr(model, "gradient_checkpointing_enable"):
-                raise ValueError(f"gradient_checkpointing is for transformers models, {type(model).__name__} has none")
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(model)
         self.model = model
         _keep_batch_norm_frozen(model)
 
@@ -252,12 +251,6 @@ class LoRALightningModule(L.LightningModule):
             return self.trainer.max_steps
         steps = self.trainer.estimated_stepping_batches
         return int(steps) if math.isfinite(steps) else None
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Note the examples' lengths while they are on the CPU, so that no layer has to ask the device for them."""
-        if isinstance(batch, dict) and "cu_seq_lens" in batch:
-            batch["seq_lens"] = batch["cu_seq_lens"].diff().tolist()
-        return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, up to a constant factor; see :meth:`optimizer_step`."""
@@ -382,31 +375,28 @@ class LoRALightningModule(L.LightningModule):
         return {name: value.item() for name, value in results.items()}
 
     @torch.no_grad()
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Generate from each prompt, greedily.
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Generate from a prompt, greedily.
 
         Args:
-            batch: list of dicts with ``prompt_ids`` and, where there is one, ``reference``.
+            batch: ``prompt_ids``, ``(1, L)``, and where there is one, ``reference``.
             batch_idx: not used.
 
         Returns:
-            One dict a prompt: ``prompt``, ``completion``, ``reference``.
+            A list of one dict: ``prompt``, ``completion``, ``reference``.
         """
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        results = []
-        for example in batch:
-            prompt_ids = torch.tensor([example["prompt_ids"]], device=self.device)
-            output_ids = self.model.generate(  # type: ignore[union-attr, operator]
-                prompt_ids,
-                attention_mask=torch.ones_like(prompt_ids),
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )
-            completion = tokenizer.decode(output_ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
-            prompt = tokenizer.decode(example["prompt_ids"], skip_special_tokens=True)
-            results.append({"prompt": prompt, "completion": completion, "reference": example.get("reference")})
-        return results
+        prompt_ids = batch["prompt_ids"]
+        output_ids = self.model.generate(  # type: ignore[union-attr, operator]
+            prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        prompt = tokenizer.decode(prompt_ids[0], skip_special_tokens=True)
+        completion = tokenizer.decode(output_ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
+        return [{"prompt": prompt, "completion": completion, "reference": batch.get("reference")}]
 
     def load_tokenizer(self) -> Any:
         """The tokenizer that belongs to the base."""
@@ -420,6 +410,12 @@ class LoRALightningModule(L.LightningModule):
         prefix = kwargs.get("prefix", "")
         full = super().state_dict(*args, **kwargs)
         return {name: value for name, value in full.items() if name.removeprefix(prefix) in trainable}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load adapters; that the base is not among them is no finding."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        trainable = self.trainable_parameters().keys()
+        return type(result)([name for name in result.missing_keys if name in trainable], result.unexpected_keys)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an exact continuation needs, and which base and structure the adapters belong to."""

@@ -21,7 +21,10 @@ from lit_lora.data.dataset import TokenizedExample
 
 
 def collate_packed(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
-    """All examples in one row, ``(1, T)``, with ``position_ids`` that restart and ``cu_seq_lens`` of the borders."""
+    """All examples in one row, ``(1, T)``, with ``position_ids`` that restart, and the borders.
+
+    ``cu_seq_lens`` has them as a tensor, ``seq_lens`` as plain lengths, so that no layer has to ask a device.
+    """
     lengths = [_kept_length(example) for example in examples]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([example.ids[:length] for example, length in zip(examples, lengths, strict=True)])
@@ -30,6 +33,7 @@ def collate_packed(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
         "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
         "position_ids": torch.from_numpy(positions.astype(np.int64))[None],
         "cu_seq_lens": torch.from_numpy(offsets.astype(np.int32)),
+        "seq_lens": lengths,
         "max_length": max(lengths),
         **_targets(examples, lengths, offsets[:-1]),
     }

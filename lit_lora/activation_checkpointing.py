@@ -1,0 +1,50 @@
+"""Recompute decoder layers in the backward pass instead of keeping their activations.
+
+All layers, or only as many as memory needs: each recomputed layer costs its forward pass a second time, so half of
+them cost half. The first layers are taken: their activations are held longest. Non-reentrant, since the input of a
+frozen embedding needs no gradient and the reentrant kind would then train nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpoint_layers(model: nn.Module, num_layers: int | None = None) -> int:
+    """Let the first ``num_layers`` layers of ``model`` be recomputed in the backward pass.
+
+    Args:
+        model: any model with a list of equal layers.
+        num_layers: how many; all if None.
+
+    Returns:
+        How many layers are recomputed.
+
+    Raises:
+        ValueError: if the model has no list of layers, or not that many.
+    """
+    layers = repeated_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no list of equal layers to recompute: set gradient_checkpointing to false"
+        )
+    if num_layers is not None and not 0 <= num_layers <= len(layers):
+        raise ValueError(f"cannot recompute {num_layers} of {len(layers)} layers")
+    chosen = layers[:num_layers]
+    for layer in chosen:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return len(chosen)
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The longest list of layers of one class, in order; empty if there is none of two or more."""
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(layer) for layer in module}) == 1
+    ]
+    longest = max(lists, key=len, default=[])
+    return longest if len(longest) > 1 else []

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lit_lora import linear_cross_entropy
+from lit_lora.losses import linear_cross_entropy_reference, linear_cross_entropy_with_accuracy
+
+
+def _inputs(num_tokens: int, *, dtype=torch.float32, weight_grad=False):
+    torch.manual_seed(0)
+    hidden = torch.randn(num_tokens, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(50, 16, dtype=dtype, requires_grad=weight_grad)
+    labels = torch.randint(0, 50, (num_tokens,))
+    if num_tokens > 3:
+        labels[1] = labels[3] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("weight_grad", [False, True])
+@pytest.mark.parametrize("chunk_size", [1, 4, 7, 512])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, 0.05)])
+def test_value_and_gradient_equal_the_reference(chunk_size, weight_grad, dtype, tolerance):
+    hidden, weight, labels = _inputs(13, dtype=dtype, weight_grad=weight_grad)
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
+    (loss * 0.7).backward()
+    got = [loss.detach(), hidden.grad] + ([weight.grad] if weight_grad else [])
+    hidden.grad = weight.grad = None
+    expected_loss = linear_cross_entropy_reference(hidden, weight, labels)
+    (expected_loss * 0.7).backward()
+    expected = [expected_loss.detach(), hidden.grad] + ([weight.grad] if weight_grad else [])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+def test_sum_is_torch_cross_entropy():
+    hidden, weight, labels = _inputs(20)
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, chunk_size=6), expected)
+
+
+def test_accuracy_counts_the_supervised_tokens_that_are_right():
+    hidden, weight, labels = _inputs(40)
+    logits = hidden @ weight.T
+    labels[10:20] = logits.argmax(-1)[10:20]
+    out = linear_cross_entropy_with_accuracy(hidden, weight, labels, chunk_size=7)
+    assert out.num_correct == ((logits.argmax(-1) == labels) & (labels != -100)).sum()
+    assert out.num_correct >= 10
+
+
+def test_no_supervised_token_gives_zero_loss_and_zero_gradient():
+    hidden, weight, _ = _inputs(5)
+    selected = hidden[torch.zeros(0, dtype=torch.long)]
+    loss = linear_cross_entropy(selected, weight, torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, labels = _inputs(6)
+    loss = linear_cross_entropy(hidden * 1e4, weight, labels)
+    assert loss.isfinite()
+
+
+def test_autocast_computes_in_its_dtype():
+    hidden, weight, labels = _inputs(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward()
+    expected = linear_cross_entropy_reference(hidden.bfloat16(), weight.bfloat16(), labels)
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.1)
+    assert hidden.grad.dtype == torch.float32
+
+
+def test_disagreeing_lengths_are_refused():
+    hidden, weight, labels = _inputs(5)
+    with pytest.raises(ValueError, match=r"\(5, 16\) and \(4,\)"):
+        linear_cross_entropy(hidden, weight, labels[:4])
