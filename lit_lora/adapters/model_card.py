@@ -33,7 +33,7 @@ def model_card(
     Returns:
         Markdown with YAML front matter.
     """
-    base = base_model_name or "unknown"
+    base = base_model_name or "path/to/the/base/model"
     front = ["library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- lit-lora"]
     if is_hub_id(base):
         front.insert(0, f"base_model: {base}")

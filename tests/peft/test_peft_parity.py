@@ -57,7 +57,7 @@ CASES = {
         {
             "target_modules": ["q_proj", "k_proj", "v_proj"],
             "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.k_proj": 5},
-            "alpha_pattern": {"v_proj": 3, r"model\.layers\.0\.self_attn\.k_proj": 40.5},
+            "alpha_pattern": {"v_proj": 3, r"model\.layers\.0\.self_attn\.k_proj": 10.5},
             "use_rslora": True,
         },
         num_adapted=6,
