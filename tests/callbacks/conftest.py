@@ -11,16 +11,6 @@ import pytest
 from plain_projects import MemoryLogger
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/callbacks" in item.path.as_posix():
-            # Lightning's advice about data loaders and log intervals: neither matters for sixty-four random rows.
-            item.add_marker(pytest.mark.filterwarnings("ignore:.*does not have many workers"))
-            item.add_marker(pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"))
-            # Lightning 2.6 builds LeafSpec(), which torch 2.13 deprecates.
-            item.add_marker(pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"))
-
-
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
     def make(*callbacks: pl.Callback, **overrides: Any) -> pl.Trainer:

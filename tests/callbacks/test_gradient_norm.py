@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -31,7 +32,9 @@ class Poisoned(AdapterModel):
         super().__init__()
         self.batches = batches
         self.batch = 0
-        self.layers[1].lora_B.weight.register_hook(lambda grad: grad * torch.nan if self.batch in self.batches else grad)
+        self.layers[1].lora_B.weight.register_hook(
+            lambda grad: grad * torch.nan if self.batch in self.batches else grad
+        )
 
     def on_train_batch_start(self, batch, batch_idx):
         self.batch = batch_idx
@@ -150,7 +153,8 @@ def test_spike_and_explosion_are_reported_with_their_step(make_trainer):
             return loss * 100 if batch_idx == 12 else loss
 
     callback = GradientNormLogger(window=10)
-    with pytest.warns(UserWarning) as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         make_trainer(callback, max_steps=16).fit(Spiky(lr=0.0))
     messages = [str(warning.message) for warning in caught]
     assert any(message.startswith("loss spike at step 13: ") for message in messages)
