@@ -22,7 +22,7 @@ from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, default_ca
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
 from lit_lora.data.resume import check_fingerprint, rank_batches_consumed
-from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler
+from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, permutation
 from lit_lora.data.sources import source_digest
 from lit_lora.data.summary import DataSummary, summarize
 from lit_lora.data.tokenize import format_prompt
@@ -392,7 +392,7 @@ def split_indices(num_examples: int, fraction: float, seed: int) -> tuple[NDArra
             f"validation_fraction={fraction} of {num_examples} examples is {num_validation}: "
             "both parts need at least one"
         )
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(num_examples)
+    order = permutation(num_examples, seed)
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
 
 

@@ -70,7 +70,7 @@ def _checked(value: Any, what: str) -> str:
     if value is None:
         raise BadRow(f"{what} is null")
     if not isinstance(value, str):
-        raise BadRow(f"{what} is a {type(value).__name__}, expected text")
+        raise BadRow(f"{what} is of type {type(value).__name__}, expected text")
     if not value.strip():
         raise BadRow(f"{what} is empty")
     try:

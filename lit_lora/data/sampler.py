@@ -36,6 +36,8 @@ class BatchSettings:
             raise ValueError("nothing limits a batch: set batch_size, max_tokens_per_batch or both")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens_per_batch must be at least 1, got {self.max_tokens}")
 
@@ -77,18 +79,18 @@ def plan_batches(lengths: NDArray[np.int64], settings: BatchSettings, epoch: int
         return reference
     batches = _with_count(_fill(lengths, settings, epoch), len(reference), lengths, settings)
     if batches is None:
-        order = _generator(settings, epoch).permutation(len(reference))
+        order = permutation(len(reference), settings.seed, epoch, 1)
         batches = [reference[index] for index in order]
     return batches
 
 
-def _generator(settings: BatchSettings, epoch: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([settings.seed, epoch]))
+def permutation(count: int, *seeds: int) -> NDArray[np.int64]:
+    """A random order of ``count`` items, the same under every NumPy (which promises that of raw bits only)."""
+    return np.argsort(np.random.PCG64([count, *seeds]).random_raw(count), kind="stable")
 
 
 def _fill(lengths: NDArray[np.int64], settings: BatchSettings, epoch: int) -> list[list[int]]:
-    generator = _generator(settings, epoch)
-    order = generator.permutation(len(lengths)) if settings.shuffle else np.arange(len(lengths))
+    order = permutation(len(lengths), settings.seed, epoch) if settings.shuffle else np.arange(len(lengths))
     grouped = settings.padded and settings.shuffle and settings.max_tokens is not None
     if grouped:
         per_batch = settings.batch_size or max(1, int(settings.max_tokens / lengths.mean()))
@@ -104,7 +106,7 @@ def _fill(lengths: NDArray[np.int64], settings: BatchSettings, epoch: int) -> li
             num_tokens = longest = length
         batches[-1].append(index)
     if grouped:
-        batches = [batches[index] for index in generator.permutation(len(batches))]
+        batches = [batches[index] for index in permutation(len(batches), settings.seed, epoch, 1)]
     return batches
 
 

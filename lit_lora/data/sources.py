@@ -56,11 +56,12 @@ class Problems:
 def is_file_source(source: str) -> bool:
     """Whether ``source`` names a file rather than a dataset on the Hub (or a folder that ``datasets`` reads)."""
     path = Path(source)
-    if path.is_dir():
+    if path.is_file():
+        return True
+    if Path(source.rpartition("@")[0] or source).is_dir():
         return False
     return (
-        path.exists()
-        or path.suffix.lower() in SUFFIXES
+        path.suffix.lower() in SUFFIXES
         or source.startswith((".", "/", "~"))
         or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w.\[\]:%-]+)?", source)
         or (path.parent != Path() and path.parent.is_dir())
@@ -173,6 +174,7 @@ def _json_rows(path: Path, problems: Problems) -> Iterator[Row]:
     with path.open("rb") as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
+        _refuse_single_object(path)
         yield from _json_lines(path, problems)
         return
     text = _decoded(path)
@@ -207,6 +209,26 @@ def _json_rows(path: Path, problems: Problems) -> Iterator[Row]:
             raise ValueError(f"{path}:{line}: not valid JSON: expected ',' or ']' after an object")
     if text[position + 1 :].strip():
         raise ValueError(f"{path}:{line}: not valid JSON: text after the end of the array")
+
+
+def _refuse_single_object(path: Path) -> None:
+    """A file that is one object over several lines would be reported line by line, which helps nobody."""
+    with path.open("rb") as file:
+        first_line = file.readline(MAX_LINE_BYTES)
+    try:
+        json.loads(first_line)
+    except ValueError:
+        try:
+            value = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            return
+        if isinstance(value, dict):
+            raise ValueError(
+                f"{path} is one JSON object with the keys {sorted(value)[:10]}, expected an array of objects, or one "
+                "object a line: save only the list of examples"
+            ) from None
+    except RecursionError:
+        return
 
 
 def _end_of(pattern: re.Pattern[str], text: str, position: int) -> int:

@@ -263,8 +263,8 @@ def test_stopping_twice(data_file, tmp_path) -> None:
     path = None
     for number, batches in enumerate([4, 3, 6]):
         module = Recorder(align=True)
+        save = SaveAt(tmp_path / f"{number}.ckpt", "on_train_batch_end", batches)
         with pytest.raises(Stopped):
-            save = SaveAt(tmp_path / f"{number}.ckpt", "on_train_batch_end", batches)
             run(data_file, module, ckpt_path=path, callbacks=[save])
         seen += module.seen
         path = tmp_path / f"{number}.ckpt"
