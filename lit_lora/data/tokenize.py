@@ -140,13 +140,12 @@ def _assistant_spans(
         start = len(prompt)
         if not full.startswith(prompt):
             # Some templates open the answer with more than it has in training, for example "<think>".
-            before = _render(tokenizer, template, conversation[:index])
-            if not full.startswith(before):
+            start = _common_length(full, prompt)
+            if conversation[index - 1]["content"].strip() not in full[:start]:
                 raise BadRow(
                     f"turns 1 to {index} are rendered differently when turn {index + 1} follows, so that prompt and "
                     "answer cannot be told apart: set a chat_template without that, or split the conversation"
                 )
-            start = max(len(before), _common_length(full, prompt))
         if index == len(conversation) - 1:
             end = len(full)
         else:

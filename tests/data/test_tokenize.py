@@ -142,6 +142,10 @@ TEMPLATES = {
         START + "{{ eos_token if loop.last and message.role == 'assistant' else '\n' }}",
         ["It is 3. 🎉", "  Yes.\n\nIt is.<eos>"],
     ),
+    "something after the last turn": (
+        START + "{{ eos_token }}{% if loop.last and not add_generation_prompt %}{{ '<eos> ' }}{% endif %}",
+        ["It is 3. 🎉<eos>", "  Yes.\n\nIt is.<eos><eos>"],
+    ),
     "trims the content": (
         "{{ message.role + ': ' + message.content | trim + eos_token }}",
         ["It is 3. 🎉<eos>", "Yes.\n\nIt is.<eos>"],
@@ -165,7 +169,7 @@ def test_generation_prompt_that_opens_with_more_than_training_has() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("'assistant:\n'", "'assistant:\n<think>\n'")
     assert "<think>" in tokenizer.decode(format_prompt(tokenizer, CHAT[:1]))
-    assert supervised_runs(tokenizer, encode(tokenizer, CHAT[:2])) == ["It is 3. 🎉<eos>"]
+    assert supervised_runs(tokenizer, encode(tokenizer, CHAT)) == ["It is 3. 🎉<eos>", "  Yes.\n\nIt is.<eos>"]
 
 
 def test_templates_that_rewrite_earlier_turns_or_refuse_are_reported_by_line() -> None:
