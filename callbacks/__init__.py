@@ -19,6 +19,7 @@ _PUBLIC = {
     "MemoryProfiler": "memory_profiler",
     "NonFiniteError": "gradient_norm",
     "ThroughputLogger": "throughput",
+    "TrainingCheckpoint": "training_checkpoint",
     "Verdict": "verdict",
 }
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MemoryProfiler",
     "NonFiniteError",
     "ThroughputLogger",
+    "TrainingCheckpoint",
     "Verdict",
 ]
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from lit_lora.callbacks.gradient_norm import GradientNormLogger, NonFiniteError
     from lit_lora.callbacks.memory_profiler import MemoryBudgetExceeded, MemoryProfiler
     from lit_lora.callbacks.throughput import ThroughputLogger
+    from lit_lora.callbacks.training_checkpoint import TrainingCheckpoint
     from lit_lora.callbacks.verdict import Verdict
 
 

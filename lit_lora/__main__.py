@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 TRAINER_VERBS = {
@@ -61,7 +62,16 @@ def _run_tool(verb: str, arguments: list[str]) -> None:
     from jsonargparse import auto_cli
 
     function = getattr(importlib.import_module(f"lit_lora.tools.{verb}"), verb)
-    auto_cli(function, args=arguments, as_positional=True, prog=f"lit-lora {verb}")
+    auto_cli(function, args=_with_flag_values(function, arguments), as_positional=True, prog=f"lit-lora {verb}")
+
+
+def _with_flag_values(function: Callable[..., object], arguments: Sequence[str]) -> list[str]:
+    """``--compare`` alone means ``--compare true``."""
+    flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
+    given = [*arguments, ""]
+    return [
+        f"{a}=true" if a in flags and b not in ("true", "false") else a for a, b in zip(given, given[1:], strict=False)
+    ]
 
 
 def _fail(message: str, *, code: int) -> NoReturn:

@@ -1,8 +1,8 @@
 """``lit-lora fit|validate|test|predict``: a LightningCLI with the proving callbacks wired in.
 
 Each callback has a stable key (``--convergence.min_decrease 0.4``), so that a config file only says what differs.
-``fit`` writes one run folder, ``trainer.default_root_dir``: the resolved config, checkpoints, metrics, the adapter. A new
-run never writes into the folder of an earlier one: it takes the next free name.
+``fit`` writes one run folder, ``trainer.default_root_dir``: the resolved config, checkpoints, metrics, the adapter. A
+new run never writes into the folder of an earlier one: it takes the next free name.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ from lit_lora.run_record import PredictionWriter, RunRecord
 
 RUN_FOLDER_VARIABLE = "LIT_LORA_RUN_FOLDER"
 """Tells the processes that a distributed run starts which folder the first one chose."""
+
+SHIPPED = Path(str(resources.files("lit_lora.configs")))
+"""Where configs and data that come with the package lie."""
 
 CALLBACKS = {
     "gradient_norm": GradientNormLogger,
@@ -84,6 +87,9 @@ class LoRACLI(LightningCLI):
         """Choose the run folder, find the checkpoint to resume from, and set what callbacks cannot."""
         verb = self.config["subcommand"]
         config = self.config[verb]
+        for key in ("train", "validation", "test"):
+            if config.data.get(key):
+                config.data[key] = _shipped(config.data[key]) or config.data[key]
         config.ckpt_path = _checkpoint_to_load(config.get("ckpt_path"), config.trainer.default_root_dir)
         if verb == "fit":
             config.trainer.default_root_dir = _run_folder(config.trainer.default_root_dir, config.ckpt_path)
@@ -174,14 +180,18 @@ def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:
 def _find_config(name: str) -> str:
     if Path(name).exists() or not name.endswith((".yaml", ".yml")):
         return name
-    shipped = Path(str(resources.files("lit_lora.configs")))
-    relative = name.removeprefix("configs/")
-    if (shipped / relative).is_file():
-        return str(shipped / relative)
-    known = [str(path.relative_to(shipped)) for path in sorted(shipped.rglob("*.yaml"))]
-    close = difflib.get_close_matches(relative, known, n=1)
+    if shipped := _shipped(name):
+        return shipped
+    known = [str(path.relative_to(SHIPPED)) for path in sorted(SHIPPED.rglob("*.yaml"))]
+    close = difflib.get_close_matches(name.removeprefix("configs/"), known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"shipped are {', '.join(known)}"
     raise FileNotFoundError(f"no config file {name}: {hint}")
+
+
+def _shipped(name: str) -> str | None:
+    """The file of that name that comes with the package, where there is none here."""
+    path = SHIPPED / name.removeprefix("configs/")
+    return str(path) if not Path(name).exists() and path.is_file() else None
 
 
 def _checkpoint_to_load(ckpt_path: str | None, folder: str) -> str | None:

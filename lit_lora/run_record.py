@@ -55,7 +55,7 @@ class RunRecord(L.Callback):
         metrics = pl_module.flush_metrics()
         profilers = [c for c in trainer.callbacks if isinstance(c, MemoryProfiler)]  # type: ignore[attr-defined]
         if profilers:
-            metrics.peak_memory_mib = max(profiler.peak_memory_mib for profiler in profilers)
+            metrics.peak_memory_mib = max(profiler.peak_mib for profiler in profilers)
         if metrics.steps:
             metrics.save(Path(trainer.default_root_dir) / "metrics.json")
 

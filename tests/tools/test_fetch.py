@@ -124,7 +124,7 @@ def test_second_fetch_is_instant_and_imports_nothing_heavy(tiny: SimpleNamespace
     (folder / "model.safetensors").write_bytes(b"1234")
     (folder / MANIFEST).write_text(json.dumps({"bytes": {"model.safetensors": 4}}))
     code = (
-        "import sys; from lit_lora.tools.fetch import fetch; fetch();"
+        "import sys; from lit_lora.tools.fetch import fetch; fetch('smollm2-135m-instruct');"
         "print([m for m in ('torch', 'transformers', 'huggingface_hub', 'lightning') if m in sys.modules])"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
