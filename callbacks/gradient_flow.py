@@ -113,7 +113,7 @@ class GradientFlowAssertion(pl.Callback):
         # A tensor learning rate on a GPU is waited for here; only until every gradient has flowed.
         moves = any(float(group["lr"]) > 0 for group in optimizer.param_groups if "lr" in group)
         step = self._num_updates + 1
-        due = moves and self.check_after_steps is not None and step >= self.check_after_steps and not self._checked
+        due = self.check_after_steps is not None and step >= self.check_after_steps and not self._checked
         if due or step == 1 or is_reading_step(trainer, trainer.global_step + 1):
             dropped = self._read(trainer)
             if dropped:  # by the loss scale: A still waits for B to move

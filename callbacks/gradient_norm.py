@@ -175,7 +175,7 @@ class GradientNormLogger(pl.Callback):
         record = _Step(step, names, norms, total, bad, list(self._losses), list(self._example_ids))
         self._pending.append(record)
         if scaler is None and (
-            self.on_non_finite == "skip" or norms.device.type == "cpu" or is_reading_step(trainer, step)
+            self.on_non_finite == "skip" or _free_to_read(norms.device) or is_reading_step(trainer, step)
         ):
             self._read(trainer, optimizer)
         if is_logging_step(trainer, step):
@@ -192,7 +192,7 @@ class GradientNormLogger(pl.Callback):
         if not self._step_loss.update(trainer, outputs):
             return
         step = trainer.global_step
-        reading = is_reading_step(trainer, step) or pl_module.device.type == "cpu"
+        reading = is_reading_step(trainer, step) or _free_to_read(pl_module.device)
         if scaler is not None and self._pending:
             self._pending[-1].losses = list(self._losses)
             if reading:
@@ -391,6 +391,11 @@ class GradientNormLogger(pl.Callback):
 def _scaler(trainer: pl.Trainer) -> Any:
     """The fp16 gradient scaler of the precision plugin, where it has one."""
     return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _free_to_read(device: torch.device) -> bool:
+    """Whether reading a value makes nothing wait."""
+    return device.type == "cpu"
 
 
 def _norms(parameters: list[torch.nn.Parameter]) -> Tensor:

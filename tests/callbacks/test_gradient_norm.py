@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from plain_projects import AdapterModel, PlainModel
 
-from lit_lora.callbacks import GradientNormLogger, NonFiniteError
+from lit_lora.callbacks import GradientNormLogger, NonFiniteError, gradient_norm
 
 
 class Watched(AdapterModel):
@@ -189,17 +189,43 @@ def test_wrong_settings_are_refused(settings, message):
         GradientNormLogger(**settings)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_reads_on_logging_steps_and_lets_no_spoilt_checkpoint_be_written(make_trainer, tmp_path):
-    with pytest.raises(NonFiniteError, match="gradient of step 3 "):
-        make_trainer(GradientNormLogger(), accelerator="gpu", devices=1, log_every_n_steps=5).fit(Poisoned(2))
+@pytest.fixture(params=["as if reading cost a wait", pytest.param("cuda", marks=pytest.mark.gpu)])
+def deferring(request, monkeypatch) -> dict[str, object]:
+    """Trainer settings under which flags are left on the device between logging steps."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs CUDA")
+        return {"accelerator": "gpu", "devices": 1}
+    monkeypatch.setattr(gradient_norm, "_free_to_read", lambda device: False)
+    return {}
 
+
+def test_deferred_flags_are_read_on_logging_steps_and_name_their_own_step(make_trainer, deferring):
+    trainer = make_trainer(GradientNormLogger(), log_every_n_steps=5, **deferring)
+    with pytest.raises(NonFiniteError, match="gradient of step 3 "):
+        trainer.fit(Poisoned(2))
+    assert trainer.global_step == 4  # before the update of step 5
+
+
+def test_deferred_flags_let_no_spoilt_checkpoint_be_written(make_trainer, deferring, tmp_path):
     class Saves(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             if trainer.global_step == 4:
                 trainer.save_checkpoint(tmp_path / "spoilt.ckpt")
 
+    trainer = make_trainer(GradientNormLogger(), Saves(), log_every_n_steps=50, **deferring)
     with pytest.raises(NonFiniteError, match="gradient of step 3 "):
-        make_trainer(GradientNormLogger(), Saves(), accelerator="gpu", devices=1, log_every_n_steps=50).fit(Poisoned(2))
+        trainer.fit(Poisoned(2))
     assert not (tmp_path / "spoilt.ckpt").exists()
+
+
+def test_deferred_flags_are_read_at_the_end(make_trainer, deferring):
+    with pytest.raises(NonFiniteError, match="gradient of step 8 "):
+        make_trainer(GradientNormLogger(), log_every_n_steps=50, **deferring).fit(Poisoned(7))
+
+
+def test_deferred_skip_still_decides_before_the_update(make_trainer, deferring):
+    model = Poisoned(2)
+    with pytest.warns(UserWarning, match="skipped the update of step 3"):
+        make_trainer(GradientNormLogger(on_non_finite="skip"), log_every_n_steps=50, **deferring).fit(model)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
