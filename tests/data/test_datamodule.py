@@ -117,12 +117,11 @@ def test_changed_data_is_tokenized_again(file) -> None:
 def test_a_damaged_cache_is_built_again(file) -> None:
     first = ready(file).train_data
     (cached,) = (file.parent / "cache").glob("*.safetensors")
-    intact = cached.read_bytes()
-    cached.write_bytes(intact[: len(intact) // 2])
+    cached.write_bytes(cached.read_bytes()[:300])
     with pytest.warns(UserWarning, match="tokenizing again"):
         again = ready(file).train_data
     assert again.ids.tolist() == first.ids.tolist()
-    assert cached.read_bytes() == intact
+    assert ready(file).train_data.ids.tolist() == first.ids.tolist(), "without a warning"
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(file) -> None:

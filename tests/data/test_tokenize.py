@@ -24,7 +24,7 @@ CHAT = [
     {"role": "user", "content": "What is 1 + 2? é"},
     {"role": "assistant", "content": "It is 3. 🎉"},
     {"role": "user", "content": "assistant\nIt is 3."},
-    {"role": "assistant", "content": "  Yes.\n\nIt is."},
+    {"role": "assistant", "content": "Yes.\n\nIt is."},
 ]
 
 
@@ -77,7 +77,7 @@ def supervised_runs(tokenizer, example: Encoded) -> list[str]:
 
 def test_every_assistant_turn_and_its_end_token_are_supervised(smollm) -> None:
     example = encode(smollm, CHAT)
-    assert supervised_runs(smollm, example) == ["It is 3. 🎉<|im_end|>", "  Yes.\n\nIt is.<|im_end|>"]
+    assert supervised_runs(smollm, example) == ["It is 3. 🎉<|im_end|>", "Yes.\n\nIt is.<|im_end|>"]
     whole = smollm.apply_chat_template(CHAT, tokenize=False)
     assert smollm.decode(example.ids) == whole.removesuffix("\n"), "the newline after the last end token is cut off"
     assert example.ids.count(smollm.eos_token_id) == 5, "system, and two turns of each"
@@ -100,6 +100,17 @@ def test_prompt_and_answer_have_the_tokens_of_the_whole(smollm) -> None:
         assert example.ids[: len(prompt)] == prompt
         assert not example.mask[len(prompt) - 1]
         assert example.mask[len(prompt)]
+
+
+def test_a_token_across_the_border_counts_as_prompt() -> None:
+    tokenizer = byte_tokenizer()
+    alphabet = tokenizer.get_vocab()
+    characters = {character: index for character, index in alphabet.items() if index < 256}
+    vocabulary = characters | {"ĊI": 259}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("Ċ", "I")])
+    example = encode(tokenizer, CHAT[:2])
+    assert supervised_runs(tokenizer, example) == ["t is 3. 🎉<eos>"]
+    assert tokenizer.decode(example.ids[example.mask.index(True) - 1]) == "\nI"
 
 
 def test_no_second_bos() -> None:
@@ -136,15 +147,15 @@ def test_without_a_chat_template_the_alpaca_layout_is_used() -> None:
 
 START = "{{ message.role + ': ' + message.content }}"
 TEMPLATES = {
-    "no end token": (START + "{{ '\n' }}", ["It is 3. 🎉\n", "  Yes.\n\nIt is.<eos>"]),
-    "eos, newline": (START + "{{ eos_token + '\n' }}", ["It is 3. 🎉<eos>", "  Yes.\n\nIt is.<eos>"]),
+    "no end token": (START + "{{ '\n' }}", ["It is 3. 🎉\n", "Yes.\n\nIt is.<eos>"]),
+    "eos, newline": (START + "{{ eos_token + '\n' }}", ["It is 3. 🎉<eos>", "Yes.\n\nIt is.<eos>"]),
     "only the last ends with eos": (
         START + "{{ eos_token if loop.last and message.role == 'assistant' else '\n' }}",
-        ["It is 3. 🎉", "  Yes.\n\nIt is.<eos>"],
+        ["It is 3. 🎉", "Yes.\n\nIt is.<eos>"],
     ),
     "something after the last turn": (
         START + "{{ eos_token }}{% if loop.last and not add_generation_prompt %}{{ '<eos> ' }}{% endif %}",
-        ["It is 3. 🎉<eos>", "  Yes.\n\nIt is.<eos><eos>"],
+        ["It is 3. 🎉<eos>", "Yes.\n\nIt is.<eos><eos>"],
     ),
     "trims the content": (
         "{{ message.role + ': ' + message.content | trim + eos_token }}",
@@ -169,7 +180,7 @@ def test_generation_prompt_that_opens_with_more_than_training_has() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("'assistant:\n'", "'assistant:\n<think>\n'")
     assert "<think>" in tokenizer.decode(format_prompt(tokenizer, CHAT[:1]))
-    assert supervised_runs(tokenizer, encode(tokenizer, CHAT)) == ["It is 3. 🎉<eos>", "  Yes.\n\nIt is.<eos>"]
+    assert supervised_runs(tokenizer, encode(tokenizer, CHAT)) == ["It is 3. 🎉<eos>", "Yes.\n\nIt is.<eos>"]
 
 
 def test_templates_that_rewrite_earlier_turns_or_refuse_are_reported_by_line() -> None:
@@ -188,7 +199,7 @@ def test_slow_tokenizers_go_by_token_prefixes() -> None:
     slow.chat_template = byte_tokenizer().chat_template.replace("{{ bos_token }}", "")
     assert not slow.is_fast
     example = encode(slow, CHAT)
-    assert supervised_runs(slow, example) == ["It is 3. 🎉</s>", "  Yes.\n\nIt is.</s>"]
+    assert supervised_runs(slow, example) == ["It is 3. 🎉</s>", "Yes.\n\nIt is.</s>"]
 
 
 def test_train_on_prompt_supervises_all_but_the_first(smollm) -> None:
