@@ -294,7 +294,7 @@ def test_hub_comes_first_where_it_can_be_reached(tiny: SimpleNamespace, hub: str
 
 @pytest.mark.real_model
 def test_real_model_arrives_and_speaks(tmp_path: Path) -> None:
-    folder = fetch(output=str(tmp_path / "smollm2"))
+    folder = fetch("smollm2-135m-instruct", output=str(tmp_path / "smollm2"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     chat = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
