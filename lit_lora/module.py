@@ -11,77 +11,28 @@ number of micro-batches instead; :meth:`optimizer_step` puts that right before a
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
-from lit_lora import causal_lm, schedule
+from lit_lora import causal_lm, schedule, training_state
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import InjectionReport, inject_lora
-from lit_lora.checkpoint import base_fingerprint, describe_mismatch, read_checkpoint, rng_state, set_rng_state
+from lit_lora.checkpoint import read_checkpoint
 from lit_lora.config import LoRAConfig, QuantizationConfig
-from lit_lora.metrics import StepMetrics, TrainingMetrics
+from lit_lora.metrics import TrainingMetrics
 from lit_lora.models import load_base_model, load_tokenizer
+from lit_lora.step_metrics import EvaluationMeans, LossOutput, StepRecorder
 
-_STATE = "lit_lora"
+__all__ = ["LoRALightningModule", "LossOutput"]
+
 _LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
-_STRUCTURE = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-)
-
-
-class LossOutput(NamedTuple):
-    """The loss of one micro-batch, unnormalised."""
-
-    loss_sum: Tensor
-    """Sum over supervised targets (tokens, images, ...), scalar."""
-    num_targets: int
-    """How many targets that sum is over, in this micro-batch on this rank."""
-    num_correct: Tensor | None = None
-    """How many of them were predicted right; None if not counted."""
-    num_tokens: int | None = None
-    """Real (unpadded) tokens in the micro-batch; the number of targets if None."""
-
-
-class _Window:
-    """Sums over the micro-batches of one optimizer step, on this rank."""
-
-    def __init__(self) -> None:
-        self.loss_sum: Tensor | float = 0.0
-        self.num_targets = 0
-        self.num_tokens = 0
-        self.num_batches = 0
-
-    def add(self, output: LossOutput) -> None:
-        self.loss_sum = self.loss_sum + output.loss_sum.detach().float()
-        self.num_targets += output.num_targets
-        self.num_tokens += output.num_targets if output.num_tokens is None else output.num_tokens
-        self.num_batches += 1
-
-    def totals(self, device: torch.device) -> Tensor:
-        counts = torch.tensor([self.num_targets, self.num_tokens], dtype=torch.float64)
-        loss_sum = torch.as_tensor(self.loss_sum, dtype=torch.float64, device=device)
-        return torch.cat([loss_sum.reshape(1), counts.to(device, non_blocking=True)])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**vars(self), "loss_sum": float(self.loss_sum)}
 
 
 class LoRALightningModule(L.LightningModule):
@@ -152,13 +103,9 @@ class LoRALightningModule(L.LightningModule):
         self.model: nn.Module | None = None
         self.injection_report: InjectionReport | None = None
         self.path: causal_lm.Path | None = None
-        self.training_metrics = TrainingMetrics()
-        self._window = _Window()
+        self._recorder = StepRecorder()
         self._resume_state: dict[str, Any] | None = None
-        self._step_ended_s: float | None = None
-        self._norms: Tensor | None = None
-        self._pending_steps: list[tuple[dict[str, Any], Tensor]] = []
-        self._means = nn.ModuleDict()
+        self._means = EvaluationMeans()
 
     # ------------------------------------------------------------------ hooks to override for other models
 
@@ -255,7 +202,7 @@ class LoRALightningModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, up to a constant factor; see :meth:`optimizer_step`."""
         output = self.compute_loss(batch)
-        self._window.add(output)
+        self._recorder.window.add(output)
         return output.loss_sum / _LOSS_DIVISOR
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -275,73 +222,61 @@ class LoRALightningModule(L.LightningModule):
         self._finish_step(optimizer)
 
     def _normalise_gradients(self) -> None:
-        totals = self.trainer.strategy.reduce(self._window.totals(self.device), reduce_op="sum")
-        assert isinstance(totals, Tensor)
-        self._totals = totals
+        totals = self._recorder.reduce(self.device, self._sum_over_ranks)
         factor = _LOSS_DIVISOR * self.trainer.accumulate_grad_batches * self.trainer.world_size
         gradients = [p.grad for p in self.trainable_parameters().values() if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, (factor / totals[1].clamp(min=1)).to(gradients[0].dtype))
 
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        total = self.trainer.strategy.reduce(values, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Take the norms of the unclipped gradients and of the parameters, and log the step's loss."""
         parameters = list(self.trainable_parameters().values())
         gradients = [p.grad for p in parameters if p.grad is not None]
-        self._norms = torch.stack([_norm(gradients, self.device), _norm([p.detach() for p in parameters], self.device)])
-        loss = (self._totals[0] / self._totals[1].clamp(min=1)).float()
-        self.log("train_loss", loss, prog_bar=True, rank_zero_only=True)
+        self._recorder.measure(gradients, [p.detach() for p in parameters], self.device)
+        self.log("train_loss", self._recorder.loss, prog_bar=True, rank_zero_only=True)
 
     def _finish_step(self, optimizer: Any) -> None:
-        now = time.perf_counter()
-        assert self._norms is not None
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        known = {
-            "step": self.trainer.global_step + 1,
-            "loss_scale": scaler.get_scale() if scaler is not None else 1.0,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "step_time_s": now - self._step_ended_s if self._step_ended_s is not None else 0.0,
-        }
-        self._pending_steps.append((known, torch.cat([self._totals, self._norms.double()])))
-        self._step_ended_s = now
-        self._window = _Window()
+        self._recorder.finish(
+            step=self.trainer.global_step + 1,
+            loss_scale=scaler.get_scale() if scaler is not None else 1.0,
+            learning_rate=optimizer.param_groups[0]["lr"],
+        )
         # Reading a value makes the host wait for a CUDA device, so there it is done on logging steps only.
-        if self.device.type == "cpu" or len(self._pending_steps) >= self.trainer.log_every_n_steps:
+        if self.device.type == "cpu" or self._recorder.num_pending >= self.trainer.log_every_n_steps:
             self.flush_metrics()
+
+    @property
+    def training_metrics(self) -> TrainingMetrics:
+        """The record of the run up to the last :meth:`flush_metrics`."""
+        return self._recorder.metrics
 
     def flush_metrics(self) -> TrainingMetrics:
         """Bring ``training_metrics`` up to the last step, and return it. Waits for the device."""
-        pending, self._pending_steps = self._pending_steps, []
-        if pending:
-            for (known, _), values in zip(pending, torch.stack([v for _, v in pending]).tolist(), strict=True):
-                loss_sum, num_targets, num_tokens, grad_norm, param_norm = values
-                step = StepMetrics(
-                    loss=loss_sum / max(num_targets, 1),
-                    grad_norm=grad_norm,
-                    param_norm=param_norm,
-                    num_tokens=int(num_tokens),
-                    num_target_tokens=int(num_targets),
-                    **known,
-                )
-                self.training_metrics.steps.append(step)
-        return self.training_metrics
+        return self._recorder.flush()
 
     # ------------------------------------------------------------------ validation, test, prediction
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the means of loss and accuracy."""
-        self._evaluate(batch)
+        self._means.add(self.compute_loss(batch, accuracy=True))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the means of loss and accuracy."""
-        self._evaluate(batch)
+        self._means.add(self.compute_loss(batch, accuracy=True))
 
     def on_validation_epoch_start(self) -> None:
         """Start new means."""
-        self._start_evaluation()
+        self._means = EvaluationMeans().to(self.device)
 
     def on_test_epoch_start(self) -> None:
         """Start new means."""
-        self._start_evaluation()
+        self._means = EvaluationMeans().to(self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val_loss`` (nats per token), ``val_perplexity`` and ``val_token_accuracy``."""
@@ -349,28 +284,14 @@ class LoRALightningModule(L.LightningModule):
         whole = not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == math.inf
         if whole and results:
             self.flush_metrics().validation.append({"step": self.trainer.global_step, **results})
-        self._step_ended_s = None if self._step_ended_s is None else time.perf_counter()
+        self._recorder.start_clock()
 
     def on_test_epoch_end(self) -> None:
         """Log ``test_loss``, ``test_perplexity`` and ``test_token_accuracy``."""
         self._finish_evaluation("test")
 
-    def _start_evaluation(self) -> None:
-        self._means = nn.ModuleDict({"loss": MeanMetric(), "token_accuracy": MeanMetric()}).to(self.device)
-
-    def _evaluate(self, batch: Any) -> None:
-        output = self.compute_loss(batch, accuracy=True)
-        if not output.num_targets:
-            return
-        self._means["loss"].update(output.loss_sum.detach() / output.num_targets, weight=output.num_targets)
-        if output.num_correct is not None:
-            self._means["token_accuracy"].update(output.num_correct / output.num_targets, weight=output.num_targets)
-
     def _finish_evaluation(self, prefix: str) -> dict[str, float]:
-        counted = {name: metric for name, metric in self._means.items() if metric.update_called}  # type: ignore[operator]
-        results = {f"{prefix}_{name}": metric.compute() for name, metric in counted.items()}  # type: ignore[operator]
-        if f"{prefix}_loss" in results:
-            results[f"{prefix}_perplexity"] = results[f"{prefix}_loss"].exp()
+        results = self._means.results(prefix)
         self.log_dict(results, prog_bar=True, rank_zero_only=True)
         return {name: value.item() for name, value in results.items()}
 
@@ -418,24 +339,14 @@ class LoRALightningModule(L.LightningModule):
         return type(result)([name for name in result.missing_keys if name in trainable], result.unexpected_keys)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what an exact continuation needs, and which base and structure the adapters belong to."""
-        assert self.model is not None, "configure_model has not run"
-        partial = None
-        if self._window.num_batches:
-            gradients = {n: p.grad.cpu() for n, p in self.trainable_parameters().items() if p.grad is not None}
-            partial = {"sums": self._window.state_dict(), "gradients": gradients}
-        ranks = [{"rng": rng_state(), "window": partial}]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, ranks[0])
-            ranks = gathered
-        checkpoint[_STATE] = {
-            "base": self.base,
-            "base_fingerprint": base_fingerprint(self.model),
-            "settings": self._settings(),
-            "ranks": ranks,
-            "metrics": self.flush_metrics().state_dict(),
-        }
+        """Add what an exact continuation needs, and which base and structure the adapters belong to.
+
+        Raises:
+            RuntimeError: in the middle of a batch, where there is no state to continue from.
+        """
+        checkpoint[training_state.KEY] = training_state.collect(
+            self.trainer, self._identity, self._settings(), self._recorder, self.trainable_parameters()
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint belongs to this base and these adapters; keep the rest for the start of training.
@@ -443,71 +354,32 @@ class LoRALightningModule(L.LightningModule):
         Raises:
             ValueError: naming what differs.
         """
-        assert self.model is not None, "configure_model has not run"
-        state = checkpoint.get(_STATE)
-        if state is None:
-            raise ValueError(
-                "this checkpoint was not written by a LoRALightningModule: it holds no base and no adapters"
-            )
-        settings = self._settings()
-        saved_lora, lora = ({k: s["lora"][k] for k in _STRUCTURE} for s in (state["settings"], settings))
-        differences = describe_mismatch(saved_lora, lora)
-        differences += describe_mismatch(
-            {"quantization": state["settings"]["quantization"]}, {"quantization": settings["quantization"]}
-        )
-        if differences:
-            raise ValueError(
-                "the checkpoint's adapters differ from the configured ones: "
-                + "; ".join(differences)
-                + ". Set them as saved to resume, or start a new run"
-            )
-        if state["base_fingerprint"] != base_fingerprint(self.model):
-            raise ValueError(
-                f"the checkpoint belongs to another base: it was trained on {state['base']!r}, this is {self.base!r} "
-                "with other weights. Set model.base to the base that it was trained on"
-            )
-        _check_keys(checkpoint["state_dict"], self.trainable_parameters())
+        state = training_state.check(checkpoint, self._identity, self.trainable_parameters())
         self._resume_state = state
-        self.training_metrics = TrainingMetrics.from_state_dict(state["metrics"])
+        self._recorder.metrics = TrainingMetrics.from_state_dict(state["metrics"])
+        if self._trainer is not None:  # without one, nothing is continued
+            training_state.align(checkpoint, self.trainer)
 
     def on_train_start(self) -> None:
         """Continue a resumed run where it was: random state, and the gradients of an unfinished window."""
-        self._step_ended_s = time.perf_counter()
+        self._recorder.start_clock()
         state, self._resume_state = self._resume_state, None
-        if state is None:
-            return
-        rank, ranks = self.global_rank, state["ranks"]
-        if len(ranks) == self.trainer.world_size:
-            set_rng_state(ranks[rank]["rng"])
-            self._restore_window([ranks[rank]["window"]])
-        elif rank == 0:  # another number of processes: all that was summed goes to one of them
-            self._restore_window([entry["window"] for entry in ranks])
+        if state is not None:
+            training_state.restore(state, self.trainer, self._recorder.window, self.trainable_parameters())
 
-    def _restore_window(self, windows: list[dict[str, Any] | None]) -> None:
-        parameters = self.trainable_parameters()
-        for window in filter(None, windows):
-            for name, value in window["sums"].items():
-                setattr(self._window, name, getattr(self._window, name) + value)
-            for name, gradient in window["gradients"].items():
-                gradient = gradient.to(parameters[name].device)
-                previous = parameters[name].grad
-                parameters[name].grad = gradient if previous is None else previous + gradient
+    @property
+    def _identity(self) -> training_state.Identity:
+        assert self.model is not None, "configure_model has not run"
+        return training_state.Identity(self.base, self.model, self.lora, self.quantization)
 
     def _settings(self) -> dict[str, Any]:
+        names = ("base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule")
+        names += ("warmup_ratio", "packing", "gradient_checkpointing", "max_new_tokens")
         return {
-            "base": self.base,
             "lora": asdict(self.lora),
             "quantization": asdict(self.quantization) if self.quantization is not None else None,
             "dtype": self.dtype_name,
-            "revision": self.revision,
-            "trust_remote_code": self.trust_remote_code,
-            "learning_rate": self.learning_rate,
-            "weight_decay": self.weight_decay,
-            "lr_schedule": self.lr_schedule,
-            "warmup_ratio": self.warmup_ratio,
-            "packing": self.packing,
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "max_new_tokens": self.max_new_tokens,
+            **{name: getattr(self, name) for name in names},
         }
 
     @classmethod
@@ -516,7 +388,7 @@ class LoRALightningModule(L.LightningModule):
 
         Lightning's own key for hyper-parameters is not used: its command line would let the file override options.
         """
-        saved = read_checkpoint(checkpoint_path).get(_STATE, {}).get("settings", {})
+        saved = read_checkpoint(checkpoint_path).get(training_state.KEY, {}).get("settings", {})
         trust = kwargs.pop("trust_remote_code", False)  # never taken from a file
         return super().load_from_checkpoint(checkpoint_path, **{**saved, **kwargs, "trust_remote_code": trust})
 
@@ -527,22 +399,3 @@ def _keep_batch_norm_frozen(model: nn.Module) -> None:
             p.requires_grad for p in module.parameters()
         ):
             module.eval()
-
-
-def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
-    if not tensors:
-        return torch.zeros((), device=device)
-    return torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(tensors)]))
-
-
-def _check_keys(saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    problems = [f"missing {name}" for name in parameters if name not in saved]
-    problems += [f"unexpected {name}" for name in saved if name not in parameters]
-    problems += [
-        f"{name} has shape {tuple(saved[name].shape)}, expected {tuple(parameter.shape)}"
-        for name, parameter in parameters.items()
-        if name in saved and saved[name].shape != parameter.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError("the checkpoint does not fit the adapters: " + "; ".join(problems[:5]) + more)

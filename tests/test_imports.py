@@ -35,10 +35,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.fetch": {"models"},
     "causal_lm": {"losses", "attention"},
     "models": {"adapters", "data.byte_tokenizer"},
-    "data": {"models", "data.byte_tokenizer"},
+    "data": {"models", "data.byte_tokenizer", "data.resume"},
     "memory": {"adapters", "models", "causal_lm"},
+    "step_metrics": set(),
+    "data.resume": set(),
+    "training_state": {"checkpoint", "step_metrics", "data.resume"},
     "module": {
         "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "schedule", "activation_checkpointing",
+        "step_metrics", "training_state",
     },
     "callbacks": {"adapters"},
     "tools": {

@@ -1,0 +1,161 @@
+"""What an optimizer step measured: summed over micro-batches and ranks, kept on the device, read when that is free.
+
+A value on a CUDA device makes the host wait when it is read, so finished steps stay there until a logging step, a
+checkpoint or the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lit_lora.metrics import StepMetrics, TrainingMetrics
+
+
+class LossOutput(NamedTuple):
+    """The loss of one micro-batch, unnormalised."""
+
+    loss_sum: Tensor
+    """Sum over supervised targets (tokens, images, ...), scalar."""
+    num_targets: int
+    """How many targets that sum is over, in this micro-batch on this rank."""
+    num_correct: Tensor | None = None
+    """How many of them were predicted right; None if not counted."""
+    num_tokens: int | None = None
+    """Real (unpadded) tokens in the micro-batch; the number of targets if None."""
+
+
+class StepWindow:
+    """Sums over the micro-batches of one optimizer step, on this rank."""
+
+    def __init__(self) -> None:
+        self.loss_sum: Tensor | float = 0.0
+        self.num_targets = 0
+        self.num_tokens = 0
+        self.num_batches = 0
+
+    def add(self, output: LossOutput) -> None:
+        """Add a micro-batch."""
+        self.loss_sum = self.loss_sum + output.loss_sum.detach().float()
+        self.num_targets += output.num_targets
+        self.num_tokens += output.num_targets if output.num_tokens is None else output.num_tokens
+        self.num_batches += 1
+
+    def totals(self, device: torch.device) -> Tensor:
+        """Loss sum, targets and tokens, ``(3,)`` float64."""
+        counts = torch.tensor([self.num_targets, self.num_tokens], dtype=torch.float64)
+        loss_sum = torch.as_tensor(self.loss_sum, dtype=torch.float64, device=device)
+        return torch.cat([loss_sum.reshape(1), counts.to(device, non_blocking=True)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain numbers."""
+        return {**vars(self), "loss_sum": float(self.loss_sum)}
+
+    def add_state(self, state: dict[str, Any]) -> None:
+        """Add the sums of a saved window; those of several ranks may follow one another."""
+        for name, value in state.items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+class StepRecorder:
+    """Turns finished windows into the :class:`TrainingMetrics` of the run."""
+
+    def __init__(self) -> None:
+        self.metrics = TrainingMetrics()
+        self.window = StepWindow()
+        self.totals: Tensor | None = None
+        """Of the step that is being taken, over all ranks: loss sum, targets, tokens; ``(3,)`` float64."""
+        self._norms: Tensor | None = None
+        self._pending: list[tuple[dict[str, Any], Tensor]] = []
+        self._ended_s: float | None = None
+
+    def start_clock(self) -> None:
+        """What came before (loading, validation) is no step's time."""
+        self._ended_s = time.perf_counter()
+
+    def reduce(self, device: torch.device, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+        """Sum the window over all ranks, and keep that for :meth:`finish`."""
+        self.totals = sum_over_ranks(self.window.totals(device))
+        return self.totals
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss per target of the step that is being taken, on the device."""
+        assert self.totals is not None, "reduce comes first"
+        return (self.totals[0] / self.totals[1].clamp(min=1)).float()
+
+    def measure(self, gradients: list[Tensor], parameters: list[Tensor], device: torch.device) -> None:
+        """Take the norms of gradients and parameters as they are now."""
+        self._norms = torch.stack([_norm(gradients, device), _norm(parameters, device)])
+
+    def finish(self, *, step: int, loss_scale: float, learning_rate: float) -> None:
+        """Close the window as optimizer step number ``step``."""
+        assert self._norms is not None, "measure comes first"
+        assert self.totals is not None, "reduce comes first"
+        now = time.perf_counter()
+        known = {
+            "step": step,
+            "loss_scale": loss_scale,
+            "learning_rate": learning_rate,
+            "step_time_s": now - self._ended_s if self._ended_s is not None else 0.0,
+        }
+        self._pending.append((known, torch.cat([self.totals, self._norms.double()])))
+        self._ended_s = now
+        self.window = StepWindow()
+
+    @property
+    def num_pending(self) -> int:
+        """Steps that are not in :attr:`metrics` yet."""
+        return len(self._pending)
+
+    def flush(self) -> TrainingMetrics:
+        """Bring the metrics up to the last step, and return them. Waits for the device."""
+        pending, self._pending = self._pending, []
+        if pending:
+            for (known, _), values in zip(pending, torch.stack([v for _, v in pending]).tolist(), strict=True):
+                loss_sum, num_targets, num_tokens, grad_norm, param_norm = values
+                step = StepMetrics(
+                    loss=loss_sum / max(num_targets, 1),
+                    grad_norm=grad_norm,
+                    param_norm=param_norm,
+                    num_tokens=int(num_tokens),
+                    num_target_tokens=int(num_targets),
+                    **known,
+                )
+                self.metrics.steps.append(step)
+        return self.metrics
+
+
+class EvaluationMeans(nn.Module):
+    """Means over an evaluation, each weighted by targets: loss and token accuracy, over all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = nn.ModuleDict({"loss": MeanMetric(), "token_accuracy": MeanMetric()})
+
+    def add(self, output: LossOutput) -> None:
+        """Add a batch; one without targets changes nothing."""
+        if not output.num_targets:
+            return
+        self.means["loss"].update(output.loss_sum.detach() / output.num_targets, weight=output.num_targets)
+        if output.num_correct is not None:
+            self.means["token_accuracy"].update(output.num_correct / output.num_targets, weight=output.num_targets)
+
+    def results(self, prefix: str) -> dict[str, Tensor]:
+        """``<prefix>_loss`` (nats per token), ``<prefix>_perplexity``, ``<prefix>_token_accuracy`` where counted."""
+        counted = {name: metric for name, metric in self.means.items() if metric.update_called}  # type: ignore[operator]
+        results = {f"{prefix}_{name}": metric.compute() for name, metric in counted.items()}  # type: ignore[operator]
+        if f"{prefix}_loss" in results:
+            results[f"{prefix}_perplexity"] = results[f"{prefix}_loss"].exp()
+        return results
+
+
+def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(tensors)]))
