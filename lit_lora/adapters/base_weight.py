@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lit_lora.config import QuantizationConfig
@@ -171,7 +172,9 @@ def quantize_(model: nn.Module, quantization: QuantizationConfig) -> None:
         num_in, num_out, has_bias = module.in_features, module.out_features, module.bias is not None
         weight, device = module.weight.detach(), module.weight.device
         layer: Any
-        if quantization.bits == 8:
+        if isinstance(weight, FakeTensor):
+            layer = _fake_quantized_layer(weight, quantization)
+        elif quantization.bits == 8:
             layer = bnb.nn.Linear8bitLt(num_in, num_out, has_bias, has_fp16_weights=False, threshold=6.0, device="meta")
             # Int8Params quantizes only on the way from the CPU.
             layer.weight = int8(weight.cpu(), requires_grad=False).to(device)
@@ -190,6 +193,38 @@ def quantize_(model: nn.Module, quantization: QuantizationConfig) -> None:
         layer.bias = module.bias
         prepare_base_layer(layer)
         model.set_submodule(name, layer.train(module.training))
+
+
+def _fake_quantized_layer(weight: Tensor, quantization: QuantizationConfig) -> Any:
+    """A quantized layer whose tensors have sizes but no memory, to trace a step with; see ``memory.py``.
+
+    bitsandbytes' own functions make its tensors. Only its parameter classes are left out: a fake tensor can be no
+    instance of them (0.50).
+    """
+    import bitsandbytes as bnb
+
+    num_out, num_in = weight.shape
+    layer: Any
+    with unset_fake_temporarily():
+        bnb.functional.quantize_blockwise(torch.zeros(1))  # fills its table of codes, which must not be a fake one
+        if quantization.bits == 8:
+            layer = bnb.nn.Linear8bitLt(num_in, num_out, False, has_fp16_weights=False, threshold=6.0, device="meta")
+        else:
+            layer = bnb.nn.Linear4bit(num_in, num_out, False, _compute_dtype(quantization, weight.dtype), device="meta")
+    if quantization.bits == 8:
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+        layer.weight = nn.Parameter(codes, requires_grad=False)
+        layer.state.CB, layer.state.SCB = layer.weight.data, scales
+        return layer
+    packed, state = bnb.functional.quantize_4bit(
+        weight,
+        blocksize=quantization.block_size,
+        compress_statistics=quantization.double_quant,
+        quant_type=quantization.quant_type,
+    )
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+    layer.weight.quant_state = layer.quant_state = state
+    return layer
 
 
 _HEADS = ("lm_head", "embed_out", "output_projection")
