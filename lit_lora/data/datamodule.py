@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, default_cache_dir, tokenizer_digest
 from lit_lora.data.packing import collate_packed, collate_padded
@@ -372,8 +372,6 @@ class SFTDataModule(pl.LightningDataModule):
         return torch.Generator().manual_seed(self.batch_settings.seed)
 
     def _check_vocabulary(self, data: TokenizedDataset) -> None:
-        from transformers import PreTrainedModel
-
         module = None if self.trainer is None else self.trainer.lightning_module
         model = getattr(module, "model", None)
         if isinstance(model, PreTrainedModel):

@@ -35,6 +35,10 @@ class Recorder(pl.LightningModule):
         self.align = align
         self.fail_at = fail_at
         self.seen: list[list[int]] = []
+        self.epochs: list[int] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.epochs.append(self.trainer.current_epoch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         if self.fail_at == len(self.seen):
@@ -240,6 +244,30 @@ def test_a_run_ended_by_max_steps_goes_on_in_the_epoch(data_file, tmp_path, step
     whole = whole_run(data_file, None, resume_with)
     assert first.seen + resumed.seen == whole.seen
     assert torch.equal(resumed.weight, whole.weight)
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_order_goes_on_although_the_module_aligns_nothing(data_file, tmp_path, steps) -> None:
+    """Lightning then gives the interrupted epoch the next number, and the one after it the next but one."""
+    stopped = trainer(max_epochs=-1, max_steps=steps)
+    first = Recorder(align=False)
+    stopped.fit(first, datamodule=data_module(data_file))
+    stopped.save_checkpoint(tmp_path / "last.ckpt")
+    options = {"max_epochs": -1, "max_steps": 13}
+    resumed = run(data_file, Recorder(align=False), ckpt_path=tmp_path / "last.ckpt", **options)
+    assert first.seen + resumed.seen == whole_run(data_file, None, options).seen
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
+def test_after_a_stop_at_an_epochs_end_the_next_epoch_starts_in_full(data_file, tmp_path, hook) -> None:
+    _, _, resumed = stop_and_resume(data_file, tmp_path, hook, BATCHES)
+    assert resumed.epochs == [1, 2]
+    assert resumed.trainer.fit_loop.epoch_progress.total.completed == EPOCHS
+
+
+def test_overfitting_repeats_the_same_batches(data_file) -> None:
+    seen = run(data_file, Recorder(align=True), overfit_batches=2).seen
+    assert seen == [[0, 1], [2, 3]] * EPOCHS
 
 
 def test_schedulers_and_hooks_may_ask_for_the_loader(data_file, tmp_path) -> None:
