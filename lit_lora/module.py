@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lit_lora import causal_lm, schedule, training_state
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import InjectionReport, inject_lora
+from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.checkpoint import read_checkpoint
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.metrics import TrainingMetrics
@@ -33,6 +34,9 @@ from lit_lora.step_metrics import EvaluationMeans, LossOutput, StepRecorder
 __all__ = ["LoRALightningModule", "LossOutput"]
 
 _LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
+_PLAIN_SETTINGS = ("base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule")
+_PLAIN_SETTINGS += ("warmup_ratio", "packing", "chunked_loss", "fused_lora")
+_PLAIN_SETTINGS += ("gradient_checkpointing", "max_new_tokens")
 
 
 class LoRALightningModule(L.LightningModule):
@@ -54,6 +58,8 @@ class LoRALightningModule(L.LightningModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         packing: bool = True,
+        chunked_loss: bool = True,
+        fused_lora: bool = True,
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 128,
     ) -> None:
@@ -73,6 +79,8 @@ class LoRALightningModule(L.LightningModule):
             optimizer: replaces the built-in AdamW; gets adapter parameters only.
             lr_scheduler: replaces the built-in schedule; stepped after every optimizer step.
             packing: run examples one after another without padding, where that is exact for the model.
+            chunked_loss: compute the loss from hidden states in chunks, where that is exact; else from full logits.
+            fused_lora: one autograd function per adapted layer; else plain operations, for comparison.
             gradient_checkpointing: recompute each layer in the backward pass: less memory, more time.
             max_new_tokens: longest generation of ``predict``, in tokens.
         """
@@ -90,6 +98,8 @@ class LoRALightningModule(L.LightningModule):
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
         self.packing = packing
+        self.chunked_loss = chunked_loss
+        self.fused_lora = fused_lora
         self.gradient_checkpointing = gradient_checkpointing
         self.max_new_tokens = max_new_tokens
         if learning_rate <= 0:
@@ -131,17 +141,19 @@ class LoRALightningModule(L.LightningModule):
         nll_sum, num_correct = causal_lm.language_model_loss(self.model, batch, self.path, accuracy=accuracy)  # type: ignore[arg-type]
         return LossOutput(nll_sum, batch["target_ids"].numel(), num_correct, batch.get("num_tokens"))
 
-    # ------------------------------------------------------------------ building
-
     def configure_model(self) -> None:
         """Load the base, inject the adapters, freeze everything else. Does nothing the second time."""
         if self.model is not None:
             return
         model = self.load_base()
         self.injection_report = inject_lora(model, self.lora)
+        if not self.fused_lora:
+            for _, layer in lora_layers(model):
+                if isinstance(layer, LoRALinear):
+                    layer.has_fast_path = False
         model.train()
         if self._is_language_model:
-            self.path = causal_lm.choose_path(model, packing=self.packing)  # type: ignore[arg-type]
+            self.path = causal_lm.choose_path(model, packing=self.packing, direct_head=self.chunked_loss)  # type: ignore[arg-type]
             rank_zero_info(f"Forward path: {self.path}")
         if self.gradient_checkpointing:
             checkpoint_layers(model)
@@ -373,13 +385,11 @@ class LoRALightningModule(L.LightningModule):
         return training_state.Identity(self.base, self.model, self.lora, self.quantization)
 
     def _settings(self) -> dict[str, Any]:
-        names = ("base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule")
-        names += ("warmup_ratio", "packing", "gradient_checkpointing", "max_new_tokens")
         return {
             "lora": asdict(self.lora),
             "quantization": asdict(self.quantization) if self.quantization is not None else None,
             "dtype": self.dtype_name,
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in _PLAIN_SETTINGS},
         }
 
     @classmethod

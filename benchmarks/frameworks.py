@@ -1,0 +1,319 @@
+"""One framework, one process: ``python -m benchmarks.frameworks NAME job.json`` trains and prints what it measured.
+
+Every runner trains on the job's examples in their order, four to a step, from the job's adapter, with AdamW, a constant
+learning rate and clipping at 1.0. The first step is not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+Job = dict[str, Any]
+STARTED_S = psutil.Process().create_time()
+
+
+def _examples(job: Job) -> list[tuple[list[int], list[bool]]]:
+    return [(ids, mask) for ids, mask in json.loads(Path(job["examples"]).read_text())]
+
+
+def _counts(job: Job) -> dict[str, int]:
+    """Real and supervised tokens of the counted steps; the same for every framework."""
+    counted = _examples(job)[job["batch_size"] :]
+    return {
+        "num_tokens": sum(len(ids) for ids, _ in counted),
+        "num_target_tokens": sum(sum(mask) for _, mask in counted),
+    }
+
+
+def _result(job: Job, ends_s: list[float], losses: list[float]) -> dict[str, Any]:
+    return {
+        **_counts(job),
+        "step_times_s": [b - a for a, b in zip(ends_s, ends_s[1:], strict=False)],
+        "time_to_first_step_s": ends_s[0] - STARTED_S,
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
+
+
+# ---------------------------------------------------------------------- lit_lora
+
+
+def lit_lora(job: Job, *, huge_pages: bool = True, **options: Any) -> dict[str, Any]:
+    if huge_pages:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # what the command line does
+    import lightning as L
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file
+    from torch.utils.data import DataLoader
+
+    from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig
+    from lit_lora.adapters.peft_format import load_adapter_state_dict
+    from lit_lora.callbacks import GradientFlowAssertion, GradientNormLogger, MemoryProfiler, ThroughputLogger
+    from lit_lora.data.dataset import TokenizedExample
+    from lit_lora.data.packing import collate_packed, collate_padded
+
+    torch.set_num_threads(job["threads"])
+
+    class FromAdapter(LoRALightningModule):
+        """Starts from the job's adapter instead of a random one."""
+
+        def configure_model(self) -> None:
+            if self.model is not None:
+                return
+            super().configure_model()
+            tensors = load_file(Path(job["adapter"]) / "adapter_model.safetensors")
+            state = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+            load_adapter_state_dict(self.model, state)
+
+    ends_s: list[float] = []
+
+    class Clock(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            ends_s.append(time.time())
+
+    examples = [
+        TokenizedExample(i, np.array(ids, dtype=np.int32), np.array(mask))
+        for i, (ids, mask) in enumerate(_examples(job))
+    ]
+    module = FromAdapter(
+        job["base"],
+        lora=LoRAConfig(r=8, lora_alpha=16),
+        quantization=QuantizationConfig() if job["quantized"] else None,
+        learning_rate=job["learning_rate"],
+        lr_schedule="constant",
+        warmup_ratio=0.0,
+        **options,
+    )
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=job["steps"], gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=Path(job["adapter"]).parent,
+        callbacks=[GradientNormLogger(), MemoryProfiler(), GradientFlowAssertion(), ThroughputLogger(), Clock()],
+    )  # fmt: skip
+    collate = collate_padded if options.get("packing") is False else collate_packed
+    trainer.fit(module, DataLoader(examples, batch_size=job["batch_size"], collate_fn=collate))
+    return _result(job, ends_s, module.flush_metrics().losses)
+
+
+# ---------------------------------------------------------------------- PEFT and what stands on it
+
+
+def _peft_model(job: Job) -> Any:
+    import torch
+    from peft import PeftModel
+
+    from lit_lora.models import resolve_base
+
+    torch.set_num_threads(job["threads"])
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if job["quantized"]:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(resolve_base(job["base"])[0], **options)
+    return PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
+
+
+def _rows(job: Job) -> list[dict[str, list[int]]]:
+    return [
+        {"input_ids": ids, "labels": [t if keep else -100 for t, keep in zip(ids, mask, strict=True)]}
+        for ids, mask in _examples(job)
+    ]
+
+
+def _arguments(job: Job) -> dict[str, Any]:
+    return {
+        "output_dir": str(Path(job["adapter"]).parent / "trainer"),
+        "per_device_train_batch_size": job["batch_size"],
+        "max_steps": job["steps"],
+        "learning_rate": job["learning_rate"],
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+def _train(job: Job, make_trainer: Callable[..., Any]) -> dict[str, Any]:
+    from torch.utils.data import SequentialSampler
+    from transformers import TrainerCallback
+
+    ends_s: list[float] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends_s.append(time.time())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                losses.append(float(logs["loss"]))
+
+    trainer = make_trainer(Clock())
+    trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
+    trainer.train()
+    return _result(job, ends_s, losses)
+
+
+def peft(job: Job) -> dict[str, Any]:
+    """PEFT and transformers' Trainer, at their defaults."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    from lit_lora import load_tokenizer
+
+    model = _peft_model(job)
+    collator = DataCollatorForSeq2Seq(load_tokenizer(job["base"]), padding=True)
+    return _train(
+        job,
+        lambda clock: Trainer(
+            model=model, args=TrainingArguments(**_arguments(job)), train_dataset=_rows(job), data_collator=collator,
+            callbacks=[clock],
+        ),
+    )  # fmt: skip
+
+
+def trl(job: Job, **options: Any) -> dict[str, Any]:
+    """TRL's SFTTrainer, at its defaults (activation checkpointing on)."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from lit_lora import load_tokenizer
+
+    model = _peft_model(job)
+    rows = [{"input_ids": ids, "completion_mask": [int(m) for m in mask]} for ids, mask in _examples(job)]
+    arguments = {**_arguments(job), "bf16": False, "max_length": None, "completion_only_loss": True, **options}
+    return _train(
+        job,
+        lambda clock: SFTTrainer(
+            model=model, args=SFTConfig(**arguments), train_dataset=Dataset.from_list(rows),
+            processing_class=load_tokenizer(job["base"]), callbacks=[clock],
+        ),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- parity and the limit
+
+
+def parity(job: Job) -> dict[str, Any]:
+    """Adapter gradients of the first batch: lit_lora's step against PEFT's model on padded rows, in float32."""
+    import numpy as np
+    import torch
+
+    from lit_lora import QuantizationConfig, load_base_model
+    from lit_lora.adapters.peft_format import load_adapter
+    from lit_lora.causal_lm import choose_path, language_model_loss
+    from lit_lora.data.dataset import TokenizedExample
+    from lit_lora.data.packing import collate_packed
+
+    first = _examples(job)[: job["batch_size"]]
+    model = load_base_model(
+        job["base"], dtype="float32", quantization=QuantizationConfig() if job["quantized"] else None
+    )
+    load_adapter(model, job["adapter"], trainable=True)
+    batch = collate_packed(
+        [TokenizedExample(i, np.array(x, dtype=np.int32), np.array(m)) for i, (x, m) in enumerate(first)]
+    )
+    nll_sum = language_model_loss(model, batch, choose_path(model)).nll_sum
+    (nll_sum / batch["target_ids"].numel()).backward()
+    ours = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    theirs_model = _peft_model(job)
+    length = max(len(ids) for ids, _ in first)
+    ids = torch.tensor([x + [0] * (length - len(x)) for x, _ in first])
+    mask = torch.tensor([[1] * len(x) + [0] * (length - len(x)) for x, _ in first])
+    labels = torch.tensor(
+        [[t if k else -100 for t, k in zip(x, m, strict=True)] + [-100] * (length - len(x)) for x, m in first]
+    )
+    theirs_model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    theirs = {
+        n.removeprefix("base_model.model.").replace(".default", ""): p.grad
+        for n, p in theirs_model.named_parameters()
+        if p.grad is not None
+    }
+    assert ours.keys() == theirs.keys(), "different parameters train"
+    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+    difference = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    return {"gradient_difference": difference / largest, "largest_gradient": largest}
+
+
+def limit(job: Job) -> dict[str, Any]:
+    """The products that no exact step can do without, alone, in the job's shapes.
+
+    Base forward and input gradient, the adapters' six narrow products, the head at supervised positions in both
+    directions, and attention per example in both directions. No other work.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    from lit_lora import load_base_model
+
+    torch.set_num_threads(job["threads"])
+    model = load_base_model(job["base"], dtype="float32")
+    config = model.config
+    layers = [[m.weight.detach() for m in layer.modules() if isinstance(m, nn.Linear)] for layer in model.model.layers]
+    head = model.get_output_embeddings().weight.detach()
+    examples, size = _examples(job), job["batch_size"]
+    ends_s = []
+    widths = {n for weights in layers for w in weights for n in w.shape}
+    for start in range(0, len(examples), size):
+        batch = examples[start : start + size]
+        lengths = [max(i for i, keep in enumerate(mask) if keep) + 1 for _, mask in batch]
+        x = {n: torch.randn(sum(lengths), n) for n in widths}
+        down = torch.randn(sum(lengths), 8)
+        hidden = torch.randn(sum(sum(mask) for _, mask in batch), config.hidden_size)
+        queries = [torch.randn(1, config.num_attention_heads, n, config.head_dim, requires_grad=True) for n in lengths]
+        buffer = torch.empty(512, len(head))
+        for weights in layers:
+            for weight in weights:
+                out, inner = weight.shape
+                a, b = weight[:8], weight[:, :8]
+                torch.mm(x[inner], weight.t())
+                torch.mm(x[out], weight)
+                for left, right in ((x[inner], a.t()), (down, b.t()), (x[out], b), (down, a)):
+                    torch.mm(left, right)
+                torch.mm(down.t(), x[inner])
+                torch.mm(x[out].t(), down)
+            for query in queries:
+                F.scaled_dot_product_attention(query, query, query, is_causal=True).backward(query.detach())
+        for row in range(0, len(hidden), 512):
+            chunk = hidden[row : row + 512]
+            torch.mm(torch.mm(chunk, head.t(), out=buffer[: len(chunk)]), head)
+        ends_s.append(time.time())
+    return _result(job, ends_s, [0.0])
+
+
+FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "lit_lora": lit_lora,
+    "peft": peft,
+    "trl": trl,
+    "trl_tuned": lambda job: trl(job, gradient_checkpointing=False),
+    "limit": limit,
+    "parity": parity,
+    "no_packing": lambda job: lit_lora(job, packing=False),
+    "model_logits": lambda job: lit_lora(job, chunked_loss=False),
+    "plain_linear": lambda job: lit_lora(job, fused_lora=False),
+    "no_huge_pages": lambda job: lit_lora(job, huge_pages=False),
+    "checkpointing": lambda job: lit_lora(job, gradient_checkpointing=True),
+}
+
+
+if __name__ == "__main__":
+    with open(sys.argv[2]) as file:
+        print(json.dumps(FRAMEWORKS[sys.argv[1]](json.load(file))))

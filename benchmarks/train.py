@@ -1,0 +1,209 @@
+"""Training speed and memory, side by side with the peers that are installed.
+
+One command runs every framework in a process of its own, in turn (A B C, A B C, ...), on the same token lists in the same
+order, from the same initial adapter, with the same optimizer, learning rate, clipping and batch size. Nothing is timed
+before parity is shown: adapter gradients of lit_lora and PEFT on the first batch, and the loss curves.
+
+    python -m benchmarks.train --data gsm8k.jsonl                         # natural lengths, LoRA
+    python -m benchmarks.train --data gsm8k.jsonl --quantized             # the same on an NF4 base
+    python -m benchmarks.train --data gsm8k.jsonl --workload dense        # packed to --length tokens, all supervised
+    python -m benchmarks.train --data gsm8k.jsonl --ablation              # each technique of lit_lora off in turn
+
+``--data`` is a JSONL file that ``lit-lora fit`` can read, of natural text. Peers: ``pip install -e .[bench]``.
+Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+LORA = ["lit_lora", "peft", "trl", "trl_tuned", "limit"]
+ABLATION = ["lit_lora", "no_packing", "model_logits", "plain_linear", "no_huge_pages", "checkpointing"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="JSONL file with natural text")
+    parser.add_argument("--base", default="smollm2-135m-instruct")
+    parser.add_argument("--workload", choices=["natural", "dense", "long"], default="natural")
+    parser.add_argument("--length", type=int, default=512, help="tokens an example, for dense and long")
+    parser.add_argument("--batch-size", type=int, default=4, help="examples a step")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps; one more comes first")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--frameworks", nargs="+", default=None)
+    parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--quantized", action="store_true", help="NF4 base with double quantization")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--name", default=None, help="of the result files")
+    args = parser.parse_args()
+    frameworks = args.frameworks or (ABLATION if args.ablation else LORA)
+    name = args.name or "_".join(
+        ["ablation" if args.ablation else "train", args.workload, "qlora" if args.quantized else "lora"]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        job = _prepare(args, Path(folder))
+        parity = _parity(job, Path(folder))
+        rows = []
+        for round_number in range(args.rounds):
+            for framework in frameworks:
+                measured = _run(framework, job, Path(folder))
+                if measured is None:
+                    continue
+                rows.append({"round": round_number, "framework": framework, **measured})
+                print(
+                    f"round {round_number + 1}/{args.rounds} {framework}: {measured['tokens_per_s']:.0f} tokens/s",
+                    flush=True,
+                )
+    _write(name, rows, args, parity)
+
+
+def _prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Tokens, an initial adapter, and the settings all frameworks share, in one folder."""
+    import torch
+
+    from lit_lora import LoRAConfig, inject_lora, load_base_model, load_tokenizer, save_adapter
+    from lit_lora.data.prepare import SourceSettings, tokenize_source
+
+    num_examples = args.batch_size * (args.steps + 1)
+    tokenizer = load_tokenizer(args.base)
+    limit = num_examples if args.workload == "natural" else None
+    dataset = tokenize_source(
+        args.data, tokenizer, SourceSettings(max_length=8192, limit=limit), cache_dir=folder / "cache"
+    )
+    examples = [(dataset[i].ids.tolist(), dataset[i].mask.tolist()) for i in range(len(dataset))]
+    if args.workload != "natural":
+        flat = [token for ids, _ in examples for token in ids]
+        flat = (flat * (1 + num_examples * args.length // len(flat)))[: num_examples * args.length]
+        mask = [False] + [True] * (args.length - 1)
+        examples = [(flat[i * args.length : (i + 1) * args.length], mask) for i in range(num_examples)]
+    (folder / "examples.json").write_text(json.dumps(examples[:num_examples]))
+    torch.manual_seed(0)
+    model = load_base_model(args.base, dtype="float32")
+    inject_lora(model, LoRAConfig(r=8, lora_alpha=16))
+    save_adapter(model, folder / "adapter", base_model_name=args.base)
+    job = {
+        "base": args.base,
+        "examples": str(folder / "examples.json"),
+        "adapter": str(folder / "adapter"),
+        "batch_size": args.batch_size,
+        "steps": args.steps + 1,
+        "learning_rate": 2e-4,
+        "threads": args.threads,
+        "quantized": args.quantized,
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    return job
+
+
+def _parity(job: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Largest difference of adapter gradients to PEFT's on the first batch, relative to the largest gradient."""
+    measured = _run("parity", job, folder)
+    assert measured is not None
+    if not measured["gradient_difference"] < 1e-5:
+        raise SystemExit(
+            f"no parity, no numbers: gradients differ from PEFT's by {measured['gradient_difference']:.1e}"
+        )
+    print(
+        f"parity: adapter gradients equal PEFT's within {measured['gradient_difference']:.1e} of the largest",
+        flush=True,
+    )
+    return measured
+
+
+def _run(framework: str, job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+    environment.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.frameworks", framework, str(folder / "job.json")],
+        capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent, check=False,
+    )  # fmt: skip
+    if process.returncode:
+        print(f"{framework} did not run: {process.stderr.strip().splitlines()[-1]}", flush=True)
+        return None
+    result: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    if "step_times_s" in result:
+        seconds = sum(result["step_times_s"])
+        result["tokens_per_s"] = result["num_tokens"] / seconds
+        result["target_tokens_per_s"] = result["num_target_tokens"] / seconds
+        result["median_step_s"] = statistics.median(result["step_times_s"])
+    return result
+
+
+def _write(name: str, rows: list[dict[str, Any]], args: argparse.Namespace, parity: dict[str, float]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    fields = [
+        "round", "framework", "tokens_per_s", "target_tokens_per_s", "median_step_s", "peak_rss_mib",
+        "time_to_first_step_s", "first_loss", "last_loss",
+    ]  # fmt: skip
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    order = list(dict.fromkeys(row["framework"] for row in rows))
+    baseline = {
+        row["round"]: row["tokens_per_s"]
+        for row in rows
+        if row["framework"] == ("peft" if "peft" in order else order[0])
+    }
+    limit = {row["round"]: row["tokens_per_s"] for row in rows if row["framework"] == "limit"}
+    versions = {package: metadata.version(package) for package in ("torch", "transformers", "peft", "lightning")}
+    lines = [
+        f"# {name}",
+        "",
+        f"`{' '.join(['python -m benchmarks.train', *sys.argv[1:]])}`",
+        "",
+        f"{date.today()}, {_processor()}, {args.threads} threads; "
+        + ", ".join(f"{package} {version}" for package, version in versions.items())
+        + f". Median of {args.rounds} rounds [lowest, highest]. "
+        f"Adapter gradients equal PEFT's within {parity['gradient_difference']:.1e} of the largest.",
+        "",
+        "| framework | real tokens/s | supervised tokens/s | ratio to the baseline | share of limit | step (s) | peak RSS (MiB) | first step after (s) | loss first, last |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for framework in order:
+        mine = [row for row in rows if row["framework"] == framework]
+        speeds = sorted(row["tokens_per_s"] for row in mine)
+        ratio = statistics.median(
+            row["tokens_per_s"] / baseline[row["round"]] for row in mine if row["round"] in baseline
+        )
+        share = [row["tokens_per_s"] / limit[row["round"]] for row in mine if row["round"] in limit]
+
+        def median(key: str, mine: list[dict[str, Any]] = mine) -> float:
+            return statistics.median(row[key] for row in mine)
+
+        lines.append(
+            f"| {framework} | {statistics.median(speeds):.0f} [{speeds[0]:.0f}, {speeds[-1]:.0f}] "
+            f"| {median('target_tokens_per_s'):.0f} | {ratio:.2f} | {f'{statistics.median(share):.0%}' if share else '-'} "
+            f"| {median('median_step_s'):.2f} | {median('peak_rss_mib'):.0f} | {median('time_to_first_step_s'):.1f} "
+            f"| {median('first_loss'):.4f}, {median('last_loss'):.4f} |"
+        )
+    text = "\n".join(lines) + "\n"
+    (RESULTS / f"{name}.md").write_text(text)
+    print("\n" + text)
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        model = next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
+        flags = next(line for line in text.splitlines() if line.startswith("flags"))
+        return f"{model} ({'AVX512' if ' avx512f' in flags else 'AVX2' if ' avx2' in flags else 'no AVX2'})"
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
