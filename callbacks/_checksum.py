@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-_CHUNK = 2**22  # elements; bounds the int64 copy of a chunk to 32 MiB
+_CPU_CHUNK = 2**16  # elements; the int64 copy of a chunk stays in the cache
+_DEVICE_CHUNK = 2**22  # elements; few kernels, and a copy of 32 MiB
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -20,12 +21,13 @@ def checksum(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     words = _as_integers(flat)
     result = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    weights = torch.arange(min(_CHUNK, words.numel()), device=tensor.device)
-    for start in range(0, words.numel(), _CHUNK):
-        chunk = words[start : start + _CHUNK].to(torch.int64)
+    size = _CPU_CHUNK if tensor.device.type == "cpu" else _DEVICE_CHUNK
+    weights = torch.arange(min(size, words.numel()), device=tensor.device)
+    for start in range(0, words.numel(), size):
+        chunk = words[start : start + size].to(torch.int64)
         plain = chunk.sum()
         result[0] += plain
-        result[1] += (chunk * weights[: chunk.numel()]).sum() + plain * start
+        result[1] += chunk.mul_(weights[: chunk.numel()]).sum() + plain * start
     return result
 
 

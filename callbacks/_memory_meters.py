@@ -85,8 +85,7 @@ class ResidentMeter:
 
     def peak_mib(self) -> float:
         """Highest resident, see the class."""
-        now = self.current_mib()
-        return max(now, _peak_kib() / 1024) if self._kernel_keeps_peak else max(now, self._start_mib)
+        return _peak_kib() / 1024 if self._kernel_keeps_peak else max(self.current_mib(), self._start_mib)
 
     def reset_peak(self) -> None:
         """Forget the peak, for every reader of ``VmHWM`` and ``ru_maxrss``."""

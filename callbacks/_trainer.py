@@ -22,6 +22,12 @@ def log_interval(trainer: pl.Trainer) -> int:
     return interval
 
 
+def writes_files(trainer: pl.Trainer) -> bool:
+    """Whether this process writes the run's files: the first one, unless the run is only a trial (fast_dev_run)."""
+    trial: int | bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # public, set outside of the class
+    return trainer.is_global_zero and not trial
+
+
 def is_logging_step(trainer: pl.Trainer, step: int) -> bool:
     """Whether Lightning hands the metrics of this optimizer step (counted from 1) to the loggers."""
     interval = log_interval(trainer)
@@ -37,6 +43,15 @@ def log_metrics(trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: Map
     """Log values of this step; without effect under ``Trainer(barebones=True)``, which forbids logging."""
     if metrics and not trainer.barebones:
         pl_module.log_dict(dict(metrics), on_step=True, on_epoch=False, batch_size=1)
+
+
+def log_details(trainer: pl.Trainer, step: int, metrics: Mapping[str, float]) -> None:
+    """Give values of this optimizer step (counted from 1) straight to the loggers, where they appear beside the others.
+
+    For metrics by the dozen: Lightning goes through everything that went into ``log_dict`` again after every batch.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=step - 1)  # Lightning counts the steps it logs from 0
 
 
 def any_rank(trainer: pl.Trainer, flag: bool) -> bool:

@@ -27,6 +27,7 @@ from torch import nn
 from lit_lora.adapters.model_card import model_card
 from lit_lora.adapters.peft_format import CARD_NAME, CONFIG_NAME, adapter_state_dict, from_peft_config, save_adapter
 from lit_lora.atomic import atomic_write
+from lit_lora.callbacks._trainer import writes_files
 from lit_lora.callbacks.verdict import Verdict
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,9 @@ class HFAdapterExport(pl.Callback):
         elif self._validated_without_monitor:
             known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             rank_zero_warn(f"no best adapter was saved: {self.monitor} was never logged in validation; logged: {known}")
-        if self._failed:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # public, set outside of the class
+            self.verdict = Verdict("adapter export", None, "a trial run writes nothing")
+        elif self._failed:
             reasons = "; ".join(self._failed.values())
             self.verdict = Verdict("adapter export", False, reasons)
         else:
@@ -196,7 +199,7 @@ class HFAdapterExport(pl.Callback):
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> bool:
         """Write on the first process; every process learns how it went, which is also the barrier."""
         outcome: tuple[str, str] | None = None
-        if trainer.is_global_zero:
+        if writes_files(trainer):
             try:
                 self._write(trainer, pl_module, folder)
             except OSError as error:
@@ -263,16 +266,27 @@ def _data_of(trainer: pl.Trainer) -> str | None:
 
 
 def _hyperparameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-    settings = {name: value for name, value in pl_module.hparams.items() if _is_plain(value)}
-    return settings | {
-        "optimizer steps": trainer.global_step,
-        "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "gradient_clip_val": trainer.gradient_clip_val,
-        "precision": trainer.precision,
-        "processes": trainer.world_size,
-        "lightning": pl.__version__,
-        "torch": torch.__version__,
+    optimizers = trainer.optimizers
+    group = optimizers[0].param_groups[0] if optimizers else {}
+    known = {
+        "optimizer": type(optimizers[0]).__name__ if optimizers else None,
+        "learning_rate": group.get("initial_lr", group.get("lr")),  # a scheduler keeps the rate it started from
+        "weight_decay": group.get("weight_decay"),
     }
+    hparams = {name: value for name, value in pl_module.hparams.items() if _is_plain(value)}
+    return (
+        {name: value for name, value in known.items() if _is_plain(value)}
+        | hparams
+        | {
+            "optimizer steps": trainer.global_step,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "gradient_clip_val": trainer.gradient_clip_val or "none",
+            "precision": trainer.precision,
+            "processes": trainer.world_size,
+            "lightning": pl.__version__,
+            "torch": torch.__version__,
+        }
+    )
 
 
 def _results(trainer: pl.Trainer) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_lora.callbacks._step_loss import StepLoss
-from lit_lora.callbacks._trainer import is_reading_step, write_json
+from lit_lora.callbacks._trainer import is_reading_step, write_json, writes_files
 from lit_lora.callbacks.verdict import Verdict
 from lit_lora.metrics import window_means
 
@@ -104,7 +104,7 @@ class ConvergenceAssertion(pl.Callback):
         """Judge the run and write the verdict."""
         self._read()
         self.verdict, numbers = self._judge(trainer)
-        if trainer.is_global_zero:
+        if writes_files(trainer):
             self._write(trainer, numbers)
         if self.verdict.passed is False and self.on_failure == "warn":
             rank_zero_warn(f"convergence: {self.verdict.detail}")
@@ -119,7 +119,7 @@ class ConvergenceAssertion(pl.Callback):
         if self.verdict is None:
             self._read()
             self.verdict = Verdict("convergence", None, f"the run ended early: {type(exception).__name__}: {exception}")
-            if trainer.is_global_zero:
+            if writes_files(trainer):
                 self._write(trainer, {})
 
     def state_dict(self) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class GradientFlowAssertion(pl.Callback):
         """Names of the parameters that have had a finite non-zero gradient."""
         self._num_updates = 0
         """Optimizer steps that could move something."""
-        self._pending: dict[str, Tensor] = {}
+        self._pending: list[tuple[list[str], Tensor]] = []
+        """On the device, per step: which gradients flowed; NaN for those that were not finite."""
         self._names: dict[int, str] = {}
         self._checked = False
 
@@ -170,7 +171,7 @@ class GradientFlowAssertion(pl.Callback):
         self._checked = state_dict.get("checked", False)
 
     def _note(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        """Add, on the device, which gradients are non-zero: 0 not yet, 1 flowed, NaN not finite."""
+        """Keep, on the device, which gradients are non-zero."""
         watched = [
             (self._names[id(p)], p.grad)
             for group in optimizer.param_groups
@@ -180,19 +181,19 @@ class GradientFlowAssertion(pl.Callback):
         if not watched:
             return
         grads = [grad.coalesce().values() if grad.is_sparse else grad for _, grad in watched]
-        for (name, _), norm in zip(watched, torch._foreach_norm(grads, torch.inf, dtype=torch.float32), strict=True):
-            flag = torch.where(torch.isfinite(norm), (norm > 0).float(), torch.nan)
-            self._pending[name] = torch.maximum(self._pending[name], flag) if name in self._pending else flag
+        norms = [norm.to(grads[0].device) for norm in torch._foreach_norm(grads, torch.inf, dtype=torch.float32)]
+        highest = torch.stack(norms)
+        flags = torch.where(torch.isfinite(highest), (highest > 0).float(), torch.nan)
+        self._pending.append(([name for name, _ in watched], flags))
 
     def _read(self, trainer: pl.Trainer) -> bool:
         """Read the flags, one wait for the device; returns whether the loss scale drops the step."""
         if not self._pending:
             return False
-        names = list(self._pending)
-        device = self._pending[names[0]].device
-        flags = torch.stack([flag.to(device) for flag in self._pending.values()]).tolist()
+        names = [name for step_names, _ in self._pending for name in step_names]
+        flags = torch.cat([step_flags for _, step_flags in self._pending]).tolist()
         self._pending.clear()
-        broken = [name for name, flag in zip(names, flags, strict=True) if flag != flag]
+        broken = list(dict.fromkeys(name for name, flag in zip(names, flags, strict=True) if flag != flag))
         self._flowed.update(name for name, flag in zip(names, flags, strict=True) if flag == 1)
         if broken and getattr(trainer.precision_plugin, "scaler", None) is not None:
             return True

@@ -14,8 +14,6 @@ Left out: sharded gradients (FSDP), whose local norms would be wrong.
 from __future__ import annotations
 
 import math
-import statistics
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -27,12 +25,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_lora.callbacks._names import adapter_half, layer_group, listed
+from lit_lora.callbacks._spikes import MIN_HISTORY, SpikeWatch
 from lit_lora.callbacks._step_loss import StepLoss
-from lit_lora.callbacks._trainer import is_logging_step, is_reading_step, log_metrics, write_json
+from lit_lora.callbacks._trainer import is_logging_step, is_reading_step, log_details, log_metrics, write_json
 from lit_lora.callbacks.verdict import Verdict
-
-_MIN_HISTORY = 10  # steps before a spike can be told from the start of training
-_MIN_RELATIVE_STD = 0.01  # floor under the spread, so that a flat loss does not make a spike of every ripple
 
 
 class NonFiniteError(RuntimeError):
@@ -48,8 +44,6 @@ class _Step:
     norms: Tensor
     """Norm per parameter, ``(P,)``."""
     total: Tensor
-    bad: Tensor
-    """Whether anything was not finite, on any rank."""
     losses: list[Tensor]
     example_ids: list[Tensor]
 
@@ -67,7 +61,7 @@ class GradientNormLogger(pl.Callback):
     Logged on logging steps (unitless L2 norms before clipping, and counts):
 
     - ``grad_norm/total``, ``grad_norm/A``, ``grad_norm/B``: all parameters of the optimizer; each half of the adapters.
-    - ``grad_norm/<layer>``: per numbered layer (``grad_norm/layers.3``), else per module.
+    - ``grad_norm/<layer>``: per numbered layer (``grad_norm/layers.3``), else per module; to the loggers only.
     - ``grad_norm/loss_scale``: under fp16 mixed precision.
     - ``grad_norm/non_finite_steps``, ``grad_norm/loss_spikes``, ``grad_norm/explosions``: counts, once there are any.
 
@@ -100,8 +94,8 @@ class GradientNormLogger(pl.Callback):
             raise ValueError(f"on_non_finite must be 'stop' or 'skip', got {on_non_finite!r}")
         if max_skips < 1:
             raise ValueError(f"max_skips must be at least 1, got {max_skips}; use on_non_finite='stop' for none")
-        if window < _MIN_HISTORY:
-            raise ValueError(f"window must be at least {_MIN_HISTORY} steps, got {window}")
+        if window < MIN_HISTORY:
+            raise ValueError(f"window must be at least {MIN_HISTORY} steps, got {window}")
         if spike_std <= 0 or explosion_factor <= 1 or min_loss_scale <= 0:
             raise ValueError(
                 "spike_std and min_loss_scale must be above 0 and explosion_factor above 1, "
@@ -110,19 +104,12 @@ class GradientNormLogger(pl.Callback):
         self.per_layer = per_layer
         self.on_non_finite = on_non_finite
         self.max_skips = max_skips
-        self.spike_std = spike_std
-        self.explosion_factor = explosion_factor
         self.min_loss_scale = min_loss_scale
         self.verdict: Verdict | None = None
         self.num_non_finite = 0
         """Optimizer steps dropped, by "skip" or by the fp16 loss scale."""
-        self.num_spikes = 0
-        self.num_explosions = 0
-        self.max_norm = 0.0
-        self.max_norm_step = 0
+        self.spikes = SpikeWatch(window, spike_std, explosion_factor)
         self._window = window
-        self._loss_window: deque[float] = deque(maxlen=window)
-        self._norm_window: deque[float] = deque(maxlen=window)
         self._step_loss = StepLoss(monitor)
         self._names: dict[int, str] = {}
         self._pending: list[_Step] = []
@@ -167,12 +154,7 @@ class GradientNormLogger(pl.Callback):
             # A fused optimizer unscales in its own step, after this hook. get_scale() waits for the device every step.
             norms = norms / scaler.get_scale()
         total = torch.linalg.vector_norm(norms)
-        bad = ~torch.isfinite(total)
-        if self._losses:
-            bad = bad | ~torch.isfinite(torch.stack([loss.float() for loss in self._losses])).all().to(bad.device)
-        if trainer.world_size > 1:  # so that all ranks stop or skip together; no wait for the device
-            bad = torch.as_tensor(trainer.strategy.reduce(bad.float(), reduce_op="sum")) > 0
-        record = _Step(step, names, norms, total, bad, list(self._losses), list(self._example_ids))
+        record = _Step(step, names, norms, total, list(self._losses), list(self._example_ids))
         self._pending.append(record)
         if scaler is None and (
             self.on_non_finite == "skip" or _free_to_read(norms.device) or is_reading_step(trainer, step)
@@ -204,8 +186,8 @@ class GradientNormLogger(pl.Callback):
         if is_logging_step(trainer, step):
             counts = {
                 "grad_norm/non_finite_steps": self.num_non_finite,
-                "grad_norm/loss_spikes": self.num_spikes,
-                "grad_norm/explosions": self.num_explosions,
+                "grad_norm/loss_spikes": self.spikes.num_spikes,
+                "grad_norm/explosions": self.spikes.num_explosions,
             }
             values = {key: float(count) for key, count in counts.items() if count}
             if scaler is not None:
@@ -222,9 +204,10 @@ class GradientNormLogger(pl.Callback):
         dropped = f", {self.num_non_finite} dropped as not finite" if self.num_non_finite else ""
         self.verdict = Verdict(
             "finite gradients",
-            True if self.max_norm_step else None,
-            f"{trainer.global_step} steps{dropped}; largest norm {self.max_norm:.4g} at step {self.max_norm_step}; "
-            f"{self.num_spikes} loss spikes, {self.num_explosions} gradient explosions",
+            True if self.spikes.max_norm_step else None,
+            f"{trainer.global_step} steps{dropped}; largest norm {self.spikes.max_norm:.4g} at step "
+            f"{self.spikes.max_norm_step}; {self.spikes.num_spikes} loss spikes, {self.spikes.num_explosions} gradient "
+            "explosions",
         )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -236,19 +219,15 @@ class GradientNormLogger(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Windows and counts as plain types."""
         return {
-            "losses": list(self._loss_window),
-            "norms": list(self._norm_window),
-            "counts": [self.num_non_finite, self.num_spikes, self.num_explosions],
-            "max_norm": [self.max_norm, self.max_norm_step],
+            "spikes": self.spikes.state_dict(),
+            "num_non_finite": self.num_non_finite,
             "source": self._step_loss.source,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; what an older state lacks starts empty."""
-        self._loss_window.extend(state_dict.get("losses", []))
-        self._norm_window.extend(state_dict.get("norms", []))
-        self.num_non_finite, self.num_spikes, self.num_explosions = state_dict.get("counts", [0, 0, 0])
-        self.max_norm, self.max_norm_step = state_dict.get("max_norm", [0.0, 0])
+        self.spikes.load_state_dict(state_dict.get("spikes", {}))
+        self.num_non_finite = state_dict.get("num_non_finite", 0)
         self._step_loss.source = state_dict.get("source")
 
     def _names_of(self, pl_module: pl.LightningModule, parameters: list[torch.nn.Parameter]) -> list[str]:
@@ -257,15 +236,19 @@ class GradientNormLogger(pl.Callback):
         return [self._names.get(id(p), f"parameter {i} of the optimizer") for i, p in enumerate(parameters)]
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: _Step) -> None:
-        members: dict[str, list[int]] = {}
+        halves: dict[str, list[int]] = {}
+        layers: dict[str, list[int]] = {}
         for index, name in enumerate(record.names):
-            if self.per_layer:
-                members.setdefault(f"grad_norm/{layer_group(name)}", []).append(index)
             half = adapter_half(name)
             if half is not None:
-                members.setdefault(f"grad_norm/{half}", []).append(index)
-        values = {key: torch.linalg.vector_norm(record.norms[indices]) for key, indices in members.items()}
+                halves.setdefault(f"grad_norm/{half}", []).append(index)
+            if self.per_layer:
+                layers.setdefault(f"grad_norm/{layer_group(name)}", []).append(index)
+        values = {key: torch.linalg.vector_norm(record.norms[indices]) for key, indices in halves.items()}
         log_metrics(trainer, pl_module, {"grad_norm/total": record.total, **values})
+        if layers and trainer.loggers:
+            norms = record.norms.tolist()  # waits for the device; logging steps only
+            log_details(trainer, record.step, {k: math.hypot(*(norms[i] for i in idx)) for k, idx in layers.items()})
 
     def _read_all(self, trainer: pl.Trainer) -> None:
         scaler = _scaler(trainer)
@@ -277,9 +260,9 @@ class GradientNormLogger(pl.Callback):
 
     def _read(self, trainer: pl.Trainer, optimizer: Optimizer | None) -> None:
         """Check the pending steps; the last of them has not updated anything yet if its optimizer is given."""
-        for record, total, bad in self._take():
-            if not bad:
-                self._watch_norm(record.step, total)
+        for record, total, bad_gradient, bad_loss in self._take(trainer):
+            if not (bad_gradient or bad_loss):
+                self.spikes.add_norm(record.step, total)
                 continue
             self.num_non_finite += 1
             if self.on_non_finite == "stop" or optimizer is None or self.num_non_finite > self.max_skips:
@@ -289,14 +272,13 @@ class GradientNormLogger(pl.Callback):
             optimizer.zero_grad(set_to_none=True)
 
     def _read_scaled(self, trainer: pl.Trainer, scale: float) -> None:
-        for record, total, bad in self._take():
-            # One wait for the device a step, on reading steps only.
-            if not all(bool(torch.isfinite(loss)) for loss in record.losses):
+        for record, total, bad_gradient, bad_loss in self._take(trainer):
+            if bad_loss:
                 self.num_non_finite += 1
                 if self.on_non_finite == "stop" or self.num_non_finite > self.max_skips:
                     self._stop(trainer, record, self._reason(record))
                 rank_zero_warn(f"the loss scale skipped the update of step {record.step}: {self._reason(record)}")
-            elif bad:
+            elif bad_gradient:
                 self.num_non_finite += 1
                 if scale < self.min_loss_scale:
                     self._stop(
@@ -306,16 +288,20 @@ class GradientNormLogger(pl.Callback):
                         f"{self.num_non_finite} overflows; train in bf16-mixed, or lower the learning rate",
                     )
             else:
-                self._watch_norm(record.step, total)
+                self.spikes.add_norm(record.step, total)
 
-    def _take(self) -> list[tuple[_Step, float, bool]]:
+    def _take(self, trainer: pl.Trainer) -> list[tuple[_Step, float, bool, bool]]:
+        """The pending steps with their norms, and whether a gradient or a loss was not finite on any rank."""
         if not self._pending:
             return []
         pending, self._pending = self._pending, []
         totals = torch.stack([record.total.float() for record in pending])
-        bad = torch.stack([record.bad.to(totals.device) for record in pending])
-        values = torch.stack([totals, bad.float()]).tolist()  # the one wait for the device
-        return [(r, total, flag > 0) for r, total, flag in zip(pending, *values, strict=True)]
+        losses = [_any_bad(record.losses, totals.device) for record in pending]
+        bad = torch.stack([~torch.isfinite(totals), torch.stack(losses)]).float()
+        if trainer.world_size > 1:  # so that all ranks stop or skip together
+            bad = torch.as_tensor(trainer.strategy.reduce(bad, reduce_op="sum"))
+        values = torch.cat([totals[None], bad]).tolist()  # the one wait for the device
+        return [(r, total, g > 0, loss > 0) for r, total, g, loss in zip(pending, *values, strict=True)]
 
     def _reason(self, record: _Step) -> str:
         losses = [float(loss) for loss in record.losses]
@@ -355,32 +341,12 @@ class GradientNormLogger(pl.Callback):
             "lower the learning rate, clip gradients, or use on_non_finite='skip'"
         )
 
-    def _watch_norm(self, step: int, total: float) -> None:
-        if total > self.max_norm or not self.max_norm_step:
-            self.max_norm, self.max_norm_step = total, step
-        if len(self._norm_window) >= _MIN_HISTORY:
-            median = statistics.median(self._norm_window)
-            if total > self.explosion_factor * median > 0:
-                self.num_explosions += 1
-                rank_zero_warn(f"gradient explosion at step {step}: norm {total:.4g}, running median {median:.4g}")
-        self._norm_window.append(total)
-
     def _watch_losses(self) -> None:
         if self._step_loss.restarted:
-            self._loss_window.clear()
+            self.spikes.losses.clear()
             self._step_loss.restarted = False
         for step, loss in self._step_loss.drain():
-            if len(self._loss_window) >= _MIN_HISTORY:
-                mean = statistics.fmean(self._loss_window)
-                variance = statistics.fmean((x - mean) ** 2 for x in self._loss_window)
-                spread = max(math.sqrt(variance), _MIN_RELATIVE_STD * abs(mean))
-                if loss > mean + self.spike_std * spread:
-                    self.num_spikes += 1
-                    rank_zero_warn(
-                        f"loss spike at step {step}: {loss:.4g}, {(loss - mean) / spread:.1f} standard deviations "
-                        f"above the running mean {mean:.4g}"
-                    )
-            self._loss_window.append(loss)
+            self.spikes.add_loss(step, loss)
 
     def _clear(self) -> None:
         self._pending.clear()
@@ -391,6 +357,11 @@ class GradientNormLogger(pl.Callback):
 def _scaler(trainer: pl.Trainer) -> Any:
     """The fp16 gradient scaler of the precision plugin, where it has one."""
     return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _any_bad(losses: list[Tensor], device: torch.device) -> Tensor:
+    flags = [~torch.isfinite(loss).all() for loss in losses]
+    return torch.stack(flags).any().to(device) if flags else torch.zeros((), dtype=torch.bool, device=device)
 
 
 def _free_to_read(device: torch.device) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_lora.callbacks._memory_meters import CudaMeter, MemoryMeter, ResidentMeter
-from lit_lora.callbacks._trainer import any_rank, is_logging_step, is_reading_step, log_metrics
+from lit_lora.callbacks._trainer import any_rank, is_logging_step, is_reading_step, log_details, log_metrics
 from lit_lora.callbacks.verdict import Verdict
 
 _MIN_GROWTH_SAMPLES = 20
@@ -63,7 +63,7 @@ class MemoryProfiler(pl.Callback):
 
     Logged on logging steps (all in MiB):
 
-    - ``memory/<phase>_peak_mib``: highest in the phase since the last logging step.
+    - ``memory/<phase>_peak_mib``: highest in the phase since the last logging step; to the loggers only.
     - ``memory/peak_mib``: highest of the run.
     - ``memory/allocated_mib``, ``memory/reserved_mib``: on CUDA, after the step.
     - ``memory/resident_mib``: elsewhere, after the step.
@@ -276,8 +276,7 @@ class MemoryProfiler(pl.Callback):
         )
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, current: float) -> None:
-        values = {f"memory/{phase}_peak_mib": peak for phase, peak in self._recent_mib.items()}
-        values["memory/peak_mib"] = self.peak_mib
+        values = {"memory/peak_mib": self.peak_mib}
         if isinstance(self._meter, CudaMeter):
             values["memory/allocated_mib"] = current
             values["memory/reserved_mib"] = self._meter.reserved_mib()
@@ -288,5 +287,7 @@ class MemoryProfiler(pl.Callback):
         growth = self.growth_mib_per_1000_steps
         if growth is not None:
             values["memory/growth_mib_per_1000_steps"] = growth
-        self._recent_mib.clear()
         log_metrics(trainer, pl_module, values)
+        phases = {f"memory/{phase}_peak_mib": peak for phase, peak in self._recent_mib.items()}
+        log_details(trainer, self._last_step, phases)
+        self._recent_mib.clear()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_lora import LoRAConfig
 from lit_lora.adapters.inject import inject_lora
-from lit_lora.callbacks import HFAdapterExport
+from lit_lora.callbacks import ConvergenceAssertion, HFAdapterExport
 
 # PEFT asks transformers by a name that transformers 5 deprecates, and the Hub for a base that has no id.
 pytestmark = [
@@ -39,7 +39,7 @@ class Foreign(pl.LightningModule):
 
     def __init__(self, model: torch.nn.Module, attribute: str = "model") -> None:
         super().__init__()
-        self.save_hyperparameters({"learning_rate": 0.01, "rank": 4})
+        self.save_hyperparameters({"shots": 4})
         self.add_module(attribute, model)
         self.attribute = attribute
         self.num_validations = 0
@@ -111,7 +111,15 @@ def test_card_tells_base_data_settings_and_results(make_trainer, tmp_path, make_
     callback = HFAdapterExport(base_model_name="someone/tiny-llama", data="six batches of counting")
     fit(make_trainer, callback, Foreign(make_model()))
     card = (tmp_path / "adapter" / "README.md").read_text()
-    for text in ("someone/tiny-llama", "six batches of counting", "learning_rate | 0.01", "val_loss | 2", "steps | 6"):
+    for text in (
+        "someone/tiny-llama",
+        "six batches of counting",
+        "optimizer | AdamW",
+        "learning_rate | 0.01",
+        "shots | 4",
+        "val_loss | 2",
+        "steps | 6",
+    ):
         assert text in card, card
 
 
@@ -203,3 +211,10 @@ def test_spoilt_adapter_is_not_exported(make_trainer, tmp_path):
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         HFAdapterExport(**settings)
+
+
+def test_trial_run_writes_nothing(make_trainer, tmp_path):
+    callback = HFAdapterExport()
+    make_trainer(callback, ConvergenceAssertion(), fast_dev_run=True).fit(Foreign(with_lit_lora()))
+    assert callback.verdict.passed is None
+    assert not list(tmp_path.iterdir())

@@ -78,7 +78,7 @@ def test_states_survive_a_strict_checkpoint_and_a_resume(make_trainer, tmp_path:
     assert second[0]._num_losses == 9
     assert second[1]._start == first[1]._start
     assert second[1].verdict.passed
-    assert len(second[2]._norm_window) == 9
+    assert len(second[2].spikes.norms) == 9
     assert second[4].num_tokens == 9 * 4 * 32
 
 

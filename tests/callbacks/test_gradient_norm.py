@@ -131,7 +131,7 @@ def test_overflow_under_a_loss_scale_is_counted_and_no_error(make_trainer, logge
     assert 5 < callback.num_non_finite < 35
     assert callback.verdict.passed
     assert logger.values("grad_norm/loss_scale")[-1] < 2.0**36
-    assert 0 < callback.max_norm < 100  # unscaled
+    assert 0 < callback.spikes.max_norm < 100  # unscaled
 
 
 def test_underflow_of_the_loss_scale_stops(make_trainer):
@@ -159,7 +159,7 @@ def test_spike_and_explosion_are_reported_with_their_step(make_trainer):
     messages = [str(warning.message) for warning in caught]
     assert any(message.startswith("loss spike at step 13: ") for message in messages)
     assert any(message.startswith("gradient explosion at step 13: ") for message in messages)
-    assert (callback.num_spikes, callback.num_explosions) == (1, 1)
+    assert (callback.spikes.num_spikes, callback.spikes.num_explosions) == (1, 1)
 
 
 def test_sparse_gradients_are_measured(make_trainer, logger):
