@@ -1,0 +1,193 @@
+"""Every storage that a piece of code makes and drops, in order: what is alive at any moment, and where the peak is.
+
+A ``TorchDispatchMode`` sees the tensors that operators return; a weak reference to each storage tells when it goes.
+Views share a storage, so they cost nothing; what an autograd graph, an optimizer or a cache keeps is alive. It works
+alike on real tensors, where it measures, and on fake ones, where it predicts (``memory.py``).
+
+Left out: memory that an operator takes and gives back inside its kernel, which no tensor shows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+WORKSPACE = "workspace"
+"""Category of what nobody has claimed."""
+
+
+class Event(NamedTuple):
+    """A storage came or went."""
+
+    key: int
+    num_bytes: int
+    """Negative when it went."""
+    phase: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What is alive at the highest moment of a phase."""
+
+    total: int
+    """Bytes."""
+    by_category: dict[str, int]
+    """Bytes by category."""
+    where: str
+    """Module and operator that reached it."""
+
+
+class StorageTracker(TorchDispatchMode):
+    """Records storages while it is active.
+
+    Args:
+        model: names the place of a peak by this model's modules.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self.categories: dict[int, str] = {}
+        self._live: dict[int, tuple[int, Any]] = {}
+        self._num_seen = 0
+        self._phase = ""
+        self._modules: list[str] = []
+        self._module_of_node: dict[int, str] = {}
+        self._names: dict[int, str] = {}
+        self._handles: list[Any] = []
+        if model is not None:
+            self.name_modules(model)
+
+    def name_modules(self, model: nn.Module) -> None:
+        """Name places by the modules of ``model``."""
+        self._names = {id(module): name for name, module in model.named_modules()}
+
+    # ------------------------------------------------------------------ recording
+
+    def __enter__(self) -> StorageTracker:
+        self._handles = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super().__exit__(*args)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run the operator, and look at the storages of its result (and of its inputs, made before the tracker)."""
+        kwargs = kwargs or {}
+        where = self._where(func)
+        self.add(tree_leaves((args, kwargs)), where)
+        result = func(*args, **kwargs)
+        self.add(tree_leaves(result), where)
+        return result
+
+    def add(self, leaves: Iterable[Any], where: str = "") -> None:
+        """Record the storages of these tensors from now on."""
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor) or (leaf.is_meta and not isinstance(leaf, FakeTensor)):
+                continue
+            storage = leaf.untyped_storage()
+            if storage._cdata not in self._live:
+                self._start(storage, where)
+
+    def _start(self, storage: torch.UntypedStorage, where: str) -> None:
+        address, num_bytes, key = storage._cdata, storage.nbytes(), self._num_seen
+        self._num_seen += 1
+        self._live[address] = (key, weakref.ref(storage, lambda _: self._end(address, key, num_bytes)))
+        self.events.append(Event(key, num_bytes, self._phase, where))
+
+    def _end(self, address: int, key: int, num_bytes: int) -> None:
+        if self._live.get(address, (None,))[0] == key:
+            del self._live[address]
+        self.events.append(Event(key, -num_bytes, self._phase, ""))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What happens within belongs to this phase. A phase may come several times."""
+        previous, self._phase = self._phase, name
+        # An empty event: the phase has a peak even if it makes nothing.
+        self.events.append(Event(-1, 0, name, "start"))
+        try:
+            yield
+        finally:
+            self._phase = previous
+
+    # ------------------------------------------------------------------ categories
+
+    def claim(self, category: str, tensors: Iterable[Tensor] | None = None) -> None:
+        """Put storages, or all that are alive and unclaimed, into a category, from their beginning."""
+        if tensors is None:
+            keys: Iterable[int] = [key for key, _ in self._live.values() if key not in self.categories]
+        else:
+            tensors = list(tensors)
+            self.add(tensors)
+            keys = [self._live[tensor.untyped_storage()._cdata][0] for tensor in tensors]
+        for key in keys:
+            self.categories[key] = category
+
+    def forget_the_dead(self) -> None:
+        """Drop the history of what is gone already: as if only what is alive had ever been made."""
+        alive = {key for key, _ in self._live.values()}
+        self.events = [event for event in self.events if event.key in alive]
+
+    # ------------------------------------------------------------------ results
+
+    def peak(self, phase: str | None = None) -> Peak:
+        """The highest moment of a phase, or of all."""
+        total, best, at = 0, -1, -1
+        for index, event in enumerate(self.events):
+            total += event.num_bytes
+            if total > best and phase in (None, event.phase):
+                best, at = total, index
+        if at < 0:
+            raise ValueError(f"nothing was recorded in phase {phase!r}")
+        alive: dict[int, int] = {}
+        for event in self.events[: at + 1]:
+            alive[event.key] = alive.get(event.key, 0) + event.num_bytes
+        by_category: dict[str, int] = {}
+        for key, num_bytes in alive.items():
+            category = self.categories.get(key, WORKSPACE)
+            by_category[category] = by_category.get(category, 0) + num_bytes
+        return Peak(best, by_category, self.events[at].where)
+
+    @property
+    def alive_bytes(self) -> int:
+        """Bytes alive now."""
+        return sum(event.num_bytes for event in self.events)
+
+    # ------------------------------------------------------------------ names of places
+
+    def _enter_module(self, module: nn.Module, _: Any) -> None:
+        self._modules.append(self._names.get(id(module), type(module).__name__))
+
+    def _leave_module(self, module: nn.Module, *_: Any) -> None:
+        if self._modules:
+            self._modules.pop()
+
+    def _where(self, func: Any) -> str:
+        node = torch._C._current_autograd_node()
+        if self._modules:
+            module = self._modules[-1]
+            # Nodes are numbered as they are made: the one of this operator has just got its number.
+            self._module_of_node[torch._C._autograd._get_sequence_nr() - 1] = module
+        elif node is not None:
+            module = self._module_of_node.get(node._sequence_nr(), "")
+        else:
+            module = ""
+        name = str(func).removeprefix("aten.").removesuffix(".default")
+        return f"{name} in {module}" if module else name
