@@ -8,6 +8,7 @@ new run never writes into the folder of an earlier one: it takes the next free n
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from lit_lora.atomic import atomic_write
+from lit_lora.atomic import atomic_write, remove_partial_files
 from lit_lora.callbacks import (
     ConvergenceAssertion,
     GradientFlowAssertion,
@@ -38,6 +39,15 @@ from lit_lora.run_record import PredictionWriter, RunRecord
 RUN_FOLDER_VARIABLE = "LIT_LORA_RUN_FOLDER"
 """Tells the processes that a distributed run starts which folder the first one chose."""
 
+CHECKPOINT_VARIABLE = "LIT_LORA_CKPT_PATH"
+"""Likewise, which checkpoint to go on from; empty for none."""
+
+SHARDING_REFUSED = (
+    "trainer.strategy {!r} splits the model over processes, which lit_lora does not support: checkpoints of adapters "
+    "only, gradients normalised by tokens, and quantized layers need whole parameters. Use 'ddp': each process holds the "
+    "base (quantize it if it is too large) and they share the work"
+)
+
 SHIPPED = Path(str(resources.files("lit_lora.configs")))
 """Where configs and data that come with the package lie."""
 
@@ -53,8 +63,27 @@ CALLBACKS = {
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Parse a command line, verb first, and run it."""
+    """Parse a command line, verb first, and run it.
+
+    Raises:
+        KeyboardInterrupt: where Lightning would exit with 1 for Ctrl-C.
+        SIGTERMException: for a termination.
+    """
     sys.argv = ["lit-lora", *_with_shipped_configs(arguments)]
+    inherited = {name: os.environ.get(name) for name in (RUN_FOLDER_VARIABLE, CHECKPOINT_VARIABLE)}
+    try:
+        _run()
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        for name, value in inherited.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+def _run() -> None:
     LoRACLI(
         LoRALightningModule,
         SFTDataModule,
@@ -90,7 +119,8 @@ class LoRACLI(LightningCLI):
         for key in ("train", "validation", "test"):
             if config.data.get(key):
                 config.data[key] = _shipped(config.data[key]) or config.data[key]
-        config.ckpt_path = _checkpoint_to_load(config.get("ckpt_path"), config.trainer.default_root_dir)
+        _refuse_sharding(config.trainer.get("strategy"))
+        config.ckpt_path = _checkpoint_to_load(config.get("ckpt_path"), _checkpoint_folders(config))
         if verb == "fit":
             config.trainer.default_root_dir = _run_folder(config.trainer.default_root_dir, config.ckpt_path)
 
@@ -114,7 +144,11 @@ class LoRACLI(LightningCLI):
         self._write_config(Path(self.trainer.default_root_dir))
 
     def after_fit(self) -> None:
-        """Say what the run proved, and where its results are."""
+        """Validate where training did not end with it, then say what the run proved, and where its results are."""
+        validated = [entry["step"] for entry in self.model.training_metrics.validation]
+        if self.datamodule.validation_data is not None and self.trainer.global_step not in validated:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            self.record.save(self.trainer, self.model)
         self.record.conclude(self.trainer)
 
     @rank_zero_only
@@ -194,26 +228,49 @@ def _shipped(name: str) -> str | None:
     return str(path) if not Path(name).exists() and path.is_file() else None
 
 
-def _checkpoint_to_load(ckpt_path: str | None, folder: str) -> str | None:
-    if ckpt_path is None or os.environ.get(RUN_FOLDER_VARIABLE):
-        return os.environ.get("LIT_LORA_CKPT_PATH", ckpt_path)
-    path = Path(ckpt_path)
-    if ckpt_path == "last":
-        path = Path(folder) / "checkpoints"
-    if path.is_dir():
-        newest, problems = newest_checkpoint(path)
+def _refuse_sharding(strategy: Any) -> None:
+    name = strategy if isinstance(strategy, str) else strategy.get("class_path", "") if strategy else ""
+    if re.search(r"fsdp|modelparallel|model_parallel|deepspeed", name.lower()):
+        raise ValueError(SHARDING_REFUSED.format(name))
+
+
+def _checkpoint_folders(config: Any) -> list[Path]:
+    """Where a run with this config may have left checkpoints: its own folder and the numbered ones after it."""
+    if config.checkpoint.get("dirpath"):
+        return [Path(config.checkpoint.dirpath)]
+    root = Path(config.trainer.default_root_dir)
+    numbered = [
+        path for path in root.parent.glob(f"{glob.escape(root.name)}-*") if path.name[len(root.name) + 1 :].isdigit()
+    ]
+    return [path / "checkpoints" for path in (root, *numbered)]
+
+
+def _checkpoint_to_load(ckpt_path: str | None, folders: Sequence[Path]) -> str | None:
+    if ckpt_path is None or CHECKPOINT_VARIABLE in os.environ:
+        return os.environ.get(CHECKPOINT_VARIABLE) or None
+    path: Path | None = Path(ckpt_path)
+    if ckpt_path == "last" or Path(ckpt_path).is_dir():
+        folders = folders if ckpt_path == "last" else [Path(ckpt_path)]
+        path, problems = newest_checkpoint(*folders)
         for problem in problems:
             rank_zero_warn(f"Skipped: {problem}")
-        if newest is None:
-            raise FileNotFoundError(f"no complete checkpoint in {path}: leave out --ckpt_path to start a new run")
-        path = newest
-    if not path.is_file():
+        if path is None and problems:
+            raise ValueError(f"no undamaged checkpoint in {_listed(folders)}: leave out --ckpt_path to start a new run")
+        if path is None and ckpt_path != "last":
+            raise FileNotFoundError(f"no checkpoint in {ckpt_path}: leave out --ckpt_path to start a new run")
+        rank_zero_info(f"Going on from {path}" if path else f"No checkpoint in {_listed(folders)}: a new run starts")
+    elif not Path(ckpt_path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}: give a file, a folder of them, or 'last'")
-    os.environ["LIT_LORA_CKPT_PATH"] = str(path)
-    return str(path)
+    os.environ[CHECKPOINT_VARIABLE] = str(path or "")
+    return str(path) if path else None
+
+
+def _listed(folders: Sequence[Path]) -> str:
+    return " or ".join(str(folder) for folder in folders if folder.is_dir()) or str(folders[0])
 
 
 def _run_folder(folder: str, ckpt_path: str | None) -> str:
+    """The folder of the run that is resumed, else the next free one; cleaned of what a killed run left half-written."""
     if chosen := os.environ.get(RUN_FOLDER_VARIABLE):
         return chosen
     path = Path(folder)
@@ -224,5 +281,11 @@ def _run_folder(folder: str, ckpt_path: str | None) -> str:
             path = Path(f"{folder}-{number}")
         if number > 1:
             rank_zero_info(f"{folder} holds an earlier run: this one goes to {path}")
+    else:
+        resumed = Path(ckpt_path).parent.parent
+        if resumed.parent == path.parent and resumed.name.startswith(f"{path.name}-"):
+            path = resumed
+        for inner in (path, path / "adapter", path / "adapter-best"):
+            remove_partial_files(inner)
     os.environ[RUN_FOLDER_VARIABLE] = str(path)
     return str(path)

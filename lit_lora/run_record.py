@@ -37,19 +37,20 @@ class RunRecord(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the metrics so far."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._save(trainer, pl_module)
+            self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the metrics."""
-        self._save(trainer, pl_module)
+        self.save(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write what there is."""
         if trainer.state.fn == "fit":
-            self._save(trainer, pl_module)
+            self.save(trainer, pl_module)
 
     @rank_zero_only
-    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the metrics so far."""
         if not isinstance(pl_module, LoRALightningModule) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         metrics = pl_module.flush_metrics()

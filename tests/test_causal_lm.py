@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.tiny import examples, language_model
 from torch.nn import functional as F
 
 from lit_lora import LoRAConfig, inject_lora
@@ -10,6 +9,7 @@ from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.causal_lm import Path, choose_path, language_model_loss, unpack, with_targets
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
+from tests.tiny import examples, language_model
 
 # kind, fields, packed, direct head
 ARCHITECTURES = [

@@ -8,7 +8,6 @@ import json
 import lightning as L
 import pytest
 import torch
-from tests.tiny import SIZES, config, examples
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -18,6 +17,7 @@ from lit_lora.checkpoint import AtomicCheckpointIO, DamagedCheckpointError, read
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.module import LossOutput
+from tests.tiny import SIZES, config, examples
 
 LENGTHS = (7, 12, 5, 9, 14, 6, 8, 11)
 

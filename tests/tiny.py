@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-
 import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
