@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lit_lora.adapters.int8_rows import Int8Head
 from lit_lora.attention import no_masks, use_packed_attention
 from lit_lora.losses import IGNORE_INDEX, LinearCrossEntropyOutput, linear_cross_entropy_with_accuracy
 
@@ -89,7 +90,8 @@ def language_model_loss(
     if path.direct_head:
         hidden_TD = _hidden_states(model, batch).flatten(0, 1)
         head = model.get_output_embeddings()
-        return linear_cross_entropy_with_accuracy(hidden_TD[positions_S], head.weight, targets_S, accuracy=accuracy)
+        weight = head if isinstance(head, Int8Head) else head.weight
+        return linear_cross_entropy_with_accuracy(hidden_TD[positions_S], weight, targets_S, accuracy=accuracy)
     logits_SV = _logits(model, batch, positions_S).float()
     nll_sum = F.cross_entropy(logits_SV, targets_S, reduction="sum")
     num_correct = (logits_SV.argmax(-1) == targets_S).sum() if accuracy else None
@@ -187,9 +189,9 @@ def _differ(got: Tensor, expected: Tensor) -> bool:
 @torch.no_grad()
 def _why_not_direct_head(model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, Int8Head):
         return f"the output head is a {type(head).__name__}"
-    if head.bias is not None:
+    if isinstance(head, nn.Linear) and head.bias is not None:
         return "the output head has a bias"
     config = model.config.get_text_config()
     if changed := [name for name in _HEAD_CHANGES_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]:

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from lit_lora.adapters import quantize
+from lit_lora.adapters.base_weight import is_linear_like
 from lit_lora.config import QuantizationConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 RANDOM = "random:"
 BYTE_TOKENIZER = "bytes"
@@ -87,7 +89,8 @@ def load_base_model(
     Args:
         base: see the table at the top of this file.
         dtype: of the weights; "auto" is bfloat16 on CUDA and float32 on a CPU, where bfloat16 products are slow.
-        quantization: how to quantize the linear layers while loading.
+        quantization: how to quantize the linear layers: while loading, or after it where transformers cannot (other
+            block sizes than 64, GGUF files), which needs memory for the whole model at first.
         device: where to; the default device if None.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run code that comes with the model. Off unless you ask for it.
@@ -95,7 +98,7 @@ def load_base_model(
 
     Raises:
         FileNotFoundError: if the folder or file is not there, or the model was not fetched.
-        ValueError: if the folder holds no safetensors, or ``dtype`` is no float type.
+        ValueError: if the folder holds no safetensors, ``dtype`` is no float type, or the model cannot be quantized.
     """
     device = torch.device(device) if device is not None else torch.get_default_device()
     torch_dtype = resolve_dtype(dtype, device)
@@ -111,16 +114,20 @@ def load_base_model(
     if gguf_file:
         options["gguf_file"] = gguf_file
         del options["use_safetensors"]
+    in_transformers = None
     if quantization is not None:
-        from lit_lora.adapters.base_weight import transformers_quantization_config
-
-        options["quantization_config"] = transformers_quantization_config(quantization, torch_dtype)
+        _check_not_quantized(location, revision)
+        if not gguf_file:
+            in_transformers = quantize.transformers_quantization_config(quantization, torch_dtype)
+        if in_transformers is not None:
+            options["quantization_config"] = in_transformers
     with torch.device(device):
         model = AutoModelForCausalLM.from_pretrained(location, **options)
-    if gguf_file:  # the weights are plain now; transformers would refuse to save or train what it calls quantized
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+    if gguf_file:  # the weights are plain now
+        quantize.forget_quantization(model)
+    if quantization is not None:
+        finish = quantize.quantize_ if in_transformers is None else quantize.finish_quantization_
+        finish(model, quantization)
     return model.train()
 
 
@@ -184,11 +191,10 @@ def resolve_base(base: str) -> tuple[str, str | None]:
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The torch dtype for a name; "auto" by device."""
-    if isinstance(dtype, torch.dtype):
-        resolved = dtype
-    elif dtype == "auto":
+    resolved: Any = dtype
+    if dtype == "auto":
         resolved = torch.bfloat16 if device.type == "cuda" else torch.float32
-    else:
+    elif isinstance(dtype, str):
         resolved = getattr(torch, dtype, None)
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
@@ -205,15 +211,38 @@ def _random_model(
     seed: int,
 ) -> PreTrainedModel:
     config = _architecture(base.removeprefix(RANDOM), revision, trust_remote_code)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-        torch.manual_seed(seed)
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        _fill(model, "", model, device, quantization)
+    model.tie_weights()
     model.config.name_or_path = base
     if quantization is not None:
-        from lit_lora.adapters.base_weight import quantize_
-
-        quantize_(model, quantization)
+        quantize.finish_quantization_(model, quantization)
     return model.train()
+
+
+def _fill(
+    module: Any, name: str, owner: PreTrainedModel, device: torch.device, quantization: QuantizationConfig | None
+) -> None:
+    """Give a model without values random ones, a layer at a time, each quantized before the next is made."""
+    for child_name, child in list(module.named_children()):
+        path = f"{name}.{child_name}" if name else child_name
+        _fill(child, path, child if isinstance(child, PreTrainedModel) else owner, device, quantization)
+        if quantization is None or not is_linear_like(child) or quantize.is_left_plain(path, quantization):
+            continue
+        setattr(module, child_name, quantize.quantized_layer(path, child, quantization))
+    module.to_empty(device=device, recurse=False)
+    owner._init_weights(module)
+
+
+def _check_not_quantized(location: str, revision: str | None) -> None:
+    fields, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
+    saved = fields.get("quantization_config")
+    if saved:
+        method = saved.get("quant_method", "unknown") if isinstance(saved, dict) else saved
+        raise ValueError(f"{location} is quantized already ({method}) and is loaded as it is: leave out quantization")
 
 
 def _architecture(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": set(),
     "data.byte_tokenizer": set(),
     "tools.fetch": {"models"},
-    "causal_lm": {"losses", "attention"},
+    "causal_lm": {"losses", "attention", "adapters"},
     "models": {"adapters", "data.byte_tokenizer"},
     "data": {"models", "data.byte_tokenizer", "data.resume"},
     "memory": {"adapters", "models", "causal_lm"},

@@ -1,21 +1,24 @@
 """The frozen weight of a linear layer as ``(out_features, in_features)``, whatever holds it.
 
-The one file that knows bitsandbytes and transformers' ``Conv1D``. Neither is imported here: a model that holds one of
-their layers has imported them already, so their classes are looked up among the loaded modules. PEFT has one copy of
-the adapter per kind of storage; here the forward is one and only this file differs.
+The one file that knows how bitsandbytes and transformers' ``Conv1D`` store a weight; ``quantize.py`` makes such layers.
+Neither package is imported on top: a model that holds one of their layers has imported them already, so their classes
+are looked up among the loaded modules. PEFT has one copy of the adapter per kind of storage; here the forward is one
+and only this file differs.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lit_lora.config import QuantizationConfig
+# On import bitsandbytes 0.50 warns that it cannot load an optional kernel, which nothing here uses: an inference kernel
+# of lower precision (see prepare_base_layer).
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 
 def is_linear_like(module: nn.Module) -> bool:
@@ -89,9 +92,7 @@ def read_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
     """
     if is_quantized(module):
         if _is_4bit(module):
-            import bitsandbytes as bnb
-
-            weight = bnb.functional.dequantize_4bit(module.weight.data, _quant_state(module))
+            weight = _dequantize_4bit(module.weight.data, _quant_state(module))
             return weight if dtype is None else weight.to(dtype)
         codes, scales = _scales_8bit(module)
         # LLM.int8 (arXiv:2208.07339), eq. 4: rows scaled to [-127, 127]; the same operations as bitsandbytes' own.
@@ -133,111 +134,46 @@ def prepare_base_layer(module: Any) -> None:
         )
 
 
-def transformers_quantization_config(quantization: QuantizationConfig, dtype: torch.dtype) -> Any:
-    """The ``BitsAndBytesConfig`` for loading a model in 4 or 8 bits; ``dtype`` is what "auto" computes in.
+def bitsandbytes() -> Any:
+    """The package.
 
     Raises:
-        ValueError: for what transformers cannot do while loading.
+        ImportError: saying what to do, if it is not installed.
     """
-    from transformers import BitsAndBytesConfig
-
-    _refuse_8bit_embedding(quantization)
-    skip = quantization.skip_modules
-    if skip is not None:  # transformers leaves the head alone only where nothing is named
-        skip = [*skip, *(head for head in _HEADS if head not in skip)]
-    if quantization.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-    if quantization.block_size != 64:
-        raise ValueError(f"transformers loads 4-bit models with block_size 64 only, got {quantization.block_size}")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.quant_type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=_compute_dtype(quantization, dtype),
-        llm_int8_skip_modules=skip,
-    )
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise ImportError(
+            "a quantized base needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave out "
+            "model.quantization"
+        ) from error
+    return bnb
 
 
-def quantize_(model: nn.Module, quantization: QuantizationConfig) -> None:
-    """Quantize the linear layers of a model that is in memory, in place, all but the output head."""
-    import bitsandbytes as bnb
-
-    _refuse_8bit_embedding(quantization)
-    int8: Any = bnb.nn.Int8Params
-    int4: Any = bnb.nn.Params4bit
-    keep = {*_HEADS, *(quantization.skip_modules or [])}
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or any(name == k or name.endswith(f".{k}") for k in keep):
-            continue
-        num_in, num_out, has_bias = module.in_features, module.out_features, module.bias is not None
-        weight, device = module.weight.detach(), module.weight.device
-        layer: Any
-        if isinstance(weight, FakeTensor):
-            layer = _fake_quantized_layer(weight, quantization)
-        elif quantization.bits == 8:
-            layer = bnb.nn.Linear8bitLt(num_in, num_out, has_bias, has_fp16_weights=False, threshold=6.0, device="meta")
-            # Int8Params quantizes only on the way from the CPU.
-            layer.weight = int8(weight.cpu(), requires_grad=False).to(device)
-        else:
-            layer = bnb.nn.Linear4bit(
-                num_in, num_out, has_bias, _compute_dtype(quantization, weight.dtype), device="meta"
-            )
-            layer.weight = int4(
-                weight,
-                requires_grad=False,
-                compress_statistics=quantization.double_quant,
-                quant_type=quantization.quant_type,
-                blocksize=quantization.block_size,
-                module=layer,
-            ).to(device)
-        layer.bias = module.bias
-        prepare_base_layer(layer)
-        model.set_submodule(name, layer.train(module.training))
+def _dequantize_4bit(codes: Tensor, state: Any) -> Tensor:
+    """bitsandbytes has a vector kernel for CPUs with AVX512; its code for others is many times slower than lookups."""
+    if codes.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return look_up_4bit(codes, state)
+    return bitsandbytes().functional.dequantize_4bit(codes, state)
 
 
-def _fake_quantized_layer(weight: Tensor, quantization: QuantizationConfig) -> Any:
-    """A quantized layer whose tensors have sizes but no memory, to trace a step with; see ``memory.py``.
+def look_up_4bit(codes: Tensor, state: Any) -> Tensor:
+    """``bitsandbytes.functional.dequantize_4bit`` bit for bit, by table lookup.
 
-    bitsandbytes' own functions make its tensors. Only its parameter classes are left out: a fake tensor can be no
-    instance of them (0.50).
+    A byte holds two codes, the first in its high half: one lookup of 8 bytes gives both float32 values.
     """
-    import bitsandbytes as bnb
-
-    num_out, num_in = weight.shape
-    layer: Any
-    with unset_fake_temporarily():
-        bnb.functional.quantize_blockwise(torch.zeros(1))  # fills its table of codes, which must not be a fake one
-        if quantization.bits == 8:
-            layer = bnb.nn.Linear8bitLt(num_in, num_out, False, has_fp16_weights=False, threshold=6.0, device="meta")
-        else:
-            layer = bnb.nn.Linear4bit(num_in, num_out, False, _compute_dtype(quantization, weight.dtype), device="meta")
-    if quantization.bits == 8:
-        codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
-        layer.weight = nn.Parameter(codes, requires_grad=False)
-        layer.state.CB, layer.state.SCB = layer.weight.data, scales
-        return layer
-    packed, state = bnb.functional.quantize_4bit(
-        weight,
-        blocksize=quantization.block_size,
-        compress_statistics=quantization.double_quant,
-        quant_type=quantization.quant_type,
-    )
-    layer.weight = nn.Parameter(packed, requires_grad=False)
-    layer.weight.quant_state = layer.quant_state = state
-    return layer
-
-
-_HEADS = ("lm_head", "embed_out", "output_projection")
-"""What transformers' models call their output head."""
-
-
-def _compute_dtype(quantization: QuantizationConfig, dtype: torch.dtype) -> torch.dtype:
-    return dtype if quantization.compute_dtype == "auto" else getattr(torch, quantization.compute_dtype)
-
-
-def _refuse_8bit_embedding(quantization: QuantizationConfig) -> None:
-    if quantization.embedding_bits is not None:
-        raise ValueError("embedding_bits is not implemented: leave it out")
+    scales = state.absmax
+    if state.nested:
+        scales = bitsandbytes().functional.dequantize_blockwise(scales, state.state2) + state.offset
+    num, block_size = torch.Size(state.shape).numel(), state.blocksize
+    values = state.code.float()
+    pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1).view(torch.int64).squeeze(1)
+    indices = codes.reshape(-1).view(torch.uint8).int()
+    weight = pairs.index_select(0, indices).view(torch.float32)[:num]
+    whole = num - num % block_size
+    weight[:whole].view(-1, block_size).mul_(scales.float()[: whole // block_size, None])
+    weight[whole:].mul_(scales[-1])
+    return weight.view(state.shape).to(state.dtype)
 
 
 def num_elements(parameter: Tensor) -> int:

@@ -166,12 +166,13 @@ def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
     config = plan.config
     num_base = sum(base_weight.num_elements(parameter) for parameter in model.parameters())
     model.requires_grad_(False)
+    for module in model.modules():
+        base_weight.prepare_base_layer(module)  # those that get no adapter too: gradients pass through them
     for name, planned in plan.adapted.items():
         layer: LoRALayer
         if isinstance(planned.module, nn.Embedding):
             layer = LoRAEmbedding(planned.module, config, r=planned.r, lora_alpha=planned.lora_alpha)
         else:
-            base_weight.prepare_base_layer(planned.module)
             layer = LoRALinear(planned.module, config, r=planned.r, lora_alpha=planned.lora_alpha)
         INITIALIZERS[config.init_lora_weights](layer)
         layer.train(planned.module.training)

@@ -15,6 +15,7 @@ from lit_lora import LoRAConfig, QuantizationConfig
 from lit_lora.adapters import base_weight
 from lit_lora.adapters.functional import lora_linear, lora_linear_reference
 from lit_lora.adapters.layers import LoRALinear
+from lit_lora.adapters.quantize import quantize_
 
 NUM_IN, NUM_OUT, RANK = 24, 40, 4
 INPUTS = {
@@ -174,7 +175,7 @@ def test_conv1d_equals_the_linear_layer_with_the_same_weight():
 
 def _quantized(bits, **fields):
     model = nn.Sequential(nn.Linear(64, 96))
-    base_weight.quantize_(model, QuantizationConfig(bits=bits, **fields))
+    quantize_(model, QuantizationConfig(bits=bits, **fields))
     return model[0]
 
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_lora import LoRAConfig, QuantizationConfig, disable_lora, inject_lora, merge_lora, unmerge_lora
-from lit_lora.adapters.base_weight import quantize_
 from lit_lora.adapters.layers import adapter_modules
+from lit_lora.adapters.quantize import quantize_
 from tests.tiny import language_model
 
 IDS = torch.arange(3, 17).view(2, 7)

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_lora import LoRAConfig, QuantizationConfig, inject_lora, load_adapter, merge_lora, save_adapter
-from lit_lora.adapters.base_weight import quantize_
 from lit_lora.adapters.layers import adapter_modules
 from lit_lora.adapters.peft_format import adapter_state_dict
+from lit_lora.adapters.quantize import quantize_
 from tests.tiny import language_model
 
 pytestmark = [
