@@ -261,8 +261,10 @@ def _data_of(trainer: pl.Trainer) -> str | None:
     datamodule = trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
     if datamodule is None:
         return None
-    settings = ", ".join(f"{name}={value!r}" for name, value in datamodule.hparams.items() if _is_plain(value))
-    return f"{type(datamodule).__name__}({settings})"
+    own = vars(datamodule).keys() - vars(pl.LightningDataModule()).keys()
+    settings = datamodule.hparams or {name: vars(datamodule)[name] for name in sorted(own) if not name.startswith("_")}
+    described = ", ".join(f"{name}={value!r}" for name, value in settings.items() if _is_plain(value))
+    return f"{type(datamodule).__name__}({described})"
 
 
 def _hyperparameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:

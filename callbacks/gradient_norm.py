@@ -203,7 +203,7 @@ class GradientNormLogger(pl.Callback):
         self._read_all(trainer)
         dropped = f", {self.num_non_finite} dropped as not finite" if self.num_non_finite else ""
         self.verdict = Verdict(
-            "finite gradients",
+            "gradients",
             True if self.spikes.max_norm_step else None,
             f"{trainer.global_step} steps{dropped}; largest norm {self.spikes.max_norm:.4g} at step "
             f"{self.spikes.max_norm_step}; {self.spikes.num_spikes} loss spikes, {self.spikes.num_explosions} gradient "
@@ -213,7 +213,7 @@ class GradientNormLogger(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give a verdict for a run that ended early, and let go of the batch."""
         if self.verdict is None:
-            self.verdict = Verdict("finite gradients", None, f"ended early after step {trainer.global_step}")
+            self.verdict = Verdict("gradients", None, f"ended early after step {trainer.global_step}")
         self._clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -335,7 +335,7 @@ class GradientNormLogger(pl.Callback):
                 write_json(path, content)
             except OSError as error:
                 reason += f"; {path} could not be written: {error}"
-        self.verdict = Verdict("finite gradients", False, reason)
+        self.verdict = Verdict("gradients", False, reason)
         raise NonFiniteError(
             f"{reason}. The step's examples and norms are in {path}; look there for empty or extreme examples, then "
             "lower the learning rate, clip gradients, or use on_non_finite='skip'"

@@ -218,3 +218,18 @@ def test_trial_run_writes_nothing(make_trainer, tmp_path):
     make_trainer(callback, ConvergenceAssertion(), fast_dev_run=True).fit(Foreign(with_lit_lora()))
     assert callback.verdict.passed is None
     assert not list(tmp_path.iterdir())
+
+
+def test_card_takes_the_datamodules_settings(make_trainer, tmp_path):
+    class Counting(pl.LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.file, self.max_length, self._cache = "counting.jsonl", 6, "secret"
+
+        def train_dataloader(self):
+            return DataLoader([TOKENS] * 6, batch_size=None)
+
+    trainer = make_trainer(HFAdapterExport(monitor=None), max_steps=1)
+    trainer.fit(Foreign(with_lit_lora()), datamodule=Counting())
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "Counting(file='counting.jsonl', max_length=6)" in card
