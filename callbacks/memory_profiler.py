@@ -203,7 +203,7 @@ class MemoryProfiler(pl.Callback):
             parts.append(f"{self.peak_mib - self.baseline_mib:.0f} MiB above the baseline")
         if self.budget_mib is not None:
             parts.append(f"budget {self.budget_mib:g} MiB")
-            parts += [self._message(phase) for phase in self._exceeded]
+            parts += [self._excess()] if self._exceeded else []
         parts.append("growth not measured: too few steps" if growth is None else f"growth {growth:.2f} MiB/1000 steps")
         if allowed is not None:
             parts.append(f"allowed {allowed:g}")
@@ -226,7 +226,7 @@ class MemoryProfiler(pl.Callback):
         self._phase = None
         if self.verdict is None:
             peak = f"peak {self.peak_mib:.0f} MiB before {type(exception).__name__}"
-            over = "; ".join(self._message(phase) for phase in self._exceeded)
+            over = self._excess() if self._exceeded else ""
             self.verdict = Verdict("memory", False if over else None, f"{peak}; {over}" if over else peak)
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,8 +265,14 @@ class MemoryProfiler(pl.Callback):
         if self.budget_mib is None or self.on_exceeded == "warn" or trainer.world_size == 1:
             return
         if any_rank(trainer, bool(self._exceeded)):
-            own = "; ".join(self._message(phase) for phase in self._exceeded)
-            raise MemoryBudgetExceeded(own or "another process exceeded the memory budget")
+            own = self._excess() if self._exceeded else "another process exceeded the memory budget"
+            raise MemoryBudgetExceeded(own)
+
+    def _excess(self) -> str:
+        """The worst phase in full, the others by name."""
+        worst = max(self._exceeded, key=lambda phase: self._exceeded[phase])
+        others = ", ".join(phase for phase in self._exceeded if phase != worst)
+        return self._message(worst) + (f"; also over it: {others}" if others else "")
 
     def _message(self, phase: str) -> str:
         above = " above the baseline" if self.baseline_mib else ""

@@ -74,6 +74,8 @@ def test_exceeded_budget_warns_once_a_phase_and_fails_the_verdict(make_trainer):
     messages = [str(w.message) for w in caught if str(w.message).startswith("phase ")]
     assert sorted(message.split()[1] for message in messages) == ["backward", "forward", "load", "optimizer", "other"]
     assert callback.verdict.passed is False
+    assert callback.verdict.detail.count("budget 1 MiB:") == 1  # the worst phase in full
+    assert "also over it: " in callback.verdict.detail
 
 
 def test_budget_above_the_baseline(make_trainer, logger):
