@@ -1,29 +1,28 @@
 """Checkpoints by steps and by minutes, the last and the best kept; a failed write or a signal loses nothing.
 
 Unlike Lightning's ModelCheckpoint: a write that fails (full disk, permission lost) is reported and tried again at the
-next save, and only the end of the run makes it an error; Ctrl-C stops after the running batch, saves, and says how to
-go on; a save during an exception never stores the gradients of a batch that was cut off.
+next save, and only the end of the run makes it an error; Ctrl-C and SIGTERM stop after the running batch, save, and say
+how to go on; nothing is ever saved of a batch that was cut off.
 
-Logs nothing. Works with any LightningModule. Files are ``<dirpath>/step=00000100.ckpt``.
+Logs nothing. Works with any LightningModule. Files are ``<dirpath>/step=00000100.ckpt``; use it with a ``CheckpointIO``
+that writes files whole or not at all (``lit_lora.checkpoint.AtomicCheckpointIO``).
 """
 
 from __future__ import annotations
 
-import signal
-import threading
+import math
 import time
-from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
-import lightning as L
+import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-PARTIAL_GLOB = ".*.partial"
+from lit_lora.atomic import remove_partial_files
+from lit_lora.callbacks._stop_signals import StopSignals
+from lit_lora.callbacks._trainer import any_rank
 
 
 class TrainingCheckpoint(Checkpoint):
@@ -53,10 +52,13 @@ class TrainingCheckpoint(Checkpoint):
         super().__init__()
         if every_n_steps < 0 or keep_last < 1 or keep_best < 0:
             raise ValueError(
-                f"expected every_n_steps >= 0, keep_last >= 1, keep_best >= 0; got {every_n_steps}, {keep_last}, {keep_best}"
+                "expected every_n_steps >= 0, keep_last >= 1 and keep_best >= 0, "
+                f"got {every_n_steps}, {keep_last} and {keep_best}"
             )
         if every_n_minutes is not None and every_n_minutes <= 0:
             raise ValueError(f"every_n_minutes must be above 0 or None, got {every_n_minutes}")
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
         self.dirpath = dirpath
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
@@ -65,13 +67,14 @@ class TrainingCheckpoint(Checkpoint):
         self.mode = mode
         self.keep_best = keep_best
         self.last_path: Path | None = None
-        self.last_error: OSError | None = None
+        self.last_error: str | None = None
+        """Why the newest state is not on disk; None if it is."""
         self._scores: dict[str, float] = {}
         self._last_step = 0
+        self._saved_batches = 0
         self._saved_at_s = 0.0
-        self._batch_running = False
-        self._interrupted = False
-        self._previous_handler: Any = None
+        self._due = False
+        self._signals = StopSignals()
 
     @property
     def state_key(self) -> str:
@@ -86,133 +89,159 @@ class TrainingCheckpoint(Checkpoint):
 
     # ------------------------------------------------------------------ when to save
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the folder; remove what a killed process left half-written."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the folder; remove what a killed process left half-written.
+
+        Raises:
+            OSError: if the folder cannot be made.
+        """
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
         self.dirpath = str(trainer.strategy.broadcast(str(folder)))
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(PARTIAL_GLOB):
-                leftover.unlink(missing_ok=True)
+            remove_partial_files(folder)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, and let Ctrl-C wait for the end of the running batch."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock, and let signals wait for the end of the running batch."""
         self._last_step = trainer.global_step
+        self._saved_batches = _batches(trainer)
         self._saved_at_s = time.monotonic()
-        if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Note that a batch is under way."""
-        self._batch_running = True
+        self.last_error = None
+        self._signals.install()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time to, and stop if Ctrl-C was pressed."""
-        self._batch_running = False
-        if trainer.global_step > self._last_step and self._is_due(trainer):
+        """Save if it is time to; save and stop if a signal came."""
+        stepped = trainer.global_step > self._last_step
+        if stepped:
+            self._due = self._due or self._is_due(trainer)
+            self._last_step = trainer.global_step
+        if _validation_follows(trainer):  # a run that goes on from a checkpoint written here would leave it out
+            return
+        if self._due:
             self._save(trainer)
-        if self._interrupted:
-            raise KeyboardInterrupt
+        if stepped or trainer.world_size == 1:  # several ranks agree once a step, at its end
+            self._stop_if_asked(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save if the monitored metric is among the best."""
-        if trainer.sanity_checking or trainer.state.fn != "fit" or self.monitor is None or not self.keep_best:
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Stop if a signal came; several ranks stop after the validation instead."""
+        if trainer.world_size == 1 and trainer.state.fn == "fit":
+            self._stop_if_asked(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if it is time to, or if the monitored metric is among the best; stop if a signal came."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        score = trainer.callback_metrics.get(self.monitor)
-        if score is None:
-            return
+        score = self._score(trainer)
+        if score is not None or self._due:
+            self._save(trainer, score=score)
+        self._stop_if_asked(trainer)
+
+    def _score(self, trainer: pl.Trainer) -> float | None:
+        """The monitored metric if it is among the best."""
+        value = trainer.callback_metrics.get(self.monitor) if self.monitor is not None else None
+        if value is None or not self.keep_best:
+            return None
+        score = float(trainer.strategy.broadcast(float(value)))  # may differ between ranks: the first decides
         better = [s for s in self._scores.values() if (s <= score if self.mode == "min" else s >= score)]
-        if len(better) < self.keep_best:
-            self._save(trainer, score=float(score))
+        return score if math.isfinite(score) and len(better) < self.keep_best else None
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last state; a checkpoint that could not be written is an error now.
 
         Raises:
-            OSError: if nothing could be saved since the last failure.
+            OSError: if the last state is not on disk.
         """
-        self._restore_handler()
-        if trainer.global_step > self._last_step or self.last_path is None or self.last_error is not None:
+        self._signals.restore()
+        if _batches(trainer) > self._saved_batches or self.last_path is None:
             self._save(trainer)
         if self.last_error is not None:
             raise OSError(
                 f"the last state could not be saved: {self.last_error}. The last good checkpoint is {self.last_path}"
-            ) from self.last_error
+            )
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save what is whole, and say how to resume."""
-        self._restore_handler()
+        self._signals.restore()
         if trainer.state.fn != "fit" or trainer.fast_dev_run or self.dirpath is None:  # type: ignore[attr-defined]
             return
-        # Saving asks all ranks; only a termination that Lightning has spread reaches all of them at the same place.
-        alone = trainer.world_size == 1
-        if (alone or isinstance(exception, SIGTERMException)) and trainer.global_step > self._last_step:
-            try:
-                self._save(trainer)
-            except RuntimeError as error:  # the state is not whole: the batch was cut off inside an accumulation window
-                rank_zero_warn(f"Not saved: {error}")
-        if self.last_path is not None:
-            rank_zero_info(f"Stopped at step {trainer.global_step}. Resume with --ckpt_path {self.last_path}")
+        # Saving takes all ranks, and an exception may be one rank's alone: what all of them stop for is saved before.
+        if trainer.world_size == 1 and _batches(trainer) > self._saved_batches:
+            if _is_whole(trainer):
+                try:
+                    self._save(trainer)
+                except RuntimeError as error:
+                    rank_zero_warn(f"Nothing saved after the exception: {error}")
+            else:
+                rank_zero_warn("Nothing saved after the exception: it cut off a batch, whose state is not whole")
+        where = (
+            f"Resume with --ckpt_path {self.last_path}" if self.last_path else "There is no checkpoint to resume from"
+        )
+        rank_zero_info(f"Stopped at step {trainer.global_step}. {where}")
 
-    def _is_due(self, trainer: L.Trainer) -> bool:
+    def _is_due(self, trainer: pl.Trainer) -> bool:
         by_steps = bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
         by_time = False
         if self.every_n_minutes is not None:
-            by_time = time.monotonic() - self._saved_at_s >= timedelta(minutes=self.every_n_minutes).total_seconds()
+            by_time = time.monotonic() - self._saved_at_s >= 60 * self.every_n_minutes
             if trainer.world_size > 1:
                 by_time = trainer.strategy.broadcast(by_time)
         return by_steps or by_time
 
-    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
-        if self._interrupted or not self._batch_running:
-            raise KeyboardInterrupt
-        self._interrupted = True
-        rank_zero_info("Stopping after this batch. Press Ctrl-C again to stop at once.")
-
-    def _restore_handler(self) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        if not any_rank(trainer, self._signals.received is not None):
+            return
+        if _batches(trainer) > self._saved_batches:
+            self._save(trainer)
+        raise self._signals.exception()
 
     # ------------------------------------------------------------------ saving and forgetting
 
-    def _save(self, trainer: L.Trainer, score: float | None = None) -> None:
+    def _save(self, trainer: pl.Trainer, score: float | None = None) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert self.dirpath is not None, "setup has not run"
         path = Path(self.dirpath) / f"step={trainer.global_step:08d}.ckpt"
         previous = (self.last_path, dict(self._scores))
-        self.last_path = path
+        self.last_path = path  # before the state of this callback goes into the file
         if score is not None:
             self._scores[str(path)] = score
             for forgotten in self._ranked()[self.keep_best :]:
                 del self._scores[forgotten]
         self._saved_at_s = time.monotonic()
+        self._due = False
+        failure: str | None = None
         try:
             trainer.save_checkpoint(path)
-        except OSError as error:  # raised on rank 0 only, before the barrier in which the others wait
+        except OSError as error:  # on the first rank, before the barrier that the others wait in
+            failure = str(error)
             trainer.strategy.barrier("Trainer.save_checkpoint")
+        self.last_error = trainer.strategy.broadcast(failure)
+        if self.last_error is not None:
             self.last_path, self._scores = previous
-            self.last_error = error
-            rank_zero_warn(f"Checkpoint not saved at step {trainer.global_step}: {error}. Training goes on.")
+            kept = f"the last good one is {self.last_path}" if self.last_path else "there is none yet"
+            rank_zero_warn(
+                f"Checkpoint of step {trainer.global_step} not saved: {self.last_error}. Training goes on and tries "
+                f"again at the next save; {kept}."
+            )
             return
-        self.last_error = None
-        self._last_step = trainer.global_step
+        self._saved_batches = _batches(trainer)
         if trainer.is_global_zero:
-            self._forget(Path(self.dirpath))
+            self._forget(path)
 
-    def _forget(self, folder: Path) -> None:
-        files = sorted(folder.glob("step=*.ckpt"))
-        kept = {str(path) for path in files[-self.keep_last :]} | set(self._scores)
+    def _forget(self, written: Path) -> None:
+        """Delete all but the newest and the best. By time, not by step: a run may go on from an older checkpoint."""
+        files = sorted(written.parent.glob("step=*.ckpt"), key=lambda path: (path == written, path.stat().st_mtime_ns))
+        kept = {str(path) for path in files[-self.keep_last :]} | self._scores.keys()
         for path in files:
             if str(path) not in kept:
-                path.unlink(missing_ok=True)
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    rank_zero_warn(f"The old checkpoint {path} could not be deleted: {error}")
 
     def _ranked(self) -> list[str]:
         return sorted(self._scores, key=self._scores.__getitem__, reverse=self.mode == "max")
@@ -228,3 +257,20 @@ class TrainingCheckpoint(Checkpoint):
         last_path = state_dict.get("last_path")
         self.last_path = Path(last_path) if last_path and Path(last_path).is_file() else None
         self._scores = {path: score for path, score in state_dict.get("scores", {}).items() if Path(path).is_file()}
+
+
+def _batches(trainer: pl.Trainer) -> int:
+    """Batches trained on in the whole run, those inside of an unfinished accumulation window included."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+
+def _is_whole(trainer: pl.Trainer) -> bool:
+    """Whether no batch is under way."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    return progress.started == progress.processed
+
+
+def _validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether Lightning will validate between this batch and the next; it has no public way to ask."""
+    fit_loop = trainer.fit_loop
+    return fit_loop._data_fetcher is not None and fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)

@@ -20,6 +20,10 @@ TOOLS = {
     "fetch": "bring a small base model to this machine",
     "generate": "prompt in, text out, with and without an adapter",
     "evaluate": "exact match on held-out examples, before and after",
+    "estimate": "peak memory of a fit, and whether it fits",
+    "merge": "fold an adapter into its base: a folder for plain transformers",
+    "export": "an adapter from a checkpoint or folder, for readers of any kind",
+    "tiers": "five QLoRA runs from quick to full, those that this machine can",
 }
 """Verb -> help. Each is the function of that name in ``lit_lora.tools.<verb>``."""
 
@@ -72,6 +76,9 @@ def _run_tool(verb: str, arguments: list[str]) -> None:
     from jsonargparse import auto_cli
 
     function = getattr(importlib.import_module(f"lit_lora.tools.{verb}"), verb)
+    if list(inspect.signature(function).parameters) == ["arguments"]:  # it reads the command line itself
+        function(arguments)
+        return
     auto_cli(function, args=_with_flag_values(function, arguments), as_positional=True, prog=f"lit-lora {verb}")
 
 

@@ -82,18 +82,18 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str,
     return content
 
 
-def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in a folder that is complete and undamaged.
+def newest_checkpoint(*folders: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in these folders that is complete and undamaged.
 
     Returns:
         Its path (None if there is none), and what was wrong with each newer one.
     """
     problems = []
-    candidates = sorted(Path(folder).glob(f"*{SUFFIX}"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    for path in reversed(candidates):
+    candidates = [path for folder in folders for path in Path(folder).glob(f"*{SUFFIX}")]
+    for path in sorted(candidates, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         try:
             read_checkpoint(path)
-        except DamagedCheckpointError as error:
+        except (DamagedCheckpointError, OSError) as error:
             problems.append(str(error))
         else:
             return path, problems

@@ -293,7 +293,8 @@ class LoRALightningModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log ``val_loss`` (nats per token), ``val_perplexity`` and ``val_token_accuracy``."""
         results = self._finish_evaluation("val")
-        whole = not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == math.inf
+        at_start = self.trainer.num_sanity_val_steps == math.inf and self.trainer.global_step == 0
+        whole = not self.trainer.sanity_checking or at_start
         if whole and results:
             self.flush_metrics().validation.append({"step": self.trainer.global_step, **results})
         self._recorder.start_clock()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lit_lora.checkpoint import base_fingerprint, describe_mismatch, rng_state, set_rng_state
 from lit_lora.config import LoRAConfig, QuantizationConfig
-from lit_lora.data.resume import align_loop_progress
+from lit_lora.data.resume import DATA_STATE_KEY, align_loop_progress
 from lit_lora.step_metrics import StepRecorder, StepWindow
 
 KEY = "lit_lora"
@@ -66,10 +66,14 @@ def collect(
         parameters: those that train, by name.
 
     Raises:
-        RuntimeError: in the middle of a batch, whose gradients may be those of half a backward pass.
+        RuntimeError: in the middle of a batch, whose gradients may be those of half a backward pass; or if a
+            parameter holds NaN or infinity.
     """
     if trainer.training and not is_whole(trainer):
         raise RuntimeError("a batch is under way: its gradients are not whole, so there is nothing to continue from")
+    broken = [name for name, p in parameters.items() if not torch.isfinite(p).all()]  # waits for the device
+    if broken:
+        raise RuntimeError(f"{broken[0]} holds NaN or infinity, as do {len(broken) - 1} others: not saved")
     partial = None
     if recorder.window.num_batches:
         gradients = {name: p.grad.cpu() for name, p in parameters.items() if p.grad is not None}
@@ -128,8 +132,27 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     Raises:
         ValueError: if this number of ranks cannot continue there.
     """
-    if trainer.state.fn == "fit":
-        align_loop_progress(checkpoint, trainer.world_size)
+    if trainer.state.fn != "fit" or DATA_STATE_KEY not in checkpoint:
+        return
+    loops = checkpoint["loops"]["fit_loop"]
+    batches, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+    num_batches = batches["current"]["processed"]
+    in_validation = len({*validation["current"].values()}) + len({*validation["total"].values()}) > 2
+    align_loop_progress(checkpoint, trainer.world_size)
+    if not in_validation:
+        return
+    # Stopped in a validation: it is done again from its start, so that its means are whole. What Lightning takes for a
+    # stop within a validation is one batch that was started and not processed.
+    for counters in validation["total"], validation["current"]:
+        counters.update(dict.fromkeys(counters, 0))
+    validation["total"].update(ready=1, started=1)
+    same_ranks = checkpoint[DATA_STATE_KEY]["world_size"] == trainer.world_size
+    if checkpoint[DATA_STATE_KEY]["consumed"] == 0 and same_ranks:  # at the end of an epoch, which is open until then
+        for counters in loops["epoch_progress"].values():
+            opened = counters["processed"]
+            counters.update(ready=opened, started=opened, processed=opened - 1, completed=opened - 1)
+        batches["current"].update(dict.fromkeys(batches["current"], num_batches))
+        batches["is_last_batch"] = True
 
 
 def restore(
