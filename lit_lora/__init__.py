@@ -31,6 +31,8 @@ _PUBLIC = {
     "linear_cross_entropy": "losses",
     "load_base_model": "models",
     "load_tokenizer": "models",
+    "MemoryEstimate": "memory",
+    "estimate_memory": "memory",
     "StepMetrics": "metrics",
     "TrainingMetrics": "metrics",
     "assert_loss_convergence": "metrics",
@@ -39,6 +41,7 @@ __all__ = [
     "InjectionReport",
     "LoRAConfig",
     "LoRALightningModule",
+    "MemoryEstimate",
     "QuantizationConfig",
     "SFTDataModule",
     "StepMetrics",
@@ -46,6 +49,7 @@ __all__ = [
     "__version__",
     "assert_loss_convergence",
     "disable_lora",
+    "estimate_memory",
     "inject_lora",
     "linear_cross_entropy",
     "load_adapter",
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
     from lit_lora.config import LoRAConfig, QuantizationConfig
     from lit_lora.data.datamodule import SFTDataModule
     from lit_lora.losses import linear_cross_entropy
+    from lit_lora.memory import MemoryEstimate, estimate_memory
     from lit_lora.metrics import StepMetrics, TrainingMetrics, assert_loss_convergence
     from lit_lora.models import load_base_model, load_tokenizer
     from lit_lora.module import LoRALightningModule

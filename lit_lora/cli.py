@@ -83,8 +83,18 @@ def run(arguments: Sequence[str]) -> None:
                 os.environ.pop(name, None)
 
 
-def _run() -> None:
-    LoRACLI(
+def parse_fit(arguments: Sequence[str]) -> Any:
+    """The settings of a ``fit`` with these arguments, config files read and defaults filled in. Nothing is run."""
+    sys.argv = ["lit-lora", "fit", *_with_shipped_configs(arguments)]
+    try:
+        _run(_ParsingCLI)
+    except _Parsed as parsed:
+        return parsed.config
+    raise AssertionError("the command line was run")
+
+
+def _run(cli: type[LightningCLI] | None = None) -> None:
+    (cli or LoRACLI)(
         LoRALightningModule,
         SFTDataModule,
         parser_class=_Parser,
@@ -161,6 +171,19 @@ class LoRACLI(LightningCLI):
             earlier = len(list(folder.glob("config.*.yaml"))) + 1
             path.rename(folder / f"config.{earlier}.yaml")
         atomic_write(path, lambda file: file.write(text.encode()))
+
+
+class _Parsed(Exception):
+    """No error: it ends the command line before anything is built."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+class _ParsingCLI(LoRACLI):
+    def before_instantiate_classes(self) -> None:
+        raise _Parsed(self.config[self.config["subcommand"]])
 
 
 class _Parser(LightningArgumentParser):

@@ -23,14 +23,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from lit_lora import attention, causal_lm
 from lit_lora.activation_checkpointing import checkpoint_layers
+from lit_lora.adapters import base_weight
 from lit_lora.adapters.inject import inject_lora
+from lit_lora.adapters.int8_rows import Int8Head
+from lit_lora.adapters.layers import LoRALinear, lora_layers
+from lit_lora.adapters.quantize import is_left_plain, quantize_
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.cuda_allocator import CudaPeak, replay
-from lit_lora.models import RANDOM, load_base_model, resolve_base
+from lit_lora.models import RANDOM, _architecture, resolve_base
 from lit_lora.storage_tracker import WORKSPACE, Peak, StorageTracker
 
 PHASES = ("load", "forward", "backward", "optimizer")
@@ -53,6 +57,8 @@ class StepSettings:
     gradient_checkpointing: bool | int = False
     """Layers that are recomputed in the backward pass: all, none, or the first so many."""
     packing: bool = True
+    chunked_loss: bool = True
+    fused_lora: bool = True
     supervised: float = 1.0
     """Share of tokens that the loss counts."""
     accumulate_grad_batches: int = 1
@@ -145,12 +151,12 @@ def trace(settings: StepSettings) -> MemoryEstimate:
     if device != settings.device:
         notes.append("traced without CUDA: operators chosen as on a CPU, types and attention as on CUDA")
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
-        with tracker.phase("load"):
-            model = _load(settings, device, tracker)
-            random_peak = tracker.peak("load")
-        tracker.forget_the_dead()
-        loaded = tracker.alive_bytes
+        model, load_peak = _load(settings, device, tracker)
         inject_lora(model, settings.lora)
+        if not settings.fused_lora:
+            for _, layer in lora_layers(model):
+                if isinstance(layer, LoRALinear):
+                    layer.has_fast_path = False
         model.train()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         tracker.claim("adapters", trainable)
@@ -162,11 +168,11 @@ def trace(settings: StepSettings) -> MemoryEstimate:
             checkpoint_layers(model, None if count is True else count)
         batch = _batch(settings, device)
         with ExitStack() as stack:
-            if settings.device == "cuda" and device == "cpu" and path.packed:
-                stack.enter_context(_cuda_attention())
+            if device != settings.device:
+                stack.enter_context(_as_on_cuda())
             autocast = torch.autocast(device, getattr(torch, settings.autocast)) if settings.autocast else None
             run_step(model, batch, path, tracker, autocast, settings.accumulate_grad_batches)
-    phases = {"load": _load_peak(model, settings, loaded, random_peak)}
+    phases = {"load": load_peak}
     phases.update({phase: tracker.peak(phase) for phase in PHASES[1:]})
     cuda = replay((event.key, event.num_bytes) for event in tracker.events)
     return MemoryEstimate(settings, phases, cuda, tuple(notes))
@@ -226,39 +232,40 @@ def parse_bytes(text: int | str) -> int:
 # ---------------------------------------------------------------------- parts of the traced step
 
 
-def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> PreTrainedModel:
-    """The base with the right sizes: what ``load_base_model`` makes of random weights, whatever the base."""
-    name = settings.base
-    if not name.startswith(RANDOM):
-        location, gguf_file = resolve_base(name)
+def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple[PreTrainedModel, Peak]:
+    """The base, and the peak of loading it: weights come one after the other, and are quantized as they come."""
+    name = settings.base.removeprefix(RANDOM)
+    if name == settings.base:
+        name, gguf_file = resolve_base(settings.base)
         if gguf_file:
             raise ValueError(f"a GGUF file holds no config to trace: name its architecture, as {RANDOM}llama-2-7b")
-        name = RANDOM + location
+    config = _architecture(name, None, settings.trust_remote_code)
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if settings.device == "cuda" else "float32"
-    model = load_base_model(
-        name,
-        dtype=dtype,
-        quantization=settings.quantization,
-        device=device,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), trust_remote_code=settings.trust_remote_code
+        )
+    at_once = 0
+    if settings.quantization is not None:
+        at_once = max(
+            (
+                module.weight.nbytes
+                for name, module in model.named_modules()
+                if base_weight.is_linear_like(module) and not is_left_plain(name, settings.quantization)
+            ),
+            default=0,
+        )
+        if settings.quantization.embedding_bits is not None:
+            ends = {m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+            at_once = sum(weight.nbytes for weight in ends)
+        quantize_(model, settings.quantization)
     tracker.claim("base")
-    return model
-
-
-def _load_peak(model: nn.Module, settings: StepSettings, loaded: int, random_peak: Peak) -> Peak:
-    if settings.base.startswith(RANDOM):
-        categories = {"base": loaded, WORKSPACE: random_peak.total - loaded}
-        return Peak(random_peak.total, categories, "random weights")
-    if settings.quantization is None:
-        return Peak(loaded, {"base": loaded}, "weights")
-    # transformers quantizes one weight after the other as it reads them.
-    dtype = torch.float32 if settings.dtype == "float32" or settings.device == "cpu" else torch.bfloat16
-    shapes = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
-    largest = max(num_in * num_out for num_in, num_out in shapes) * dtype.itemsize
-    return Peak(loaded + largest, {"base": loaded, WORKSPACE: largest}, "largest weight before it is quantized")
+    tracker.forget_the_dead()
+    loaded = tracker.alive_bytes
+    where = "before the last weight is quantized" if at_once else "weights"
+    return model, Peak(loaded + at_once, {"base": loaded, WORKSPACE: at_once}, where)
 
 
 def _path(model: PreTrainedModel, settings: StepSettings) -> causal_lm.Path:
@@ -266,10 +273,10 @@ def _path(model: PreTrainedModel, settings: StepSettings) -> causal_lm.Path:
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     changes = [name for name in causal_lm._HEAD_CHANGES_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
-    direct = type(head) is nn.Linear and head.bias is None and not changes
+    direct = type(head) is Int8Head or (type(head) is nn.Linear and head.bias is None)
     if settings.packing:
         attention.use_packed_attention(model)
-    return causal_lm.Path(settings.packing, direct, "")
+    return causal_lm.Path(settings.packing, settings.chunked_loss and direct and not changes, "")
 
 
 def _batch(settings: StepSettings, device: str) -> causal_lm.Batch:
@@ -292,19 +299,22 @@ def _batch(settings: StepSettings, device: str) -> causal_lm.Batch:
 
 
 @contextmanager
-def _cuda_attention() -> Iterator[None]:
-    """Attention as on CUDA, for fake tensors that are not."""
+def _as_on_cuda() -> Iterator[None]:
+    """Where our code asks for the device, it takes CUDA's way, for fake tensors that are not on it."""
 
-    def forward(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        if q.dtype not in (torch.float16, torch.bfloat16):
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if q.dtype not in (torch.float16, torch.bfloat16) or kwargs.get("seq_lens") is None:
             return attention.packed_attention_forward(module, q, k, v, mask, **kwargs)  # type: ignore[return-value]
         longest = max(kwargs["seq_lens"])
         return attention._varlen(q, k, v, kwargs["cu_seq_lens_q"], longest, kwargs.get("scaling"), None), None
 
-    AttentionInterface.register(attention.IMPLEMENTATION, forward)
+    on_cpu = base_weight._dequantize_4bit
+    AttentionInterface.register(attention.IMPLEMENTATION, attend)
+    base_weight._dequantize_4bit = lambda *args: base_weight.bitsandbytes().functional.dequantize_4bit(*args)
     try:
         yield
     finally:
+        base_weight._dequantize_4bit = on_cpu
         AttentionInterface.register(attention.IMPLEMENTATION, attention.packed_attention_forward)
 
 

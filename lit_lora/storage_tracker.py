@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -99,7 +98,7 @@ class StorageTracker(TorchDispatchMode):
     def add(self, leaves: Iterable[Any], where: str = "") -> None:
         """Record the storages of these tensors from now on."""
         for leaf in leaves:
-            if not isinstance(leaf, Tensor) or (leaf.is_meta and not isinstance(leaf, FakeTensor)):
+            if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
                 continue
             storage = leaf.untyped_storage()
             if storage._cdata not in self._live:

@@ -1,0 +1,221 @@
+"""What is predicted is what is there: estimates against live storages of real steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from transformers import PreTrainedConfig
+
+from lit_lora import causal_lm
+from lit_lora.activation_checkpointing import checkpoint_layers
+from lit_lora.adapters.inject import inject_lora
+from lit_lora.config import LoRAConfig, QuantizationConfig
+from lit_lora.memory import CATEGORIES, MemoryEstimate, _batch, estimate_memory, parse_bytes, run_step, suggest, trace
+from lit_lora.models import load_base_model
+from lit_lora.module import LoRALightningModule
+from lit_lora.storage_tracker import StorageTracker
+from tests.tiny import config
+
+NF4 = QuantizationConfig()
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "vocab_size": 512}
+DEEP: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "vocab_size": 256}
+TIED: dict[str, Any] = {**WIDE, "tie_word_embeddings": True, "vocab_size": 2048}
+LORA = LoRAConfig(r=4)
+
+
+def saved_config(folder: Path, kind: str = "Llama", **fields: Any) -> str:
+    made: PreTrainedConfig = config(kind, **fields)
+    path = folder / f"{kind}.json"
+    path.write_text(json.dumps(made.to_dict() | {"architectures": [f"{kind}ForCausalLM"]}), encoding="utf-8")
+    return f"random:{path}"
+
+
+def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker:
+    """Run the step of an estimate on real tensors."""
+    settings = estimate.settings
+    model = load_base_model(base or settings.base, quantization=settings.quantization)
+    inject_lora(model, settings.lora)
+    model.train()
+    path = causal_lm.choose_path(model, packing=settings.packing)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(model, None if settings.gradient_checkpointing is True else settings.gradient_checkpointing)
+    tracker = StorageTracker(model)
+    with tracker:
+        tracker.add([*model.parameters(), *model.buffers()])
+        run_step(
+            model, _batch(settings, "cpu"), path, tracker, accumulate_grad_batches=settings.accumulate_grad_batches
+        )
+    return tracker
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "settings"),
+    [
+        pytest.param("Llama", WIDE, {}, id="wide"),
+        pytest.param("Llama", DEEP, {"lengths": (90, 7, 33)}, id="deep, ragged"),
+        pytest.param("Qwen2", TIED, {}, id="tied, biases"),
+        pytest.param("Llama", DEEP, {"gradient_checkpointing": True}, id="checkpointed"),
+        pytest.param("Llama", DEEP, {"gradient_checkpointing": 3}, id="three layers checkpointed"),
+        pytest.param("Llama", WIDE, {"quantization": NF4}, id="NF4, double quantization"),
+        pytest.param("Llama", DEEP, {"quantization": QuantizationConfig(double_quant=False)}, id="NF4"),
+        pytest.param("Llama", TIED, {"quantization": QuantizationConfig(embedding_bits=8)}, id="8-bit embedding"),
+        pytest.param("Llama", DEEP, {"quantization": NF4, "gradient_checkpointing": True}, id="NF4, checkpointed"),
+        pytest.param("Llama", WIDE, {"packing": False, "lengths": (50, 50)}, id="padded"),
+        pytest.param("Llama", WIDE, {"accumulate_grad_batches": 4}, id="accumulated gradients"),
+    ],
+)
+def test_estimate_is_within_5_percent_of_what_is_alive(
+    tmp_path: Path, kind: str, shape: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    lora = LORA if shape is not WIDE else LoRAConfig(r=16, target_modules=["q_proj", "down_proj"])
+    estimate = estimate_memory(
+        saved_config(tmp_path, kind, **shape), **{"lengths": (64, 64), "lora": lora, "device": "cpu", **settings}
+    )
+    tracker = measure(estimate)
+    for phase in ("forward", "backward", "optimizer"):
+        assert estimate.phases[phase].total == pytest.approx(tracker.peak(phase).total, rel=0.05), phase
+    assert estimate.peak.total == pytest.approx(tracker.peak().total, rel=0.05)
+
+
+def test_estimate_is_within_5_percent_of_a_run_of_the_trainer(tmp_path: Path) -> None:
+    base = saved_config(tmp_path, **WIDE)
+    lengths = (60, 41, 83)
+    module = LoRALightningModule(base, lora=LORA, quantization=NF4)
+    module.configure_model()
+    estimate = estimate_memory(base, lengths=lengths, lora=LORA, quantization=NF4)
+    batch = _batch(estimate.settings, "cpu")
+    trainer = L.Trainer(
+        max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader([batch] * 3, batch_size=None)
+    tracker = StorageTracker()
+    with tracker:
+        trainer.fit(module, loader)
+    assert estimate.peak.total == pytest.approx(tracker.peak().total, rel=0.05)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="LoRA"),
+        pytest.param({"gradient_checkpointing": True}, id="LoRA, checkpointed"),
+        pytest.param({"quantization": NF4}, id="QLoRA"),
+        pytest.param({"quantization": NF4, "gradient_checkpointing": True}, id="QLoRA, checkpointed"),
+    ],
+)
+def test_estimate_of_a_real_model_is_within_5_percent(settings: dict[str, Any]) -> None:
+    estimate = estimate_memory("smollm2-135m-instruct", lengths=(97, 133, 208), lora=LoRAConfig(r=8), **settings)
+    tracker = measure(estimate)
+    measured = {phase: tracker.peak(phase).total for phase in ("forward", "backward", "optimizer")}
+    print({phase: (estimate.phases[phase].total / 1e6, total / 1e6) for phase, total in measured.items()})
+    for phase, total in measured.items():
+        assert estimate.phases[phase].total == pytest.approx(total, rel=0.05), phase
+
+
+def test_categories_are_what_they_say(tmp_path: Path) -> None:
+    estimate = estimate_memory(saved_config(tmp_path, **WIDE), lengths=(64, 64), lora=LORA)
+    adapters = estimate.phases["optimizer"].by_category["adapters"]
+    model = load_base_model(estimate.settings.base)
+    base_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    report = inject_lora(model, LORA)
+    assert adapters == 4 * report.num_trainable
+    assert estimate.peak.by_category["base"] == pytest.approx(base_bytes, rel=0.01)
+    optimizer = estimate.phases["optimizer"].by_category
+    assert optimizer["gradients"] == adapters
+    assert optimizer["optimizer"] == pytest.approx(2 * adapters, rel=0.01)
+    for peak in estimate.phases.values():
+        assert sum(peak.by_category.values()) == peak.total
+        assert set(peak.by_category) <= set(CATEGORIES)
+
+
+def test_checkpointing_quantization_and_double_quantization_each_save(tmp_path: Path) -> None:
+    base = saved_config(tmp_path, **WIDE)
+    lora, nf4, single, checkpointed = (
+        estimate_memory(base, lengths=(64, 64), lora=LORA, **settings)
+        for settings in (
+            {},
+            {"quantization": NF4},
+            {"quantization": QuantizationConfig(double_quant=False)},
+            {"gradient_checkpointing": True},
+        )
+    )
+    assert nf4.peak_bytes < single.peak_bytes < lora.peak_bytes
+    assert checkpointed.peak_bytes < lora.peak_bytes
+    linear = 3 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 320)
+    saved = single.peak.by_category["base"] - nf4.peak.by_category["base"]
+    # A float32 scale for each 64 weights becomes a byte, and a float32 scale for each 256 of those; each of 21 layers
+    # also has an offset and a table of 256 codes.
+    assert saved == pytest.approx(linear / 64 * (4 - 1 - 4 / 256) - 21 * (4 + 1024), abs=100)
+
+
+def test_cuda_settings_are_traced_without_cuda(tmp_path: Path) -> None:
+    base = saved_config(tmp_path, **WIDE)
+    cpu = estimate_memory(base, lengths=(64, 64), lora=LORA, quantization=NF4)
+    cuda = estimate_memory(base, lengths=(64, 64), lora=LORA, quantization=NF4, device="cuda")
+    assert cuda.peak.by_category["base"] < cpu.peak.by_category["base"]  # embeddings in bfloat16
+    assert cuda.peak.total <= cuda.cuda.allocated <= cuda.cuda.reserved
+    assert "reserved" in str(cuda)
+    assert cuda.fits(cuda.cuda.reserved)
+    assert not cuda.fits(cuda.cuda.reserved - 1)
+    again = estimate_memory(base, lengths=(64, 64), lora=LORA, quantization=NF4)
+    assert again == cpu, "tracing for CUDA left something behind"
+
+
+def test_no_memory_is_taken_by_a_trace() -> None:
+    import psutil
+
+    process = psutil.Process()
+    before = process.memory_info().rss
+    estimate = estimate_memory("random:tinyllama-1.1b", lengths=(64,), lora=LoRAConfig(r=8), device="cuda")
+    assert estimate.peak.by_category["base"] > 2_000_000_000
+    assert process.memory_info().rss - before < 500_000_000
+
+
+def test_suggestions_are_traced_and_best_comes_first(tmp_path: Path) -> None:
+    estimate = estimate_memory(saved_config(tmp_path), lengths=(64, 64), lora=LoRAConfig(r=16))
+    found = suggest(estimate)
+    peaks = [suggestion.estimate.peak_bytes for suggestion in found]
+    assert peaks == sorted(peaks)
+    assert {s.change for s in found} >= {"model.gradient_checkpointing true", "model.quantization.bits 4"}
+    for suggestion in found:
+        assert suggestion.estimate.peak_bytes < estimate.peak_bytes
+    assert trace(found[0].estimate.settings) == found[0].estimate
+    limit = min(peaks) - 1
+    together = suggest(estimate, limit)[0]
+    assert " + " in together.change
+    assert together.estimate.peak_bytes < min(peaks)
+    assert together.estimate.fits(limit)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("12GB", 12 * 10**9), ("8 GiB", 2**33), ("1.5mb", 1_500_000), ("77", 77), (5, 5)]
+)
+def test_amounts_of_memory(text: int | str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["much", "12 G B", "-1GB", "GB", ""])
+def test_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(ValueError, match="expected an amount of memory such as 12GB"):
+        parse_bytes(text)
+
+
+def test_examples_too_short_to_learn_from_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        estimate_memory("random:smollm2-135m", lengths=[1])
+
+
+def test_text_names_peak_and_place(tmp_path: Path) -> None:
+    estimate = estimate_memory(saved_config(tmp_path, **WIDE), lengths=(64,), lora=LORA)
+    text = str(estimate)
+    assert f"in {estimate.peak_phase} (" in text
+    assert all(category in text for category in CATEGORIES)
+    assert asdict(estimate)["settings"]["lengths"] == (64,)
