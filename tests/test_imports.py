@@ -33,10 +33,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": set(),
     "data.byte_tokenizer": set(),
     "tools.fetch": {"models"},
+    "drift": set(),
     "causal_lm": {"losses", "attention", "adapters"},
     "models": {"adapters", "data.byte_tokenizer"},
     "data": {"models", "data.byte_tokenizer", "data.resume"},
-    "memory": {"adapters", "models", "causal_lm"},
+    "storage_tracker": set(),
+    "cuda_allocator": set(),
+    "memory": {
+        "adapters", "models", "causal_lm", "attention", "activation_checkpointing", "storage_tracker", "cuda_allocator",
+    },
     "step_metrics": set(),
     "data.resume": set(),
     "training_state": {"checkpoint", "step_metrics", "data.resume"},
@@ -46,12 +51,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "callbacks": {"adapters"},
     "tools": {
-        "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "data", "memory", "tools.fetch",
+        "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "data", "memory", "drift", "tools.fetch",
         "callbacks", "module",
     },
     "run_record": {"module", "callbacks", "checkpoint"},
     "cli": {"module", "data", "callbacks", "checkpoint", "run_record"},
-    "__main__": {"cli", "tools", "tools.fetch"},
+    "tools.estimate": {"cli", "memory", "data"},
+    "__main__": {"cli", "tools", "tools.fetch", "tools.estimate"},
 }  # fmt: skip
 """Room -> rooms below it that it may import, beside ``LEAVES``. A room is a module or a folder; the longest name
 wins."""
