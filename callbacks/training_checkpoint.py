@@ -79,7 +79,7 @@ class TrainingCheckpoint(Checkpoint):
     @property
     def state_key(self) -> str:
         """Unique by what is kept."""
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode, every_n_steps=self.every_n_steps)
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
     @property
     def best_path(self) -> Path | None:
