@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, L padded length, N examples, S supervised positions, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,34 @@ def language_model_loss(
     nll_sum = F.cross_entropy(logits_SV, targets_S, reduction="sum")
     num_correct = (logits_SV.argmax(-1) == targets_S).sum() if accuracy else None
     return LinearCrossEntropyOutput(nll_sum, num_correct)
+
+
+def placeholder_batch(
+    lengths: Sequence[int], *, packed: bool, device: torch.device | str, supervised: float = 1.0
+) -> Batch:
+    """A batch of the right sizes without content, to measure or trace a step with.
+
+    Args:
+        lengths: tokens of each example.
+        packed: one after another, else padded to the longest.
+        device: of its tensors.
+        supervised: share of the tokens that the loss counts.
+    """
+    rows, columns = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
+    num_targets = max(1, int(supervised * sum(length - 1 for length in lengths)))
+    integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
+    batch: Batch = {
+        "input_ids": torch.zeros(rows, columns, **integers),
+        "target_positions": torch.zeros(num_targets, **integers),
+        "target_ids": torch.zeros(num_targets, **integers),
+    }
+    if packed:
+        batch["position_ids"] = torch.zeros(rows, columns, **integers)
+        batch["cu_seq_lens"] = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
+        batch["seq_lens"] = list(lengths)
+    else:
+        batch["attention_mask"] = torch.ones(rows, columns, **integers)
+    return batch
 
 
 def with_targets(batch: Batch) -> Batch:

@@ -2,8 +2,8 @@
 
 The step that is traced is the step that trains: the model is built from its config, quantized, given adapters, run on
 a packed batch, differentiated and updated by the same functions, at its full size, on tensors that have shapes but no
-memory. What is alive when is counted, not modelled (``storage_tracker.py``). A model of 7 billion parameters takes a
-minute on a CPU.
+memory. What is alive when is counted, not modelled (``storage_tracker.py``). A model of 7 billion parameters takes ten
+seconds on a CPU.
 
 Not counted: what a kernel takes and gives back within one operator, the CUDA context (some hundred MB) and the
 workspace of cuBLAS (8 to 64 MiB), the interpreter and its libraries.
@@ -14,7 +14,6 @@ fake CPU tensors in the types and with the attention that CUDA would use; operat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from lit_lora.adapters.inject import inject_lora
 from lit_lora.adapters.int8_rows import Int8Head
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.adapters.quantize import is_left_plain, quantize_
+from lit_lora.amounts import parse_bytes
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.cuda_allocator import CudaPeak, replay
 from lit_lora.models import RANDOM, _architecture, resolve_base
@@ -39,8 +39,6 @@ from lit_lora.storage_tracker import WORKSPACE, Peak, StorageTracker
 
 PHASES = ("load", "forward", "backward", "optimizer")
 CATEGORIES = ("base", "adapters", "gradients", "optimizer", "activations", WORKSPACE)
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,10 @@ class StepSettings:
 
     def __str__(self) -> str:
         base = "16- or 32-bit base" if self.quantization is None else f"{self.quantization.bits}-bit base"
-        recomputed = {True: "all layers recomputed", False: "no layer recomputed"}.get(
-            self.gradient_checkpointing, f"{int(self.gradient_checkpointing)} layers recomputed"
-        )
+        chosen = self.gradient_checkpointing
+        recomputed = "all layers" if chosen is True else f"{int(chosen) or 'no'} layers"
         tokens = f"{len(self.lengths)} examples of up to {max(self.lengths)} tokens"
-        return f"{self.base} on {self.device}, {base}, rank {self.lora.r}, {tokens}, {recomputed}"
+        return f"{self.base} on {self.device}, {base}, rank {self.lora.r}, {tokens}, {recomputed} recomputed"
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,9 @@ def trace(settings: StepSettings) -> MemoryEstimate:
         if settings.gradient_checkpointing:
             count = settings.gradient_checkpointing
             checkpoint_layers(model, None if count is True else count)
-        batch = _batch(settings, device)
+        batch = causal_lm.placeholder_batch(
+            settings.lengths, packed=settings.packing, device=device, supervised=settings.supervised
+        )
         with ExitStack() as stack:
             if device != settings.device:
                 stack.enter_context(_as_on_cuda())
@@ -213,20 +212,6 @@ def run_step(
         torch._foreach_mul_(_gradients(parameters), 1.0)
         torch._foreach_norm(_gradients(parameters))
         optimizer.step()
-
-
-def parse_bytes(text: int | str) -> int:
-    """Bytes in "12GB" (10^9), "8GiB" (2^30), "512 MB" or a number.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"expected an amount of memory such as 12GB or 8GiB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 # ---------------------------------------------------------------------- parts of the traced step
@@ -279,32 +264,13 @@ def _path(model: PreTrainedModel, settings: StepSettings) -> causal_lm.Path:
     return causal_lm.Path(settings.packing, settings.chunked_loss and direct and not changes, "")
 
 
-def _batch(settings: StepSettings, device: str) -> causal_lm.Batch:
-    lengths = settings.lengths
-    rows, columns = (1, sum(lengths)) if settings.packing else (len(lengths), max(lengths))
-    num_targets = max(1, int(settings.supervised * sum(length - 1 for length in lengths)))
-    integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
-    batch: causal_lm.Batch = {
-        "input_ids": torch.zeros(rows, columns, **integers),
-        "target_positions": torch.zeros(num_targets, **integers),
-        "target_ids": torch.zeros(num_targets, **integers),
-    }
-    if settings.packing:
-        batch["position_ids"] = torch.zeros(rows, columns, **integers)
-        batch["cu_seq_lens"] = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
-        batch["seq_lens"] = list(lengths)
-    else:
-        batch["attention_mask"] = torch.ones(rows, columns, **integers)
-    return batch
-
-
 @contextmanager
 def _as_on_cuda() -> Iterator[None]:
     """Where our code asks for the device, it takes CUDA's way, for fake tensors that are not on it."""
 
     def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
         if q.dtype not in (torch.float16, torch.bfloat16) or kwargs.get("seq_lens") is None:
-            return attention.packed_attention_forward(module, q, k, v, mask, **kwargs)  # type: ignore[return-value]
+            return attention.packed_attention_forward(module, q, k, v, mask, **kwargs)
         longest = max(kwargs["seq_lens"])
         return attention._varlen(q, k, v, kwargs["cu_seq_lens_q"], longest, kwargs.get("scaling"), None), None
 
@@ -355,10 +321,10 @@ def suggest(estimate: MemoryEstimate, limit: int | str | None = None) -> list[Su
         return found
     names, current = [found[0].change], found[0].estimate
     for suggestion in found[1:]:
-        settings = dict(_changes(current.settings)).get(suggestion.change)
-        if settings is None or current.fits(limit):
+        change = dict(_changes(current.settings)).get(suggestion.change)
+        if change is None or current.fits(limit):
             continue
-        changed = trace(settings)
+        changed = trace(change)
         if changed.peak_bytes < current.peak_bytes:
             names, current = [*names, suggestion.change], changed
     return [Suggestion(" + ".join(names), current), *found] if len(names) > 1 else found

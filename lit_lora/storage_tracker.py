@@ -52,10 +52,12 @@ class StorageTracker(TorchDispatchMode):
 
     Args:
         model: names the place of a peak by this model's modules.
+        outputs_only: leave out tensors from before that only come as inputs.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, *, outputs_only: bool = False) -> None:
         super().__init__()
+        self._outputs_only = outputs_only
         self.events: list[Event] = []
         self.categories: dict[int, str] = {}
         self._live: dict[int, tuple[int, Any]] = {}
@@ -90,7 +92,8 @@ class StorageTracker(TorchDispatchMode):
         """Run the operator, and look at the storages of its result (and of its inputs, made before the tracker)."""
         kwargs = kwargs or {}
         where = self._where(func)
-        self.add(tree_leaves((args, kwargs)), where)
+        if not self._outputs_only:
+            self.add(tree_leaves((args, kwargs)), where)
         result = func(*args, **kwargs)
         self.add(tree_leaves(result), where)
         return result

@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig
 from lit_lora import causal_lm
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import inject_lora
+from lit_lora.amounts import parse_bytes
 from lit_lora.config import LoRAConfig, QuantizationConfig
-from lit_lora.memory import CATEGORIES, MemoryEstimate, _batch, estimate_memory, parse_bytes, run_step, suggest, trace
+from lit_lora.memory import CATEGORIES, MemoryEstimate, StepSettings, estimate_memory, run_step, suggest, trace
 from lit_lora.models import load_base_model
 from lit_lora.module import LoRALightningModule
 from lit_lora.storage_tracker import StorageTracker
@@ -36,6 +37,10 @@ def saved_config(folder: Path, kind: str = "Llama", **fields: Any) -> str:
     return f"random:{path}"
 
 
+def batch_of(settings: StepSettings) -> causal_lm.Batch:
+    return causal_lm.placeholder_batch(settings.lengths, packed=settings.packing, device="cpu")
+
+
 def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker:
     """Run the step of an estimate on real tensors."""
     settings = estimate.settings
@@ -48,9 +53,7 @@ def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker
     tracker = StorageTracker(model)
     with tracker:
         tracker.add([*model.parameters(), *model.buffers()])
-        run_step(
-            model, _batch(settings, "cpu"), path, tracker, accumulate_grad_batches=settings.accumulate_grad_batches
-        )
+        run_step(model, batch_of(settings), path, tracker, accumulate_grad_batches=settings.accumulate_grad_batches)
     return tracker
 
 
@@ -89,7 +92,7 @@ def test_estimate_is_within_5_percent_of_a_run_of_the_trainer(tmp_path: Path) ->
     module = LoRALightningModule(base, lora=LORA, quantization=NF4)
     module.configure_model()
     estimate = estimate_memory(base, lengths=lengths, lora=LORA, quantization=NF4)
-    batch = _batch(estimate.settings, "cpu")
+    batch = batch_of(estimate.settings)
     trainer = L.Trainer(
         max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path,

@@ -14,8 +14,9 @@ def estimate(arguments: list[str]) -> None:
     Takes what ``lit-lora fit`` takes, and the options of :func:`_options`. Exits with 1 for "does not fit".
     """
     options, fit_arguments = _options().parse_known_args(arguments)
+    from lit_lora.amounts import parse_bytes
     from lit_lora.cli import parse_fit
-    from lit_lora.memory import parse_bytes, suggest, trace
+    from lit_lora.memory import suggest, trace
 
     if options.fits is not None:
         parse_bytes(options.fits)
