@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 # On import bitsandbytes 0.50 warns that it cannot load an optional kernel, which nothing here uses: an inference kernel
@@ -116,16 +117,27 @@ def write_weight_(module: Any, weight: Tensor) -> None:
     module.weight = nn.Parameter(weight.to(old.dtype), requires_grad=old.requires_grad)
 
 
-def prepare_base_layer(module: Any) -> None:
-    """Undo what bitsandbytes does on its own on hosts with AVX512-BF16, where an eval forward repacks 4-bit weights.
+def prepare_base_layer(name: str, module: Any) -> None:
+    """Make a 4-bit layer of bitsandbytes one that can be trained through; others are left alone.
 
-    The repacked layout has no backward, and the layer would keep it in training. bitsandbytes has no public switch
-    for this (0.50); it can go when it has one.
+    On hosts with AVX512-BF16 an eval forward repacks the weight into a layout that has no backward, and the layer would
+    keep it in training. bitsandbytes has no public switch for this (0.50); it can go when it has one.
+
+    Raises:
+        ValueError: on a CPU, if blocks run over the ends of rows: with AVX512 bitsandbytes (0.50) then multiplies with
+            the scales of other blocks, without a word.
     """
     if not _is_4bit(module):
         return
     module.support_avx512bf16_for_cpu = False
     state = _quant_state(module)
+    computes = module.weight.device.type == "cpu" and not isinstance(module.weight, FakeTensor)
+    if state is not None and computes and module.in_features % state.blocksize:
+        raise ValueError(
+            f"block_size {state.blocksize} does not divide the {module.in_features} inputs of {name}, which "
+            "bitsandbytes computes wrongly on a CPU: take a smaller block_size (32 is the smallest), or add the layer "
+            "to quantization.skip_modules"
+        )
     if state is not None and getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 

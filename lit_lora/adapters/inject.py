@@ -165,9 +165,9 @@ def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
     """Carry out a plan of :func:`plan_injection` on the model that it was made for."""
     config = plan.config
     num_base = sum(base_weight.num_elements(parameter) for parameter in model.parameters())
+    for name, module in model.named_modules():
+        base_weight.prepare_base_layer(name, module)  # those that get no adapter too: gradients pass through them
     model.requires_grad_(False)
-    for module in model.modules():
-        base_weight.prepare_base_layer(module)  # those that get no adapter too: gradients pass through them
     for name, planned in plan.adapted.items():
         layer: LoRALayer
         if isinstance(planned.module, nn.Embedding):

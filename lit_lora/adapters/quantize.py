@@ -18,7 +18,6 @@ from lit_lora.adapters.base_weight import (
     is_linear_like,
     is_quantized,
     may_be_quantized,
-    num_elements,
     prepare_base_layer,
     read_weight,
 )
@@ -71,7 +70,7 @@ def finish_quantization_(model: nn.Module, quantization: QuantizationConfig) -> 
     """What is the same whoever quantized the linear layers: embedding and head, and the checks.
 
     Raises:
-        ValueError: if no layer is quantized, blocks do not divide a weight, or an entry of ``skip_modules`` matches
+        ValueError: if no layer is quantized, blocks run over the ends of rows, or an entry of ``skip_modules`` matches
             nothing.
     """
     names = {name for name, _ in model.named_modules()}
@@ -82,9 +81,7 @@ def finish_quantization_(model: nn.Module, quantization: QuantizationConfig) -> 
     if not quantized:
         raise ValueError("no layer was quantized: the model has no linear layer apart from the head and skip_modules")
     for name, module in quantized.items():
-        if quantization.bits == 4:
-            _check_blocks(name, num_elements(module.weight), quantization)
-        prepare_base_layer(module)
+        prepare_base_layer(name, module)
     if quantization.embedding_bits is not None:
         quantize_embeddings_(model)
 
@@ -93,7 +90,7 @@ def quantized_layer(name: str, module: Any, quantization: QuantizationConfig) ->
     """A frozen bitsandbytes layer with the weight of this one.
 
     Raises:
-        ValueError: if it is no plain linear layer, or blocks do not divide its weight.
+        ValueError: if it is no plain linear layer.
     """
     bnb = bitsandbytes()
     if type(module) is not nn.Linear and not is_conv1d(module):
@@ -111,7 +108,6 @@ def quantized_layer(name: str, module: Any, quantization: QuantizationConfig) ->
         # Int8Params quantizes only on the way from the CPU.
         layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False).to(device)
     else:
-        _check_blocks(name, weight.numel(), quantization)
         layer = bnb.nn.Linear4bit(num_in, num_out, has_bias, _compute_dtype(quantization, weight.dtype), device="meta")
         layer.weight = bnb.nn.Params4bit(
             weight.contiguous(),
@@ -203,14 +199,6 @@ def is_left_plain(name: str, quantization: QuantizationConfig) -> bool:
 
 def _matches(name: str, entry: str) -> bool:
     return f".{entry}." in f".{name}."
-
-
-def _check_blocks(name: str, num_weights: int, quantization: QuantizationConfig) -> None:
-    if num_weights % quantization.block_size:
-        raise ValueError(
-            f"block_size {quantization.block_size} does not divide the {num_weights} weights of {name}: take a smaller "
-            "block_size (32 is the smallest), or add the layer to quantization.skip_modules"
-        )
 
 
 def _compute_dtype(quantization: QuantizationConfig, dtype: torch.dtype) -> torch.dtype:

@@ -131,7 +131,7 @@ def test_only_the_adapter_is_trainable_and_the_report_counts_it():
 
 
 def test_4_bit_weights_count_as_what_they_stand_for():
-    plain, quantized = language_model(), language_model()
+    plain, quantized = language_model(hidden_size=64), language_model(hidden_size=64)
     quantize_(quantized, QuantizationConfig())
     config = LoRAConfig(r=4)
     assert inject_lora(quantized, config).num_total == inject_lora(plain, config).num_total
@@ -153,7 +153,7 @@ def test_a_second_injection_is_refused():
 
 
 def test_a_quantized_module_cannot_be_trained_in_full():
-    model = language_model()
+    model = language_model(hidden_size=64)
     quantize_(model, QuantizationConfig())
     with pytest.raises(ValueError, match="'down_proj' is quantized"):
         inject_lora(model, LoRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"]))

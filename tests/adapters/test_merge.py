@@ -154,7 +154,7 @@ def _merged():
 
 
 def _quantized():
-    model = language_model()
+    model = language_model(hidden_size=64)
     quantize_(model, QuantizationConfig())
     inject_lora(model, LoRAConfig(r=4))
     return model

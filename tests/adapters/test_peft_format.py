@@ -94,7 +94,7 @@ def test_a_plain_module_has_no_task(tmp_path):
 
 def test_a_quantized_base_loads_what_it_saved(tmp_path):
     def base():
-        model = language_model()
+        model = language_model(hidden_size=64)
         quantize_(model, QuantizationConfig())
         return model
 

@@ -89,9 +89,12 @@ CASES = {
     "scaled embedding": Case(
         {"target_modules": ["embed_tokens", "q_proj"]}, kind="Gemma3Text", model={"head_dim": 8}, num_adapted=3
     ),
-    "NF4": Case({"target_modules": "all-linear"}, quantization=QuantizationConfig(), num_adapted=14),
+    "NF4": Case(
+        {"target_modules": "all-linear"}, model={"hidden_size": 64}, quantization=QuantizationConfig(), num_adapted=14
+    ),
     "FP4": Case(
         {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]},
+        model={"hidden_size": 64},
         quantization=QuantizationConfig(quant_type="fp4", double_quant=False),
         num_adapted=4,
     ),
