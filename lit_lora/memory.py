@@ -243,8 +243,9 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
             default=0,
         )
         if settings.quantization.embedding_bits is not None:
-            ends = {m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-            at_once = sum(weight.nbytes for weight in ends)
+            ends = (model.get_input_embeddings(), model.get_output_embeddings())
+            at_once = sum({id(m.weight): m.weight.nbytes for m in ends if m is not None}.values())
+            del ends
         quantize_(model, settings.quantization)
     tracker.claim("base")
     tracker.forget_the_dead()

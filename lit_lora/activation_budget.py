@@ -1,0 +1,146 @@
+"""How many layers must be recomputed so that a step's activations stay within a budget.
+
+The model at hand runs forward once on fake tensors: its weights are only looked at for their sizes, nothing is
+computed and nothing allocated. What each layer leaves alive is what it keeps for the backward pass.
+
+With k of L layers recomputed, a step holds most at one of two moments: at the end of the forward pass (all layers that
+are not recomputed, and the inputs of those that are), and while the last of the recomputed layers runs its backward
+pass (the inputs, and all of one layer). Gradients in flight are counted as four hidden states. Not in the budget: the
+loss's buffers, gradients of the adapters, the optimizer's state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from lit_lora import causal_lm
+from lit_lora.activation_checkpointing import repeated_layers
+from lit_lora.amounts import parse_bytes
+from lit_lora.storage_tracker import StorageTracker
+
+_KEPT_FREE = 0.1  # of what is free, under "auto"
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """What a batch keeps for the backward pass."""
+
+    outside: int
+    """Before and after the layers: embeddings, last norm, the loss's gradient of the hidden states."""
+    layers: tuple[int, ...]
+    """Of each layer, its output included."""
+    hidden: int
+    """Input of a layer: all that is kept of it if it is recomputed."""
+    working: tuple[int, ...]
+    """Most that is alive inside each layer's forward pass, beyond what was before it."""
+
+    def needed(self, num_recomputed: int) -> int:
+        """Most activation memory of a step, with the first so many layers recomputed."""
+        k = num_recomputed
+        # Inputs of the recomputed layers, and of the first layer that is not.
+        kept = self.outside + (k + 1 if k else 0) * self.hidden
+        in_flight = 4 * self.hidden  # gradients
+        forward = kept + sum(self.layers[k:]) + in_flight
+        return max([forward, *(kept + working + in_flight for working in self.working[:k])])
+
+
+def layers_to_checkpoint(
+    model: PreTrainedModel, batch_tokens: int, budget_bytes: int, path: causal_lm.Path | None = None
+) -> int:
+    """The smallest number of layers to recompute for activations within the budget.
+
+    Args:
+        model: with adapters, no layer recomputed yet.
+        batch_tokens: tokens of the largest batch.
+        budget_bytes: for activations alone.
+        path: how batches are run; by default packed, with the loss from hidden states.
+
+    Raises:
+        ValueError: if even all layers recomputed are not enough, saying what is needed.
+    """
+    measured = measure_activations(model, batch_tokens, path)
+    count = len(measured.layers)
+    for k in range(count + 1):
+        if measured.needed(k) <= budget_bytes:
+            return k
+    raise ValueError(
+        f"activations of {batch_tokens} tokens need {measured.needed(count) / 1e6:,.0f} MB with all {count} layers "
+        f"recomputed, activation_memory allows {budget_bytes / 1e6:,.0f} MB: raise it, or lower data.batch_size, "
+        "data.max_length or data.max_tokens_per_batch"
+    )
+
+
+def measure_activations(
+    model: PreTrainedModel, batch_tokens: int, path: causal_lm.Path | None = None
+) -> ActivationBytes:
+    """Run the model forward on fake tensors, and see what each layer leaves alive."""
+    path = path or causal_lm.Path(packed=True, direct_head=True, reason="")
+    layers = repeated_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no list of equal layers: leave out activation_memory")
+    before: list[int] = []
+    after: list[int] = []
+    hidden_bytes = 0
+    first_event: list[int] = []
+    working: list[int] = []
+    tracker = StorageTracker(outputs_only=True)
+
+    def enter(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        nonlocal hidden_bytes
+        hidden = args[0] if args else kwargs["hidden_states"]
+        assert isinstance(hidden, torch.Tensor)
+        hidden_bytes = max(hidden_bytes, hidden.untyped_storage().nbytes())
+        before.append(tracker.alive_bytes)
+        first_event.append(len(tracker.events))
+
+    def leave(*_: object) -> None:
+        after.append(tracker.alive_bytes)
+        total = most = 0
+        for event in tracker.events[first_event[-1] :]:
+            total += event.num_bytes
+            most = max(most, total)
+        working.append(most)
+
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(leave) for layer in layers]
+    device = next(model.parameters()).device
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            batch = causal_lm.placeholder_batch([batch_tokens], packed=path.packed, device=device)
+            # The mode makes a fake twin of each real tensor that it meets. Twins of weights are no activations.
+            twins = [mode.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())]
+            with tracker:
+                tracker.add(twins)
+                start = tracker.alive_bytes
+                loss = causal_lm.language_model_loss(model, batch, path).nll_sum
+                total = tracker.alive_bytes - start
+            del loss, twins
+    finally:
+        for handle in handles:
+            handle.remove()
+    kept = [stop - start for start, stop in zip(before, after, strict=True)]
+    return ActivationBytes(total - sum(kept), tuple(kept), hidden_bytes, tuple(working))
+
+
+def budget_bytes(amount: str, device: torch.device, reserved: int) -> int:
+    """Bytes that ``activation_memory`` allows; "auto" is what is free now.
+
+    Args:
+        amount: "2GiB", or "auto".
+        device: where the model is.
+        reserved: bytes that gradients and optimizer state still need.
+    """
+    if amount != "auto":
+        return parse_bytes(amount)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    return max(0, int(free * (1 - _KEPT_FREE)) - reserved)

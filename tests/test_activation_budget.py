@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lit_lora import causal_lm
+from lit_lora.activation_budget import budget_bytes, layers_to_checkpoint, measure_activations
+from lit_lora.activation_checkpointing import checkpoint_layers
+from lit_lora.adapters.inject import inject_lora
+from lit_lora.adapters.quantize import quantize_
+from lit_lora.config import LoRAConfig, QuantizationConfig
+from lit_lora.memory import run_step
+from lit_lora.storage_tracker import StorageTracker
+from tests.tiny import language_model
+
+TOKENS = 256
+SHAPES: dict[str, dict[str, Any]] = {
+    "narrow": {"num_hidden_layers": 6},
+    "wide": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 5},
+}
+
+
+def adapted(shape: str, quantized: bool = False) -> PreTrainedModel:
+    model = language_model(**SHAPES[shape])
+    if quantized:
+        quantize_(model, QuantizationConfig(block_size=32))
+    inject_lora(model, LoRAConfig(r=4))
+    return model.train()
+
+
+def activation_peak(model: PreTrainedModel) -> int:
+    """Most bytes of activations and gradients in flight that a real step holds."""
+    tracker = StorageTracker(model)
+    path = causal_lm.choose_path(model)
+    batch = causal_lm.placeholder_batch([TOKENS], packed=True, device="cpu")
+    with tracker:
+        with torch.no_grad():  # everything that the base stores is used once, so that it counts as base
+            causal_lm.language_model_loss(model, batch, path)
+        tracker.claim("base")
+        run_step(model, batch, path, tracker)
+    backward = tracker.peak("backward").by_category
+    return max(
+        tracker.peak("forward").by_category["activations"],
+        backward.get("activations", 0) + backward.get("workspace", 0),
+    )
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activations_stay_within_the_budget(shape: str, quantized: bool) -> None:
+    measured = measure_activations(adapted(shape, quantized), TOKENS)
+    most, least = measured.needed(0), measured.needed(len(measured.layers))
+    assert least < most
+    chosen = []
+    for share in (1.0, 0.6, 0.0):
+        budget = least + int(share * (most - least))
+        model = adapted(shape, quantized)
+        num_layers = layers_to_checkpoint(model, TOKENS, budget)
+        checkpoint_layers(model, num_layers)
+        assert activation_peak(model) <= budget * 1.01
+        chosen.append(num_layers)
+    assert chosen[0] == 0
+    assert 0 < chosen[1] < chosen[2]
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model = adapted("narrow")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    measure_activations(model, TOKENS)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("num_layers", [1, 3, 6])
+def test_recomputing_some_layers_changes_neither_loss_nor_gradients(num_layers: int) -> None:
+    def loss_and_gradients(count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model = adapted("narrow")
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        path = causal_lm.choose_path(model)
+        checkpoint_layers(model, count)
+        batch = causal_lm.placeholder_batch([20, 12], packed=True, device="cpu")
+        batch["input_ids"] = torch.arange(32).remainder(97)[None]
+        batch["position_ids"] = torch.cat([torch.arange(20), torch.arange(12)])[None]
+        batch["cu_seq_lens"] = torch.tensor([0, 20, 32], dtype=torch.int32)
+        loss = causal_lm.language_model_loss(model, batch, path).nll_sum
+        loss.backward()
+        return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+    (loss, gradients), (other_loss, other_gradients) = loss_and_gradients(0), loss_and_gradients(num_layers)
+    assert torch.equal(loss, other_loss)
+    assert len(gradients) == len(other_gradients) > 0
+    for gradient, other in zip(gradients, other_gradients, strict=True):
+        torch.testing.assert_close(other, gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_a_budget_that_cannot_be_met_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"with all 6 layers recomputed, activation_memory allows 0 MB: raise it"):
+        layers_to_checkpoint(adapted("narrow"), TOKENS, 1000)
+
+
+def test_auto_is_what_is_free_less_what_is_reserved() -> None:
+    free = budget_bytes("auto", torch.device("cpu"), 0)
+    assert free > 0
+    assert budget_bytes("auto", torch.device("cpu"), 10**15) == 0
+    assert budget_bytes("2GiB", torch.device("cpu"), 10**15) == 2**31
