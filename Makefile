@@ -9,7 +9,7 @@ TORCH = $(shell grep '^torch==' constraints.txt)
 RUN = runs/quickstart
 
 .DEFAULT_GOAL = help
-.PHONY: help setup model quickstart test unit lint check wheel clean
+.PHONY: help setup model quickstart tiers test unit lint check wheel clean
 
 help:  ## this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -25,6 +25,9 @@ setup: $(VENV)/.installed  ## make the virtual environment .venv with everything
 
 model: setup  ## bring the small model of the quickstart and the tests (once, about a minute)
 	$(LIT_LORA) fetch smollm2-135m-instruct
+
+tiers: model  ## QLoRA in five tiers, those that this machine can
+	$(LIT_LORA) tiers
 
 quickstart: model  ## fine-tune a 135M model on this machine's CPU and compare it with the base
 	$(LIT_LORA) fit --config configs/quickstart.yaml

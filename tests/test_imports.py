@@ -55,7 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "callbacks", "module",
     },
     "run_record": {"module", "callbacks", "checkpoint"},
-    "cli": {"module", "data", "callbacks", "checkpoint", "run_record"},
+    "config_check": {"data", "models"},
+    "cli": {"module", "data", "callbacks", "checkpoint", "run_record", "config_check"},
     "tools.estimate": {"cli", "memory", "data"},
     "__main__": {"cli", "tools", "tools.fetch", "tools.estimate"},
 }  # fmt: skip

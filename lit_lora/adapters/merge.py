@@ -107,7 +107,8 @@ def _check_mergeable(layers: dict[str, LoRALayer]) -> None:
     if quantized:
         raise ValueError(
             f"cannot merge into the quantized weights of {some(quantized)}: rounding them again would lose most of the "
-            "adapter. Save the adapter, load the base model in 16 bits, load_adapter, and merge there"
+            "adapter. Save the adapter and run `lit-lora merge`, or load the base model in 16 bits, load_adapter, and "
+            "merge there"
         )
     broken = [name for name, layer in layers.items() if not all(torch.isfinite(f).all() for f in layer.factors())]
     if broken:
@@ -115,7 +116,7 @@ def _check_mergeable(layers: dict[str, LoRALayer]) -> None:
 
 
 def _merge_layer(layer: LoRALayer) -> None:
-    """Give the base layer ``W + delta``; the wrapper keeps the old weight. Quantized bases would be served here."""
+    """Give the base layer ``W + delta``; the wrapper keeps the old weight."""
     base = layer.base_layer
     layer.original_weight = (base.weight,)
     delta = layer.delta_weight()

@@ -185,6 +185,13 @@ def dequantize_(model: Any, dtype: torch.dtype | None = None) -> None:
 def forget_quantization(model: Any) -> None:
     """Take the marks of a quantized model off a transformers model, which would refuse to save or train it."""
     model.hf_quantizer = None
+    # Of a folder that was quantized already: save_pretrained would reverse them.
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [
+            conversion
+            for conversion in conversions
+            if not any("bitsandbytes" in type(step).__module__ for step in getattr(conversion, "operations", ()))
+        ]
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
         if hasattr(model, name):
             setattr(model, name, False)

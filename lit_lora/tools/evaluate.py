@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lit_lora.config import QuantizationConfig
+
 
 def evaluate(
     data: str,
     adapter: str,
     base: str | None = None,
+    quantization: QuantizationConfig | None = None,
     limit: int | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 25,
@@ -28,6 +31,7 @@ def evaluate(
         data: file of held-out examples, in any format that training reads.
         adapter: folder of an adapter in PEFT's format.
         base: base model, as in --model.base; by default the one that the adapter names.
+        quantization: how to quantize the base, for example --quantization.bits 4; full precision by default.
         limit: examples to measure on; all if not given.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts at a time.
@@ -41,7 +45,7 @@ def evaluate(
     from lit_lora.tools.inference import generate_all, load_for_inference
 
     prompts, expected = _conversations(data, limit)
-    model, tokenizer = load_for_inference(base, adapter, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_for_inference(base, adapter, quantization=quantization, trust_remote_code=trust_remote_code)
     prompt_ids = [format_prompt(tokenizer, messages) for messages in prompts]
 
     def answers(name: str) -> list[str]:

@@ -10,17 +10,40 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.adapters.peft_format import load_adapter
+from lit_lora.config import QuantizationConfig
 from lit_lora.models import load_base_model, load_tokenizer
 
 
+def base_of_adapter(adapter: str) -> str:
+    """The base model that an adapter names.
+
+    Raises:
+        ValueError: if it names none.
+        FileNotFoundError: if the folder has no ``adapter_config.json``.
+    """
+    config = Path(adapter) / "adapter_config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"no adapter in {adapter}: expected {config}")
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{config} names no base model: give --base")
+    return base
+
+
 def load_for_inference(
-    base: str | None, adapter: str | None, *, dtype: str = "auto", trust_remote_code: bool = False
+    base: str | None,
+    adapter: str | None,
+    *,
+    quantization: QuantizationConfig | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model, put an adapter on it if one is given, and load the tokenizer.
 
     Args:
         base: as in ``--model.base``; None for the base that the adapter names.
         adapter: folder in PEFT's format.
+        quantization: how to quantize the base; None for full precision.
         dtype: of the base's weights.
         trust_remote_code: run code that comes with the base.
 
@@ -31,14 +54,11 @@ def load_for_inference(
     if base is None:
         if adapter is None:
             raise ValueError("which model? Give --base, or --adapter whose config names its base")
-        config = Path(adapter) / "adapter_config.json"
-        if not config.is_file():
-            raise FileNotFoundError(f"no adapter in {adapter}: expected {config}")
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not base:
-            raise ValueError(f"{config} names no base model: give --base")
+        base = base_of_adapter(adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_base_model(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model = load_base_model(
+        base, dtype=dtype, quantization=quantization, device=device, trust_remote_code=trust_remote_code
+    )
     if adapter is not None:
         load_adapter(model, adapter)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)

@@ -1,0 +1,140 @@
+"""``lit-lora merge``: an adapter folded into its base, as a folder that plain transformers loads."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_lora.config import QuantizationConfig
+
+if TYPE_CHECKING:
+    from lit_lora.drift import Drift
+
+DEFAULT_SAMPLE = "data/requests_test.jsonl"
+"""Shipped texts that the drift is measured on."""
+
+
+def merge(
+    adapter: str,
+    output: str,
+    base: str | None = None,
+    into: Literal["base", "dequantized", "4bit"] = "base",
+    quantization: QuantizationConfig | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    sample: str | None = None,
+    num_samples: int = 16,
+    trust_remote_code: bool = False,
+) -> dict[str, Drift]:
+    """Merge an adapter into its base, and measure what that changes.
+
+    Args:
+        adapter: folder in PEFT's format.
+        output: folder to make: model, tokenizer and chat template.
+        base: base model, as in --model.base; by default the one that the adapter names.
+        into: "base" merges into the weights as they were before quantization; "dequantized" into those that a
+            quantized base computes with; "4bit" does that and quantizes the result again, which loses precision.
+        quantization: how the base was quantized in training; by default as in the config.yaml of the adapter's run.
+        dtype: of the merged weights; auto is bfloat16 on CUDA and float32 on a CPU.
+        sample: file of texts to measure the drift on, in any format that training reads; by default one that ships.
+        num_samples: how many of its texts.
+        trust_remote_code: run code that comes with the base.
+
+    Returns:
+        The drift of the merged model's logits, by what it is compared with.
+    """
+    from lit_lora.tools.inference import base_of_adapter
+
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already: give a new or empty folder as output")
+    base = base or base_of_adapter(adapter)
+    quantization = quantization or quantization_of_run(adapter)
+    if into == "4bit":
+        again = quantization or QuantizationConfig()
+        if again.bits != 4 or again.embedding_bits or again.block_size != 64:
+            raise ValueError("--into 4bit writes what transformers reads: bits 4, block_size 64, no embedding_bits")
+        warnings.warn(
+            "merging into 4 bits rounds the sum of base and adapter again and loses part of what was trained: see the "
+            "drift below, and prefer --into base or serving the adapter beside the base",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lit_lora.adapters.base_weight import is_quantized
+    from lit_lora.adapters.merge import merge_lora
+    from lit_lora.adapters.peft_format import load_adapter
+    from lit_lora.adapters.quantize import dequantize_, transformers_quantization_config
+    from lit_lora.drift import measure_drift, sample_logits
+    from lit_lora.models import load_base_model, load_tokenizer
+
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    texts = _texts(sample, tokenizer, num_samples)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "trust_remote_code": trust_remote_code,
+    }
+    references = {}
+    if quantization is not None or into != "base":
+        model = load_base_model(base, quantization=quantization, **options)
+        if into != "base" and not any(is_quantized(module) for module in model.modules()):
+            raise ValueError(f"--into {into} needs to know how the base was quantized: give --quantization.bits 4")
+        load_adapter(model, adapter)
+        references["the unmerged model as trained, on its quantized base"] = sample_logits(model, texts)
+        if into != "base":
+            dequantize_(model)
+    if into == "base":
+        model = load_base_model(base, **options)
+        load_adapter(model, adapter)
+        references["the unmerged model on the same base"] = sample_logits(model, texts)
+    merge_lora(model)
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        if into == "4bit":
+            config = transformers_quantization_config(again, model.dtype)
+            model = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype, quantization_config=config)
+            shutil.rmtree(partial)
+            model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        merged = sample_logits(load_base_model(str(partial), **options), texts)  # what was written, not what was meant
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    drifts = {name: measure_drift(logits, merged) for name, logits in references.items()}
+    print(f"merged into {folder} ({into}, {str(model.dtype).removeprefix('torch.')})")
+    for name, drift in drifts.items():
+        print(f"  against {name}: {drift}")
+    return drifts
+
+
+def quantization_of_run(adapter: str | Path) -> QuantizationConfig | None:
+    """How the base was quantized in the run that wrote an adapter, from the run folder's config; None if not."""
+    import yaml
+
+    path = Path(adapter).resolve().parent / "config.yaml"
+    if not path.is_file():
+        return None
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    fields = config.get("model", {}).get("quantization") if isinstance(config, dict) else None
+    return QuantizationConfig(**fields) if fields else None
+
+
+def _texts(sample: str | None, tokenizer: Any, num_samples: int) -> list[list[int]]:
+    import tempfile
+    from importlib import resources
+
+    from lit_lora.data.prepare import SourceSettings, tokenize_source
+
+    path = sample or str(resources.files("lit_lora.configs") / DEFAULT_SAMPLE)
+    with tempfile.TemporaryDirectory() as cache:
+        examples = tokenize_source(path, tokenizer, SourceSettings(limit=num_samples), cache_dir=Path(cache))
+        return [examples[index].ids.tolist() for index in range(len(examples))]

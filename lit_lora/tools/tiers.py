@@ -1,0 +1,103 @@
+"""``lit-lora tiers``: five QLoRA runs from quick to full, those that this machine can, and a table of what they proved.
+
+Each runs in a process of its own, so that one's memory is not another's.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Tier(NamedTuple):
+    """One run."""
+
+    config: str
+    """File name under ``configs/tiers``."""
+    cpu_minutes: float | None
+    """How long it takes on two cores without a GPU, roughly; None where that is no use."""
+    gpu_gib: float
+    """GPU memory that it needs."""
+    fetched: str | None = None
+    """Model that has to be fetched before."""
+
+
+TIERS = {
+    1: Tier("1_quick", 2, 1, "smollm2-135m-instruct"),
+    2: Tier("2_convergence", 5, 1, "smollm2-135m-instruct"),
+    3: Tier("3_memory", 15, 2),
+    4: Tier("4_extended", 480, 4),
+    5: Tier("5_full", None, 12),
+}
+
+
+def tiers(only: list[int] | None = None, max_minutes: float = 20, output: str = "runs/tiers") -> None:
+    """Run the tiers that this machine can, and print a table.
+
+    Args:
+        only: numbers of the tiers to run, of 1 to 5; all by default.
+        max_minutes: longest that a tier may be expected to take.
+        output: folder for the runs of this time, each in a folder of its own.
+    """
+    unknown = sorted(set(only or []) - TIERS.keys())
+    if unknown:
+        raise ValueError(f"no tiers {unknown}: expected numbers from 1 to {len(TIERS)}")
+    folder = Path(output) / datetime.now().strftime("%Y%m%d-%H%M%S")
+    rows, failed = [], []
+    for number in sorted(set(only or TIERS)):
+        name = TIERS[number].config
+        if reason := why_not(TIERS[number], max_minutes):
+            rows.append((name, "skipped", reason))
+            continue
+        print(f"=== tier {name}", flush=True)
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "lit_lora", "fit", "--config", f"tiers/{name}.yaml"]
+        finished = subprocess.run([*command, "--trainer.default_root_dir", str(folder / name)], check=False)
+        minutes = (time.perf_counter() - started) / 60
+        passed = finished.returncode == 0
+        failed += [] if passed else [name]
+        rows.append((name, "passed" if passed else "FAILED", f"{minutes:.1f} min; {_results(folder / name)}"))
+    print("\n" + "\n".join(f"{name:<16}{result:<9}{detail}" for name, result, detail in rows))
+    if failed:
+        raise RuntimeError(f"tiers failed: {', '.join(failed)}; see {folder}")
+
+
+def why_not(tier: Tier, max_minutes: float) -> str:
+    """Why this machine cannot run a tier; empty if it can."""
+    import torch
+
+    from lit_lora.tools.fetch import is_complete, model_folder
+
+    if tier.fetched is not None and not is_complete(model_folder(tier.fetched)):
+        return f"run `lit-lora fetch {tier.fetched}` first"
+    if torch.cuda.is_available():
+        gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return "" if gib >= tier.gpu_gib else f"needs {tier.gpu_gib:g} GiB of GPU memory, there are {gib:.0f}"
+    if tier.cpu_minutes is None:
+        return "needs a CUDA device"
+    if tier.cpu_minutes > max_minutes:
+        return f"takes about {tier.cpu_minutes:g} minutes without CUDA: --max_minutes {tier.cpu_minutes:g}"
+    return ""
+
+
+def _results(folder: Path) -> str:
+    """Loss and verdicts of a run, as far as it wrote them."""
+    parts: Sequence[str] = []
+    metrics = folder / "metrics.json"
+    if metrics.is_file():
+        content = json.loads(metrics.read_text(encoding="utf-8"))
+        steps = content["steps"]
+        if steps:
+            parts = [f"loss {steps[0]['loss']:.2f} -> {steps[-1]['loss']:.2f} in {len(steps)} steps"]
+        parts = [*parts, f"peak {content['peak_memory_mib']:.0f} MiB"]
+    verdicts = folder / "verdict.json"
+    if verdicts.is_file():
+        content = json.loads(verdicts.read_text(encoding="utf-8"))
+        parts = [*parts, *(f"{v['name']}: {v['detail']}" for v in content if v["passed"] is False)]
+    return "; ".join(parts) or "stopped before it wrote anything"
