@@ -32,6 +32,7 @@ from lit_lora.callbacks import (
     TrainingCheckpoint,
 )
 from lit_lora.checkpoint import AtomicCheckpointIO, newest_checkpoint
+from lit_lora.config_check import problems_in, problems_of
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.module import LoRALightningModule
 from lit_lora.run_record import PredictionWriter, RunRecord
@@ -44,8 +45,8 @@ CHECKPOINT_VARIABLE = "LIT_LORA_CKPT_PATH"
 
 SHARDING_REFUSED = (
     "trainer.strategy {!r} splits the model over processes, which lit_lora does not support: checkpoints of adapters "
-    "only, gradients normalised by tokens, and quantized layers need whole parameters. Use 'ddp': each process holds the "
-    "base (quantize it if it is too large) and they share the work"
+    "only, gradients normalised by tokens, and quantized layers need whole parameters. Use 'ddp': each process holds "
+    "the base (quantize it if it is too large) and they share the work"
 )
 
 SHIPPED = Path(str(resources.files("lit_lora.configs")))
@@ -129,6 +130,8 @@ class LoRACLI(LightningCLI):
         for key in ("train", "validation", "test"):
             if config.data.get(key):
                 config.data[key] = _shipped(config.data[key]) or config.data[key]
+        if found := problems_of(config):
+            raise ValueError("\n  ".join([f"{len(found)} problems:", *found] if found[1:] else found))
         _refuse_sharding(config.trainer.get("strategy"))
         config.ckpt_path = _checkpoint_to_load(config.get("ckpt_path"), _checkpoint_folders(config))
         if verb == "fit":
@@ -192,8 +195,19 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if os.environ.get("LIT_LORA_TRACEBACK") and ex is not None:
             raise ex
+        if not self.exit_on_error:
+            raise ValueError(message) from ex
         text = " ".join(str(message).split())
-        print(f"lit-lora: error: {text}{_suggestion(text, self)}", file=sys.stderr)
+        found = problems_in(self, sys.argv[1:])
+        if len(found) > 1:
+            print(
+                f"lit-lora: error: {len(found)} problems:",
+                *(f"  {problem}" for problem in found),
+                sep="\n",
+                file=sys.stderr,
+            )
+        else:
+            print(f"lit-lora: error: {found[0] if found else text + _suggestion(text, self)}", file=sys.stderr)
         raise SystemExit(2)
 
 

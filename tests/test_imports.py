@@ -37,17 +37,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "causal_lm": {"losses", "attention", "adapters"},
     "models": {"adapters", "data.byte_tokenizer"},
     "data": {"models", "data.byte_tokenizer", "data.resume"},
+    "amounts": set(),
     "storage_tracker": set(),
     "cuda_allocator": set(),
     "memory": {
         "adapters", "models", "causal_lm", "attention", "activation_checkpointing", "storage_tracker", "cuda_allocator",
+        "amounts",
     },
+    "activation_budget": {"activation_checkpointing", "amounts", "causal_lm", "storage_tracker"},
     "step_metrics": set(),
     "data.resume": set(),
     "training_state": {"checkpoint", "step_metrics", "data.resume"},
     "module": {
         "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "schedule", "activation_checkpointing",
-        "step_metrics", "training_state",
+        "step_metrics", "training_state", "activation_budget", "amounts",
     },
     "callbacks": {"adapters"},
     "tools": {
@@ -57,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_record": {"module", "callbacks", "checkpoint"},
     "config_check": {"data", "models"},
     "cli": {"module", "data", "callbacks", "checkpoint", "run_record", "config_check"},
-    "tools.estimate": {"cli", "memory", "data"},
+    "tools.estimate": {"amounts", "cli", "memory", "data"},
     "__main__": {"cli", "tools", "tools.fetch", "tools.estimate"},
 }  # fmt: skip
 """Room -> rooms below it that it may import, beside ``LEAVES``. A room is a module or a folder; the longest name

@@ -1,0 +1,208 @@
+"""All that is wrong with a command line and its config files, in one report.
+
+The parser stops at the first mistake. After it has, every setting is looked at by itself: unknown keys with what was
+probably meant, values of the wrong type, files that are not there. Nothing of this costs a run without mistakes
+anything, but for :func:`problems_of`, which looks before the long work starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from lit_lora.config import LoRAConfig, QuantizationConfig
+from lit_lora.data.sources import existing_file, is_file_source
+from lit_lora.models import RANDOM, resolve_base
+
+_GROUPS = ("trainer", "model", "data")
+_MAX_VALUE = 80
+_BUILT_FROM_DICTS: dict[str, Any] = {"model.lora": LoRAConfig, "model.quantization": QuantizationConfig}
+
+
+class Setting(NamedTuple):
+    """One value, and where it was given."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+def problems_in(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """What is wrong, a line each, in the order in which it was given.
+
+    Args:
+        parser: of the verb, or the one above it.
+        arguments: the verb and what follows it.
+    """
+    for action in parser._actions:
+        if action.dest == "subcommand":
+            parser = action.choices[arguments[0]]  # type: ignore[index, call-overload]
+    found: list[str] = []
+    known = {action.dest for action in parser._actions if action.dest and not action.dest.endswith("help")}
+    for setting in _settings(arguments[1:], known, found):
+        if setting.key not in known:
+            found.append(f"{setting.origin}: no setting {setting.key!r}{suggestion(setting.key, known)}")
+        elif problem := _wrong_value(parser, setting):
+            found.append(f"{setting.origin}: {problem}")
+        elif problem := _missing_file(setting.key, setting.value):
+            found.append(f"{setting.origin}: {setting.key}: {problem}")
+    return list(dict.fromkeys(found))
+
+
+def problems_of(config: Namespace) -> list[str]:
+    """What the parser lets pass: files that are not there, fields of settings given as a mapping."""
+    keys = ("data.train", "data.validation", "data.test", "model.base")
+    found = [f"{key}: {problem}" for key in keys if (problem := _missing_file(key, config.get(key)))]
+    return found + [problem for key in _BUILT_FROM_DICTS if (problem := _wrong_fields(key, config.get(key)))]
+
+
+def suggestion(key: str, known: set[str]) -> str:
+    """The known setting that was probably meant: one beside it, or one of that name elsewhere."""
+    group, _, name = key.rpartition(".")
+    beside = {k.removeprefix(f"{group}."): k for k in known if k.rpartition(".")[0] == group}
+    close = difflib.get_close_matches(name, beside, n=1, cutoff=0.6)
+    if close:
+        return f", did you mean {beside[close[0]]!r}?"
+    elsewhere = sorted(k for k in known if k.rpartition(".")[2] == name)
+    if elsewhere:
+        return f", did you mean {elsewhere[0]!r}?"
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    if close:
+        return f", did you mean {close[0]!r}?"
+    return f"; {group} has {', '.join(sorted(beside))}" if 0 < len(beside) < 15 else ""
+
+
+def _settings(arguments: Sequence[str], known: set[str], found: list[str]) -> Iterator[Setting]:
+    rest = list(arguments)
+    while rest:
+        flag, given, value = rest.pop(0).partition("=")
+        if not flag.startswith("--"):
+            continue
+        if not given:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        if flag in ("--config", "--c"):
+            yield from _file_settings(value, known, found)
+            continue
+        with contextlib.suppress(yaml.YAMLError):
+            value = yaml.safe_load(value)
+        key = flag.removeprefix("--")
+        inside = next((k for k in _parents(key) if k in known and k not in _GROUPS), None)
+        if key not in known and inside is not None:  # --model.lora.r 4 is part of the value of model.lora
+            continue
+        yield Setting(key, value, "command line")
+
+
+def _file_settings(name: str, known: set[str], found: list[str]) -> Iterator[Setting]:
+    try:
+        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found.append(f"no config file {name}")
+    except (OSError, UnicodeDecodeError) as error:
+        found.append(f"{name} cannot be read: {error}")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        found.append(f"{name} is not valid YAML: {' '.join(str(error).split())}")
+    else:
+        if content is None:
+            return
+        if not isinstance(content, Mapping):
+            found.append(f"{name}: expected settings by name, got {type(content).__name__}")
+            return
+        yield from _leaves(content, "", known, name)
+
+
+def _leaves(content: Mapping[Any, Any], prefix: str, known: set[str], origin: str) -> Iterator[Setting]:
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        is_group = any(k.startswith(f"{key}.") for k in known)
+        if is_group and isinstance(value, Mapping):
+            yield from _leaves(value, f"{key}.", known, origin)
+        elif is_group and key not in known:
+            yield Setting(key, value, origin)
+        else:
+            yield Setting(key.removesuffix("+"), value, origin)
+
+
+def _parents(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+
+
+def _wrong_value(parser: ArgumentParser, setting: Setting) -> str | None:
+    if setting.key in _BUILT_FROM_DICTS:
+        problem = _wrong_fields(setting.key, setting.value)
+        if problem or isinstance(setting.value, Mapping):
+            return problem
+    base = parser.get_defaults(skip_validation=True)
+    nested: Any = setting.value
+    for part in reversed(setting.key.split(".")):
+        nested = {part: nested}
+    exits, parser.exit_on_error = parser.exit_on_error, False
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            if base.get("data") is not None and base.get("data.train") is None and setting.key != "data.train":
+                base["data.train"] = "train.jsonl"
+            parser.parse_object(nested, base)  # by place: the name differs between versions
+    except (ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{setting.key}: {_reason(error)}, got {_shown(setting.value)}"
+    finally:
+        parser.exit_on_error = exits
+    return None
+
+
+def _wrong_fields(key: str, value: Any) -> str | None:
+    """A plain mapping passes as one for the parser; what it is to become says more."""
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if not isinstance(value, Mapping) or "class_path" in value:
+        return None
+    kind = _BUILT_FROM_DICTS[key]
+    known = {entry.name for entry in fields(kind)}
+    unknown = [f"no setting {f'{key}.{name}'!r}{suggestion(str(name), known)}" for name in value if name not in known]
+    if unknown:
+        return "; ".join(unknown)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    for name, entry in value.items():
+        try:
+            parser.parse_object({name: entry})
+        except (ArgumentError, ValueError, TypeError) as error:
+            return f"{key}.{name}: {_reason(error)}, got {_shown(entry)}"
+    try:
+        kind(**value)
+    except (TypeError, ValueError) as error:
+        return f"{key}: {' '.join(str(error).split())}"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """The last lines of the parser's report say what was expected."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    expected = [line.split(". Got value")[0] for line in lines if line.lower().startswith(("- expected", "expected"))]
+    text = " or ".join(dict.fromkeys(line.removeprefix("- ") for line in expected)) or " ".join(lines[-2:])
+    return text.rstrip(".")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
+
+
+def _missing_file(key: str, value: Any) -> str | None:
+    if not isinstance(value, str):
+        return None
+    try:
+        if key in ("data.train", "data.validation", "data.test") and is_file_source(value):
+            existing_file(value)
+        elif key == "model.base" and not value.startswith(RANDOM):
+            resolve_base(value)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
