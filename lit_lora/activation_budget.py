@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from lit_lora import causal_lm
-from lit_lora.activation_checkpointing import repeated_layers
+from lit_lora.activation_checkpointing import checkpoint_layers, repeated_layers
 from lit_lora.amounts import parse_bytes
 from lit_lora.storage_tracker import StorageTracker
 
@@ -46,6 +46,44 @@ class ActivationBytes:
         in_flight = 4 * self.hidden  # gradients
         forward = kept + sum(self.layers[k:]) + in_flight
         return max([forward, *(kept + working + in_flight for working in self.working[:k])])
+
+
+class ActivationBudget:
+    """Lets a model recompute as many layers as the largest batch so far needs.
+
+    Args:
+        model: with adapters, no layer recomputed yet.
+        amount: "4GiB", or "auto" for what is free when the first batch comes.
+        path: how batches are run.
+    """
+
+    def __init__(self, model: PreTrainedModel, amount: str, path: causal_lm.Path) -> None:
+        self.num_layers = 0
+        """Layers that are recomputed now."""
+        self._model = model
+        self._amount = amount
+        self._path = path
+        self._budget: int | None = None
+        self._largest = 0
+        self._forwards = [layer.forward for layer in repeated_layers(model)]
+
+    def prepare(self, num_tokens: int) -> None:
+        """Before a batch of so many tokens; does nothing for one that is no larger than an earlier one.
+
+        Raises:
+            ValueError: if the batch does not fit even with all layers recomputed.
+        """
+        if num_tokens <= self._largest:
+            return
+        self._largest = num_tokens
+        if self._budget is None:
+            trainable = sum(p.nbytes for p in self._model.parameters() if p.requires_grad)
+            device = next(self._model.parameters()).device
+            self._budget = budget_bytes(self._amount, device, 3 * trainable)  # gradients, and two moments
+        for layer, forward in zip(repeated_layers(self._model), self._forwards, strict=True):
+            layer.forward = forward
+        self.num_layers = layers_to_checkpoint(self._model, num_tokens, self._budget, self._path)
+        checkpoint_layers(self._model, self.num_layers)
 
 
 def layers_to_checkpoint(
@@ -120,6 +158,7 @@ def measure_activations(
                 total = tracker.alive_bytes - start
             del loss, twins
     finally:
+        torch.clear_autocast_cache()  # which now may hold fake twins of the weights
         for handle in handles:
             handle.remove()
     kept = [stop - start for start, stop in zip(before, after, strict=True)]

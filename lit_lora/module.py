@@ -22,9 +22,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_lora import causal_lm, schedule, training_state
+from lit_lora.activation_budget import ActivationBudget
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.adapters.layers import LoRALinear, lora_layers
+from lit_lora.amounts import parse_bytes
 from lit_lora.checkpoint import read_checkpoint
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.metrics import TrainingMetrics
@@ -36,7 +38,7 @@ __all__ = ["LoRALightningModule", "LossOutput"]
 _LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
 _PLAIN_SETTINGS = ("base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule")
 _PLAIN_SETTINGS += ("warmup_ratio", "packing", "chunked_loss", "fused_lora")
-_PLAIN_SETTINGS += ("gradient_checkpointing", "max_new_tokens")
+_PLAIN_SETTINGS += ("gradient_checkpointing", "activation_memory", "max_new_tokens")
 
 
 class LoRALightningModule(L.LightningModule):
@@ -61,6 +63,7 @@ class LoRALightningModule(L.LightningModule):
         chunked_loss: bool = True,
         fused_lora: bool = True,
         gradient_checkpointing: bool = False,
+        activation_memory: str | None = None,
         max_new_tokens: int = 128,
     ) -> None:
         """Store the settings; the model is built in :meth:`configure_model`.
@@ -82,6 +85,8 @@ class LoRALightningModule(L.LightningModule):
             chunked_loss: compute the loss from hidden states in chunks, where that is exact; else from full logits.
             fused_lora: one autograd function per adapted layer; else plain operations, for comparison.
             gradient_checkpointing: recompute each layer in the backward pass: less memory, more time.
+            activation_memory: recompute only as many layers as keep activations within this, such as 4GiB; auto is what
+                is free on the device.
             max_new_tokens: longest generation of ``predict``, in tokens.
         """
         super().__init__()
@@ -101,6 +106,7 @@ class LoRALightningModule(L.LightningModule):
         self.chunked_loss = chunked_loss
         self.fused_lora = fused_lora
         self.gradient_checkpointing = gradient_checkpointing
+        self.activation_memory = activation_memory
         self.max_new_tokens = max_new_tokens
         if learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {learning_rate}")
@@ -109,6 +115,11 @@ class LoRALightningModule(L.LightningModule):
         if optimizer is not None and weight_decay:
             raise ValueError("weight_decay has no effect on an optimizer of your own: set it there")
 
+        if activation_memory is not None and gradient_checkpointing:
+            raise ValueError("activation_memory has no effect beside gradient_checkpointing: set one of them")
+        if activation_memory not in (None, "auto"):
+            parse_bytes(activation_memory)
+
         self.strict_loading = False  # the base is not in checkpoints; on_load_checkpoint checks the adapter's keys
         self.model: nn.Module | None = None
         self.injection_report: InjectionReport | None = None
@@ -116,6 +127,7 @@ class LoRALightningModule(L.LightningModule):
         self._recorder = StepRecorder()
         self._resume_state: dict[str, Any] | None = None
         self._means = EvaluationMeans()
+        self._activation_budget: ActivationBudget | None = None
 
     # ------------------------------------------------------------------ hooks to override for other models
 
@@ -157,6 +169,10 @@ class LoRALightningModule(L.LightningModule):
             rank_zero_info(f"Forward path: {self.path}")
         if self.gradient_checkpointing:
             checkpoint_layers(model)
+        elif self.activation_memory is not None:
+            if self.path is None:
+                raise ValueError("activation_memory needs a causal language model: set gradient_checkpointing instead")
+            self._activation_budget = ActivationBudget(model, self.activation_memory, self.path)  # type: ignore[arg-type]
         self.model = model
         _keep_batch_norm_frozen(model)
 
@@ -213,6 +229,8 @@ class LoRALightningModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, up to a constant factor; see :meth:`optimizer_step`."""
+        if self._activation_budget is not None:
+            self._activation_budget.prepare(batch["input_ids"].numel())
         output = self.compute_loss(batch)
         self._recorder.window.add(output)
         return output.loss_sum / _LOSS_DIVISOR

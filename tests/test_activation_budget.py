@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -13,8 +16,9 @@ from lit_lora.adapters.inject import inject_lora
 from lit_lora.adapters.quantize import quantize_
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.memory import run_step
+from lit_lora.module import LoRALightningModule
 from lit_lora.storage_tracker import StorageTracker
-from tests.tiny import language_model
+from tests.tiny import config, language_model
 
 TOKENS = 256
 SHAPES: dict[str, dict[str, Any]] = {
@@ -110,3 +114,45 @@ def test_auto_is_what_is_free_less_what_is_reserved() -> None:
     assert free > 0
     assert budget_bytes("auto", torch.device("cpu"), 10**15) == 0
     assert budget_bytes("2GiB", torch.device("cpu"), 10**15) == 2**31
+
+
+def test_training_within_a_budget_gives_the_same_adapters(tmp_path: Path) -> None:
+    """And a later, larger batch makes more layers recomputed."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config(num_hidden_layers=6).to_dict() | {"architectures": ["LlamaForCausalLM"]}))
+    batches = []
+    for lengths in ((40, 20), (90, 60)):
+        batch = causal_lm.placeholder_batch(lengths, packed=True, device="cpu")
+        batch["input_ids"] = torch.arange(sum(lengths)).remainder(97)[None]
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+        batch["cu_seq_lens"] = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
+        batch["target_positions"] = torch.arange(sum(lengths) - 2)
+        batch["target_ids"] = batch["target_positions"].remainder(89)
+        batches.append(batch)
+
+    def train(**settings: Any) -> LoRALightningModule:
+        module = LoRALightningModule(f"random:{path}", lora=LoRAConfig(r=4), **settings)
+        trainer = L.Trainer(
+            max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        trainer.fit(module, loader)
+        return module
+
+    plain = train()
+    measured = measure_activations(plain.model, 60)  # type: ignore[arg-type]
+    budget = measured.needed(2)
+    budgeted = train(activation_memory=str(budget))
+    assert budgeted._activation_budget is not None
+    assert budgeted._activation_budget.num_layers > 2
+    for name, parameter in plain.trainable_parameters().items():
+        torch.testing.assert_close(budgeted.trainable_parameters()[name], parameter, rtol=1e-6, atol=1e-7)
+
+
+def test_two_ways_to_recompute_are_one_too_many() -> None:
+    with pytest.raises(ValueError, match="no effect beside gradient_checkpointing"):
+        LoRALightningModule(activation_memory="2GiB", gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="expected an amount of memory"):
+        LoRALightningModule(activation_memory="lots")
