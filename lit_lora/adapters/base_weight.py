@@ -163,7 +163,10 @@ def bitsandbytes() -> Any:
 
 
 def _dequantize_4bit(codes: Tensor, state: Any) -> Tensor:
-    """bitsandbytes has a vector kernel for CPUs with AVX512; its code for others is many times slower than lookups."""
+    """bitsandbytes (0.50) has a vector kernel for CPUs with AVX512; its scalar code for others is far slower than lookups.
+
+    Lookups can go when it has more: https://github.com/bitsandbytes-foundation/bitsandbytes/pull/2072.
+    """
     if codes.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         return look_up_4bit(codes, state)
     return bitsandbytes().functional.dequantize_4bit(codes, state)
