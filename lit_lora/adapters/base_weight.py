@@ -163,7 +163,7 @@ def bitsandbytes() -> Any:
 
 
 def _dequantize_4bit(codes: Tensor, state: Any) -> Tensor:
-    """bitsandbytes (0.50) has a vector kernel for CPUs with AVX512; its scalar code for others is far slower than lookups.
+    """bitsandbytes (0.50) has a vector kernel for CPUs with AVX512; lookups are far faster than its scalar code.
 
     Lookups can go when it has more: https://github.com/bitsandbytes-foundation/bitsandbytes/pull/2072.
     """
