@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_lora.adapters import base_weight
+from lit_lora.adapters.checksum import check_adapter, serialize
 from lit_lora.adapters.inject import InjectionReport, apply_plan, plan_injection
 from lit_lora.adapters.layers import LoRALayer, LoRALinear, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
@@ -114,6 +115,7 @@ def save_adapter(
         fan_in_fan_out=any(base_weight.is_conv1d(layer.base_layer) for _, layer in lora_layers(model)),
     )
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    data = serialize(tensors, from_peft_config(content))
 
     def check_weights(path: Path) -> None:
         written = _read_tensors(path)
@@ -124,7 +126,7 @@ def save_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [
-        FileToWrite(folder / WEIGHTS_NAME, lambda f: f.write(save(tensors, metadata={"format": "pt"})), check_weights),
+        FileToWrite(folder / WEIGHTS_NAME, lambda f: f.write(data), check_weights),
         FileToWrite(folder / CONFIG_NAME, lambda f: f.write(text.encode())),
     ]
     if model_card is not None:
@@ -158,6 +160,7 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: b
     for name in sorted(extra & _frozen_names(model, plan.adapted.keys() | plan.saved.keys())):
         _check_equals_base(model, name, state.pop(name), folder)
     _check_state(expected, state, str(folder), hint="; ".join(plan.ignored))
+    check_adapter(_find_weights(folder), raw, config)
     report = apply_plan(model, plan)
     load_adapter_state_dict(model, state)
     if not trainable:

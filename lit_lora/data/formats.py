@@ -248,7 +248,10 @@ def parse_examples(
         if limit is not None and examples.num_rows >= limit:
             break
         if not mapping:
-            examples.format, mapping = resolve_columns(row.fields, format, columns)
+            try:
+                examples.format, mapping = resolve_columns(row.fields, format, columns)
+            except ValueError as error:
+                raise ValueError(f"{problems.source}:{row.line}: {error}") from error
         examples.num_rows += 1
         fields = {name: row.fields[column] for name, column in mapping.items() if column in row.fields}
         missing = [mapping[name] for name in REQUIRED[examples.format] if name not in fields]
