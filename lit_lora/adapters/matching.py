@@ -15,6 +15,7 @@ from typing import TypeVar
 from torch import nn
 
 from lit_lora.adapters import base_weight
+from lit_lora.adapters.int8_rows import Int8Rows
 from lit_lora.config import LoRAConfig
 
 ALL_LINEAR = "all-linear"
@@ -95,7 +96,10 @@ def _match_saved(modules: dict[str, nn.Module], config: LoRAConfig, problems: li
         if not found:
             problems.append(f"modules_to_save entry {entry!r} matches no module; modules end in {_endings(modules)}")
         for name in found:
-            if any(base_weight.may_be_quantized(m) and base_weight.is_quantized(m) for m in modules[name].modules()):
+            if any(
+                isinstance(m, Int8Rows) or (base_weight.may_be_quantized(m) and base_weight.is_quantized(m))
+                for m in modules[name].modules()
+            ):
                 raise ValueError(
                     f"modules_to_save entry {entry!r} is quantized and cannot be trained in full: adapt it"
                 )

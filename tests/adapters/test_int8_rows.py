@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig
+from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, inject_lora
 from lit_lora.adapters.quantize import dequantize_, quantize_
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed
@@ -90,3 +90,12 @@ def test_an_embedding_that_cannot_be_quantized_is_named(kind):
         model.lm_head.bias = nn.Parameter(torch.zeros(128))
     with pytest.raises(ValueError, match=r"embedding_bits: the (embedding|output head).*leave embedding_bits out"):
         quantize_(model, QuantizationConfig(embedding_bits=8))
+
+
+@pytest.mark.parametrize("entry", ["lm_head", "embed_tokens"])
+def test_an_8_bit_embedding_can_neither_be_trained_nor_adapted(entry):
+    model = _quantized(QuantizationConfig(embedding_bits=8))
+    with pytest.raises(ValueError, match=f"'{entry}' is quantized and cannot be trained in full"):
+        inject_lora(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=[entry]))
+    with pytest.raises(ValueError, match=rf"{entry} of type Int8\w+, which cannot be adapted"):
+        inject_lora(model, LoRAConfig(target_modules=["q_proj", entry]))
