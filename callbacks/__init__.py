@@ -18,6 +18,7 @@ _PUBLIC = {
     "MemoryBudgetExceeded": "memory_profiler",
     "MemoryProfiler": "memory_profiler",
     "NonFiniteError": "gradient_norm",
+    "RankMonitor": "rank_monitor",
     "ThroughputLogger": "throughput",
     "TrainingCheckpoint": "training_checkpoint",
     "Verdict": "verdict",
@@ -32,6 +33,7 @@ __all__ = [
     "MemoryBudgetExceeded",
     "MemoryProfiler",
     "NonFiniteError",
+    "RankMonitor",
     "ThroughputLogger",
     "TrainingCheckpoint",
     "Verdict",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from lit_lora.callbacks.gradient_flow import GradientFlowAssertion, GradientFlowError
     from lit_lora.callbacks.gradient_norm import GradientNormLogger, NonFiniteError
     from lit_lora.callbacks.memory_profiler import MemoryBudgetExceeded, MemoryProfiler
+    from lit_lora.callbacks.rank_monitor import RankMonitor
     from lit_lora.callbacks.throughput import ThroughputLogger
     from lit_lora.callbacks.training_checkpoint import TrainingCheckpoint
     from lit_lora.callbacks.verdict import Verdict

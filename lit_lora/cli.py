@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -28,6 +29,7 @@ from lit_lora.callbacks import (
     GradientNormLogger,
     HFAdapterExport,
     MemoryProfiler,
+    RankMonitor,
     ThroughputLogger,
     TrainingCheckpoint,
 )
@@ -146,7 +148,7 @@ class LoRACLI(LightningCLI):
         plugins = trainer.get("plugins") or []
         trainer["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         self.record = RunRecord()
-        extra = [self.record] if self.subcommand == "fit" else []
+        extra: list[Callback] = [RankMonitor(), *([self.record] if self.subcommand == "fit" else [])]
         if self.subcommand == "predict":
             extra.append(PredictionWriter())
         trainer["callbacks"] = [*(trainer.get("callbacks") or []), *extra]
