@@ -53,6 +53,7 @@ def test_train_checkpoint_resume_generate_merge_and_load_with_transformers(real_
         "fit", "--config", "tiers/1_quick.yaml", "--model.quantization.embedding_bits", "null",
         "--trainer.default_root_dir", run, "--trainer.enable_progress_bar", "false", "--data.limit", 40,
         "--data.validation_fraction", 0.1, "--checkpoint.every_n_steps", 5,
+        "--model.learning_rate", 2e-3, "--model.lr_schedule", "constant",
     ]  # fmt: skip
     _lit_lora(*options, "--trainer.max_steps", 5)
     first = TrainingMetrics.load(run / "metrics.json")
@@ -63,11 +64,13 @@ def test_train_checkpoint_resume_generate_merge_and_load_with_transformers(real_
     assert metrics.losses[-1] < 0.6 * metrics.losses[0]
     assert metrics.validation[-1]["val_loss"] < 0.6 * metrics.validation[0]["val_loss"]
 
-    prompt = "remind me to water the plants on Friday"
-    answer = _lit_lora(
-        "generate", prompt, "--adapter", run / "adapter", "--max_new_tokens", 24, "--quantization.bits", 4
-    )
-    assert answer.startswith('{"'), answer
+    prompt, generating = "put dentist appointment in my calendar on Friday", ["--max_new_tokens", 24, "--compare"]
+    system = ["--system", "Turn the request into JSON."]
+    answers = _lit_lora(
+        "generate", prompt, "--adapter", run / "adapter", *system, *generating, "--quantization.bits", 4
+    ).partition("--- with the adapter")
+    assert answers[2].strip()
+    assert answers[2].strip() not in answers[0]
 
     merged = tmp_path / "merged"
     printed = _lit_lora("merge", run / "adapter", merged, "--into", "dequantized", "--num_samples", 4)
