@@ -109,7 +109,7 @@ def _prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _parity(job: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Largest difference of adapter gradients to PEFT's on the first batch, relative to the largest gradient."""
+    """Largest difference of the adapter gradients of the mean loss to PEFT's, on the first batch."""
     measured = _run("parity", job, folder)
     assert measured is not None
     if not measured["gradient_difference"] < 1e-5:
@@ -117,7 +117,7 @@ def _parity(job: dict[str, Any], folder: Path) -> dict[str, float]:
             f"no parity, no numbers: gradients differ from PEFT's by {measured['gradient_difference']:.1e}"
         )
     print(
-        f"parity: adapter gradients equal PEFT's within {measured['gradient_difference']:.1e} of the largest",
+        f"parity: adapter gradients equal PEFT's within {measured['gradient_difference']:.1e}",
         flush=True,
     )
     return measured
@@ -168,7 +168,7 @@ def _write(name: str, rows: list[dict[str, Any]], args: argparse.Namespace, pari
         f"{date.today()}, {_processor()}, {args.threads} threads; "
         + ", ".join(f"{package} {version}" for package, version in versions.items())
         + f". Median of {args.rounds} rounds [lowest, highest]. "
-        f"Adapter gradients equal PEFT's within {parity['gradient_difference']:.1e} of the largest.",
+        f"Adapter gradients equal PEFT's within {parity['gradient_difference']:.1e} (largest {parity['largest_gradient']:.2f}).",
         "",
         "| framework | real tokens/s | supervised tokens/s | ratio to the baseline | share of limit | step (s) | peak RSS (MiB) | first step after (s) | loss first, last |",
         "|---|---|---|---|---|---|---|---|---|",

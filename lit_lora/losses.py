@@ -130,15 +130,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             sum_C1 = exp_CV.sum(dim=-1, keepdim=True)
             nll_C = sum_C1.squeeze(-1).log() - label_logit_C
             nll_sum += (nll_C * supervised_C).sum()
-            # d nll / d hidden = softmax @ W - W[label]; the softmax's division is left to the narrow side.
+            # d nll / d logits = softmax - onehot, times the sum of exponentials, which is divided out on the narrow side.
+            # The label's share is taken off before the product: afterwards it would cancel all but a few digits.
+            dlogits_CV = exp_CV.scatter_add_(-1, labels_C[:, None], -sum_C1)
+            scale_C1 = supervised_C[:, None] / sum_C1
+            if dtype != torch.float32 or grad_weight is not None:
+                dlogits_CV.mul_(scale_C1)  # now, where the range of half precision or the wide side needs it
+                scale_C1 = torch.ones_like(scale_C1)
             if grad_hidden is not None:
-                scale_C1 = supervised_C[:, None] / sum_C1
-                product_CD = _transposed_product(exp_CV.to(dtype), whole).float()
-                target_CD = whole.rows(labels_C, dtype).float() * supervised_C[:, None]
-                grad_hidden[rows] = (product_CD * scale_C1 - target_CD).to(grad_hidden.dtype)
+                product_CD = _transposed_product(dlogits_CV.to(dtype), whole).float()
+                grad_hidden[rows] = (product_CD * scale_C1).to(grad_hidden.dtype)
             if grad_weight is not None:
-                dlogits_CV = exp_CV.mul_(supervised_C[:, None] / sum_C1)
-                dlogits_CV.scatter_add_(-1, labels_C[:, None], -supervised_C[:, None].to(dlogits_CV.dtype))
                 grad_weight.addmm_(dlogits_CV.T, hidden_CD.float())
 
         ctx.save_for_backward(grad_hidden, grad_weight)
