@@ -9,7 +9,7 @@ TORCH = $(shell grep '^torch==' constraints.txt)
 RUN = runs/quickstart
 
 .DEFAULT_GOAL = help
-.PHONY: help setup model quickstart tiers test unit lint check wheel clean
+.PHONY: help setup model quickstart tiers test unit lint faults check wheel clean
 
 help:  ## this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -43,6 +43,9 @@ lint: setup  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+faults: setup  ## kill, starve and feed nonsense to real runs (about 5 minutes); writes benchmarks/results/faults.md
+	$(BIN)/python benchmarks/faults.py
 
 check: lint unit  ## what to run before a commit: lint and the unit tests
 

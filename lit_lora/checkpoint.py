@@ -113,7 +113,7 @@ def _pieces(value: Any) -> Iterator[bytes | memoryview]:
         data = value.detach().cpu().contiguous()
         yield f"tensor {data.dtype} {tuple(data.shape)};".encode()
         if data.numel():
-            yield memoryview(data.reshape(-1).view(torch.uint8).numpy())
+            yield data.reshape(-1).view(torch.uint8).numpy().data
     elif isinstance(value, dict):
         yield b"{"
         for key, item in value.items():
@@ -153,7 +153,7 @@ def base_fingerprint(model: nn.Module) -> str:
 def rng_state() -> dict[str, Any]:
     """State of every random generator of this process that training may draw from, as tensors and plain types."""
     version, internal, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": [state.cpu() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],

@@ -44,7 +44,7 @@ def problems_in(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
     """
     for action in parser._actions:
         if action.dest == "subcommand":
-            parser = action.choices[arguments[0]]  # type: ignore[index, call-overload]
+            parser = action.choices[arguments[0]]  # type: ignore[index]
     found: list[str] = []
     known = {action.dest for action in parser._actions if action.dest and not action.dest.endswith("help")}
     for setting in _settings(arguments[1:], known, found):

@@ -29,16 +29,19 @@ from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.amounts import parse_bytes
 from lit_lora.checkpoint import read_checkpoint
 from lit_lora.config import LoRAConfig, QuantizationConfig
+from lit_lora.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.metrics import TrainingMetrics
-from lit_lora.models import load_base_model, load_tokenizer
+from lit_lora.models import load_base_model
+from lit_lora.prediction import answer
 from lit_lora.step_metrics import EvaluationMeans, LossOutput, StepRecorder
 
 __all__ = ["LoRALightningModule", "LossOutput"]
 
 _LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
-_PLAIN_SETTINGS = ("base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule")
-_PLAIN_SETTINGS += ("warmup_ratio", "packing", "chunked_loss", "fused_lora")
-_PLAIN_SETTINGS += ("gradient_checkpointing", "activation_memory", "max_new_tokens")
+_PLAIN_SETTINGS = (
+    "base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule", "warmup_ratio",
+    "packing", "chunked_loss", "fused_lora", "gradient_checkpointing", "activation_memory", "max_new_tokens",
+)  # fmt: skip
 
 
 class LoRALightningModule(L.LightningModule):
@@ -174,7 +177,7 @@ class LoRALightningModule(L.LightningModule):
                 raise ValueError("activation_memory needs a causal language model: set gradient_checkpointing instead")
             self._activation_budget = ActivationBudget(model, self.activation_memory, self.path)  # type: ignore[arg-type]
         self.model = model
-        _keep_batch_norm_frozen(model)
+        keep_batch_norm_frozen(model)
 
     @property
     def _is_language_model(self) -> bool:
@@ -184,7 +187,7 @@ class LoRALightningModule(L.LightningModule):
         """Set the mode; batch norms of the frozen base stay in evaluation, so that their statistics do not move."""
         super().train(mode)
         if self.model is not None:
-            _keep_batch_norm_frozen(self.model)
+            keep_batch_norm_frozen(self.model)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +201,7 @@ class LoRALightningModule(L.LightningModule):
 
     # ------------------------------------------------------------------ optimization
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Adapter parameters and a schedule that steps with the optimizer."""
         parameters = list(self.trainable_parameters().values())
         if self.optimizer_callable is not None:
@@ -278,7 +281,7 @@ class LoRALightningModule(L.LightningModule):
             learning_rate=optimizer.param_groups[0]["lr"],
         )
         # Reading a value makes the host wait for a CUDA device, so there it is done on logging steps only.
-        if self.device.type == "cpu" or self._recorder.num_pending >= self.trainer.log_every_n_steps:
+        if self.device.type == "cpu" or self._recorder.num_pending >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self.flush_metrics()
 
     @property
@@ -326,37 +329,14 @@ class LoRALightningModule(L.LightningModule):
         self.log_dict(results, prog_bar=True, rank_zero_only=True)
         return {name: value.item() for name, value in results.items()}
 
-    @torch.no_grad()
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Generate from a prompt, greedily.
-
-        Args:
-            batch: ``prompt_ids``, ``(1, L)``, and where there is one, ``reference``.
-            batch_idx: not used.
-
-        Returns:
-            A list of one dict: ``prompt``, ``completion``, ``reference``.
-        """
+        """A list of one generation: see :func:`lit_lora.prediction.answer`."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        prompt_ids = batch["prompt_ids"]
-        output_ids = self.model.generate(  # type: ignore[union-attr, operator]
-            prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
-        prompt = tokenizer.decode(prompt_ids[0], skip_special_tokens=True)
-        completion = tokenizer.decode(output_ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
-        return [{"prompt": prompt, "completion": completion, "reference": batch.get("reference")}]
-
-    def load_tokenizer(self) -> Any:
-        """The tokenizer that belongs to the base."""
-        return load_tokenizer(self.base, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        return [answer(self.model, tokenizer, batch, max_new_tokens=self.max_new_tokens)]
 
     # ------------------------------------------------------------------ checkpoints
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trainable parameters only: the base is loaded from where it came from."""
         trainable = self.trainable_parameters().keys()
         prefix = kwargs.get("prefix", "")
@@ -420,11 +400,3 @@ class LoRALightningModule(L.LightningModule):
         saved = read_checkpoint(checkpoint_path).get(training_state.KEY, {}).get("settings", {})
         trust = kwargs.pop("trust_remote_code", False)  # never taken from a file
         return super().load_from_checkpoint(checkpoint_path, **{**saved, **kwargs, "trust_remote_code": trust})
-
-
-def _keep_batch_norm_frozen(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-            p.requires_grad for p in module.parameters()
-        ):
-            module.eval()

@@ -136,20 +136,21 @@ class EvaluationMeans(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.means = nn.ModuleDict({"loss": MeanMetric(), "token_accuracy": MeanMetric()})
+        self.loss = MeanMetric()
+        self.token_accuracy = MeanMetric()
 
     def add(self, output: LossOutput) -> None:
         """Add a batch; one without targets changes nothing."""
         if not output.num_targets:
             return
-        self.means["loss"].update(output.loss_sum.detach() / output.num_targets, weight=output.num_targets)
+        self.loss.update(output.loss_sum.detach() / output.num_targets, weight=output.num_targets)
         if output.num_correct is not None:
-            self.means["token_accuracy"].update(output.num_correct / output.num_targets, weight=output.num_targets)
+            self.token_accuracy.update(output.num_correct / output.num_targets, weight=output.num_targets)
 
     def results(self, prefix: str) -> dict[str, Tensor]:
         """``<prefix>_loss`` (nats per token), ``<prefix>_perplexity``, ``<prefix>_token_accuracy`` where counted."""
-        counted = {name: metric for name, metric in self.means.items() if metric.update_called}  # type: ignore[operator]
-        results = {f"{prefix}_{name}": metric.compute() for name, metric in counted.items()}  # type: ignore[operator]
+        means = {"loss": self.loss, "token_accuracy": self.token_accuracy}
+        results = {f"{prefix}_{name}": mean.compute() for name, mean in means.items() if mean.update_called}
         if f"{prefix}_loss" in results:
             results[f"{prefix}_perplexity"] = results[f"{prefix}_loss"].exp()
         return results

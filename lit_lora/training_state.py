@@ -49,7 +49,7 @@ class Identity(NamedTuple):
 
 def is_whole(trainer: Trainer) -> bool:
     """Whether no batch is under way: between batches, parameters, gradients and random state belong together."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return progress.started == progress.processed
 
 

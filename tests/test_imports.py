@@ -46,11 +46,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "activation_budget": {"activation_checkpointing", "amounts", "causal_lm", "storage_tracker"},
     "step_metrics": set(),
+    "prediction": set(),
+    "frozen_statistics": set(),
     "data.resume": set(),
     "training_state": {"checkpoint", "step_metrics", "data.resume"},
     "module": {
         "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "schedule", "activation_checkpointing",
-        "step_metrics", "training_state", "activation_budget", "amounts",
+        "step_metrics", "training_state", "prediction", "frozen_statistics", "activation_budget", "amounts",
     },
     "callbacks": {"adapters"},
     "tools": {

@@ -154,7 +154,10 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: b
     config = _read_config(folder / CONFIG_NAME)
     raw = _read_tensors(_find_weights(folder))
     state = _names_in_model(raw, folder)
-    plan = plan_injection(model, config, unmatched="ignore")
+    try:
+        plan = plan_injection(model, config, unmatched="ignore")
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     expected = plan.shapes()
     extra = state.keys() - expected.keys()
     for name in sorted(extra & _frozen_names(model, plan.adapted.keys() | plan.saved.keys())):

@@ -1,0 +1,200 @@
+"""Generated nonsense, from a fixed seed: data files, adapter files, configs. Each is taken or refused with a message.
+
+Refused is an exception that the command line shows as one line (``ValueError``, ``OSError``); anything else would be
+a traceback. A refusal has to name the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+EXAMPLES = 100
+
+_plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+_content = st.text(max_size=20) | _plain
+_turn = st.fixed_dictionaries(
+    {}, optional={"role": st.sampled_from(["system", "user", "assistant", "tool", ""]) | _plain, "content": _content}
+)
+_row = st.one_of(
+    st.fixed_dictionaries({"prompt": _content}, optional={"completion": _content}),
+    st.fixed_dictionaries({"messages": st.lists(_turn, max_size=4) | _plain}),
+    st.fixed_dictionaries({"text": _content}),
+    _plain,
+)
+_line = st.one_of(
+    _row.map(lambda row: json.dumps(row).encode()),
+    st.binary(max_size=30),
+    st.just(b'{"prompt": "a", "completion": "b"}'),
+    st.just(b"[" * 100_000),
+    _row.map(lambda row: json.dumps(row).encode()[:-1]),
+)
+_data = st.lists(_line, max_size=6).map(b"\n".join)
+
+_KEYS = ["peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora", "rank_pattern"]
+_KEYS += ["alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "a_field_of_the_future"]
+_values = st.sampled_from(["LORA", "IA3", "../../etc", -1, 0, 2, 10**12, [], ["q_proj"], {}, {"q_proj": 0}, True, None])
+_adapter_config = st.dictionaries(st.sampled_from(_KEYS), _values | _plain, min_size=1, max_size=4)
+_tensors = st.dictionaries(
+    st.text(max_size=8) | st.just("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
+    st.lists(st.integers(0, 3), max_size=3),
+    max_size=3,
+)
+_header = st.binary(max_size=60) | st.integers(0, 2**64 - 1).map(lambda size: size.to_bytes(8, "little") + b"{}")
+
+_SECTIONS = ["trainer", "model", "data", "checkpoint", "gradient_norm", "memory", "seed_everything", "model.lora", "x"]
+_SETTINGS = [
+    "max_steps",
+    "base",
+    "lora",
+    "learning_rate",
+    "train",
+    "tokenizer",
+    "batch_size",
+    "every_n_steps",
+    "r",
+    "é",
+]
+_config = st.dictionaries(
+    st.sampled_from(_SECTIONS), _plain | st.dictionaries(st.sampled_from(_SETTINGS), _plain, max_size=3), min_size=1
+)
+
+
+def bad_inputs(folder: Path, seed_: int) -> list[tuple[str, int, list[str]]]:
+    """Name, number of inputs and failures of each kind."""
+    work = folder / "bad"
+    work.mkdir()
+    return [
+        ("generated data file", *_run(_data, EXAMPLES, seed_, lambda data: _read_data(work, data))),
+        ("generated adapter config", *_run(_adapter_config, EXAMPLES, seed_, lambda c: _read_config(work, c))),
+        ("generated adapter weights", *_run(_tensors | _header, EXAMPLES, seed_, lambda t: _read_weights(work, t))),
+        ("generated training config", *_run(_config, EXAMPLES, seed_, lambda c: _parse_config(work, c))),
+    ]
+
+
+def _run(strategy: Any, count: int, seed_: int, feed: Callable[[Any], str | None]) -> tuple[int, list[str]]:
+    tried, failures = 0, []
+
+    @seed(seed_)
+    @settings(
+        max_examples=count, database=None, deadline=None, derandomize=False, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(strategy)
+    def each(value: Any) -> None:
+        nonlocal tried
+        tried += 1
+        try:
+            problem = feed(value)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            failures.append(f"{value!r:.300}: {problem}")
+            print(f"FAILED {failures[-1]}", flush=True)
+
+    each()
+    return tried, failures
+
+
+def _refused(action: Callable[[], Any], name: str) -> str | None:
+    try:
+        action()
+    except (ValueError, OSError) as error:
+        if isinstance(error, UnicodeError) or name not in str(error):
+            return f"a refusal that does not name the file: {error!r}"
+    return None
+
+
+def _read_data(work: Path, data: bytes) -> str | None:
+    from lit_lora.data.prepare import SourceSettings, tokenize_source
+    from lit_lora.models import load_tokenizer
+
+    path = work / "data.jsonl"
+    path.write_bytes(data)
+    tokenizer = load_tokenizer("bytes")
+    return _refused(
+        lambda: tokenize_source(str(path), tokenizer, SourceSettings(), cache_dir=work / "cache"), path.name
+    )
+
+
+def _model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def _adapter(work: Path) -> Path:
+    from lit_lora import LoRAConfig, inject_lora, save_adapter
+
+    model = _model()
+    inject_lora(model, LoRAConfig(r=2, target_modules=["q_proj"]))
+    return save_adapter(model, work / "adapter")
+
+
+def _load(folder: Path) -> str | None:
+    from lit_lora import load_adapter
+
+    model = _model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    problem = _refused(lambda: load_adapter(model, folder), folder.name)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+    if any(not torch.equal(tensor, after[name]) for name, tensor in before.items()):
+        return "the base changed"
+    return problem
+
+
+def _read_config(work: Path, changes: dict[str, Any]) -> str | None:
+    folder = _adapter(work)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return _load(folder)
+
+
+def _read_weights(work: Path, content: Any) -> str | None:
+    from safetensors.torch import save_file
+
+    folder = _adapter(work)
+    path = folder / "adapter_model.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_file({name: torch.zeros(shape) for name, shape in content.items()}, path)
+    return _load(folder)
+
+
+def _parse_config(work: Path, content: dict[str, Any]) -> str | None:
+    """Through the command line up to where the run would start."""
+    from lit_lora.__main__ import main
+
+    path = work / "config.yaml"
+    path.write_text(yaml.safe_dump({"data": {"train": "none.jsonl"}, **content}, allow_unicode=True), encoding="utf-8")
+    error, arguments = io.StringIO(), sys.argv
+    try:
+        with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+            main(["fit", "--config", str(path), "--trainer.fast_dev_run", "true"])
+    except SystemExit as exit_:
+        text = error.getvalue()
+        if exit_.code not in (1, 2) or "Traceback" in text or "lit-lora: error: " not in text:
+            return f"exit {exit_.code}: {text}"
+        return None if re.search(r"error: \S", text) else "an error without a message"
+    finally:
+        sys.argv = arguments
+    return "it ran, without data"

@@ -1,0 +1,277 @@
+"""Faults on purpose: real training processes killed, disks filled, files corrupted, nonsense fed in.
+
+    python benchmarks/faults.py                 # everything, fixed seed; writes results/faults.md
+    python benchmarks/faults.py --kills 200     # longer
+
+A fault is survived if no run was lost (the resumed one ends with the weights of the undisturbed one, bit for bit), no
+wrong weights were loaded, a message stood where one belongs instead of a traceback, and nothing hung. Every run is a
+process of its own, forked from one that has imported everything, in a session of its own and with a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from fault_runs import LIMIT_S, Project, Tally, same
+
+from lit_lora.checkpoint import newest_checkpoint, read_checkpoint
+
+HERE = Path(__file__).parent
+
+
+def partial_files(folder: Path) -> bool:
+    return any(folder.glob("run*/*/.*.partial"))
+
+
+def kills(project: Project, rng: random.Random, count: int) -> list[Tally]:
+    """Kill -9 at random moments, and in the middle of writing a file; at most ten times a run."""
+    anywhere, writing = Tally("kill -9 at a random moment"), Tally("kill -9 while a file is written")
+    signals = Tally("SIGTERM and Ctrl-C")
+    done = number = 0
+    while done < count:
+        name = f"kill{number}"
+        number += 1
+        attempts = 0
+        while True:
+            process = project.fit(name, name, "--ckpt_path", "last")
+            kind = (
+                rng.choice([*["anywhere", "writing"] * 5, "term", "int"]) if attempts < 10 and done < count else "none"
+            )
+            tally = {"anywhere": anywhere, "writing": writing}.get(kind, signals)
+            sent = None
+            wait_s = rng.uniform(0, 1.1 * project.run_s)
+            if kind == "writing":
+                wait_s = rng.uniform(0, project.run_s)
+            code = None
+            while code is None and kind != "none":
+                elapsed = time.monotonic() - process.started_s
+                if elapsed >= wait_s and (kind != "writing" or partial_files(project.folder / name)):
+                    sent = {"term": signal.SIGTERM, "int": signal.SIGINT}.get(kind, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, sent)
+                    break
+                code = process.poll()
+                if elapsed > LIMIT_S:
+                    break
+            if code is None:
+                code = process.wait()
+            attempts += 1
+            if sent is not None:
+                done += kind in ("anywhere", "writing")
+                broken = project.broken_files(name)
+                fine = code is not None and not broken and "Traceback" not in process.text
+                if kind in ("term", "int"):  # before training starts there is nothing to save: the default ends it
+                    fine = fine and code in (0, 143, 130, -15)
+                tally.check(fine, f"{name}: exit {code}, {broken}, see {process.log}")
+            if code == 0:
+                break
+            if sent is None:
+                tally.check(False, f"{name}: exit {code} without a fault, see {process.log}")
+                break
+        result = project.end(name)
+        if not same(project.expected, result):
+            for tally in (anywhere, writing):
+                tally.failures.append(f"{name}: the end differs from the undisturbed run's")
+            print(f"FAILED {name}: the end differs", flush=True)
+        else:
+            shutil.rmtree(project.folder / name)
+    return [anywhere, writing, signals]
+
+
+def disks(project: Project, rng: random.Random) -> list[Tally]:
+    """Writes that fail: a file size limit as a stand-in for quota, a full file system, a folder gone."""
+    full, gone = Tally("full disk"), Tally("folder lost while training")
+    size = max(path.stat().st_size for path in (project.folder / "whole").rglob("*.ckpt"))
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
+
+    def run_out(name: str, prepare: Callable[[], None] | None = None) -> None:
+        process = project.fit(name, name, prepare=prepare)
+        code = process.wait()
+        text = process.text
+        told = "not saved" in text or "cannot write" in text or "No space left" in text or "File too large" in text
+        fine = code == 1 and told and "Traceback" not in text and not project.broken_files(name)
+        full.check(fine, f"{name}: exit {code}, see {process.log}")
+
+    def goes_on(name: str) -> None:
+        process = project.fit(name, f"{name}-resumed", "--ckpt_path", "last")
+        code = process.wait()
+        full.check(code == 0 and same(project.expected, project.end(name)), f"{name} resumed: exit {code}")
+
+    run_out("limit", limited)
+    goes_on("limit")
+    for number in range(3):
+        name = f"disk{number}"
+        mount = project.folder / name
+        mount.mkdir()
+        bytes_ = int(size * rng.uniform(0.5, 4))
+        command = ["mount", "-t", "tmpfs", "-o", f"size={bytes_ // 1024}k", "tmpfs", str(mount)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            print("no permission to mount a small disk: only the file size limit was tried")
+            mount.rmdir()
+            break
+        try:
+            run_out(name)
+            subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
+            goes_on(name)
+        finally:
+            subprocess.run(["umount", "-l", str(mount)], check=True)
+    for number in range(4):
+        name = f"gone{number}"
+        process = project.fit(name, name)
+        folder = project.folder / name / "run" / "checkpoints"
+        while not list(folder.glob("*.ckpt")) and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))
+        folder.rename(folder.with_name("kept"))
+        folder.write_text("in the way")
+        code = process.wait()
+        fine = code == 1 and "not saved" in process.text and "Traceback" not in process.text
+        gone.check(fine, f"{name}: exit {code}, see {process.log}")
+        folder.unlink()
+        folder.with_name("kept").rename(folder)
+        process = project.fit(name, f"{name}-resumed", "--ckpt_path", "last")
+        code = process.wait()
+        gone.check(code == 0 and same(project.expected, project.end(name)), f"{name} resumed: exit {code}")
+    return [full, gone]
+
+
+def corrupt(path: Path, rng: random.Random) -> str:
+    """Flip a bit, cut the end off, overwrite a stretch with zeros, or add to it."""
+    data = bytearray(path.read_bytes())
+    place = rng.randrange(len(data))
+    kind = rng.choice(["flip", "flip", "flip", "cut", "zeros", "more"])
+    if kind == "flip":
+        data[place] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del data[place:]
+    elif kind == "zeros":
+        stretch = min(len(data) - place, rng.randrange(1, 4096))
+        data[place : place + stretch] = bytes(stretch)
+    else:
+        data += rng.randbytes(rng.randrange(1, 100))
+    path.write_bytes(data)
+    return f"{kind} at {place}"
+
+
+def corruptions(project: Project, rng: random.Random, count: int) -> list[Tally]:
+    """What is read back is what was written, or an error that names the file."""
+    from lit_lora.adapters.peft_format import adapter_state_dict, load_adapter
+    from lit_lora.checkpoint import DamagedCheckpointError
+    from lit_lora.models import load_base_model
+
+    folder = project.folder / "corrupt"
+    shutil.copytree(project.folder / "whole" / "run", folder)
+    original = max((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.name)
+    content, whole = read_checkpoint(original), original.read_bytes()
+    checkpoints, adapters = Tally("corrupted checkpoint"), Tally("corrupted adapter")
+    for number in range(count):
+        path = folder / "checkpoints" / original.name
+        path.write_bytes(whole)
+        how = corrupt(path, rng)
+        try:
+            read = read_checkpoint(path)
+        except DamagedCheckpointError as error:
+            skipped, problems = newest_checkpoint(folder / "checkpoints")
+            fine = path.name in str(error) and skipped is not None and skipped != path and len(problems) == 1
+            checkpoints.check(fine, f"{number}: {how}: {error}")
+        except Exception as error:
+            checkpoints.check(False, f"{number}: {how}: {error!r}")
+        else:
+            checkpoints.check(same(content, read), f"{number}: {how}: other content")
+    path.write_bytes(whole)
+
+    base = f"random:{project.folder / 'base'}"
+    files = sorted((folder / "adapter").glob("adapter_*"))
+    saved = {path: path.read_bytes() for path in files}
+    model = load_base_model(base)
+    load_adapter(model, folder / "adapter")
+    expected = adapter_state_dict(model)
+    inputs = torch.arange(12)[None]
+    logits = model.eval()(inputs).logits.detach()
+    for number in range(count):
+        for path, data in saved.items():
+            path.write_bytes(data)
+        path = rng.choice(files)
+        how = f"{path.name}: {corrupt(path, rng)}"
+        model = load_base_model(base)
+        try:
+            load_adapter(model, folder / "adapter")
+        except ValueError as error:
+            adapters.check(str(folder / "adapter") in str(error), f"{number}: {how}: {error}")
+        except Exception as error:
+            adapters.check(False, f"{number}: {how}: {error!r}")
+        else:
+            equal = same(expected, adapter_state_dict(model)) and torch.equal(model.eval()(inputs).logits, logits)
+            adapters.check(equal, f"{number}: {how}: other weights or another function")
+    return [checkpoints, adapters]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--corruptions", type=int, default=60, help="of checkpoints, and as many of adapters")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="leave the working folder")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "faults.md")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # threads would not survive the fork
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from bad_inputs import bad_inputs
+
+    import lit_lora.cli  # noqa: F401  before the forks, which then start at once
+
+    rng = random.Random(options.seed)
+    started = time.monotonic()
+    work = Path(tempfile.mkdtemp(prefix="lit-lora-faults."))
+    project = Project(work)
+    print(f"the undisturbed run takes {project.run_s:.1f} s; work in {work}", flush=True)
+    tallies: list[Tally] = []
+    stages: list[Callable[[], list[Tally]]] = [
+        lambda: kills(project, rng, options.kills),
+        lambda: disks(project, rng),
+        lambda: corruptions(project, rng, options.corruptions),
+        lambda: [Tally(*entry) for entry in bad_inputs(work, options.seed)],
+    ]
+    for stage in stages:
+        tallies += stage()
+        counts = ", ".join(f"{tally.name} {tally.tried - len(tally.failures)}/{tally.tried}" for tally in tallies)
+        print(f"{time.monotonic() - started:.0f} s: {counts}", flush=True)
+    lines = [
+        "# Faults, and what became of the runs",
+        "",
+        f"`python benchmarks/faults.py --seed {options.seed} --kills {options.kills} "
+        f"--corruptions {options.corruptions}`,",
+        f"{time.strftime('%Y-%m-%d')}, {time.monotonic() - started:.0f} s on {os.cpu_count()} cores "
+        f"({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}.",
+        "",
+        "| fault | tried | survived |",
+        "| --- | ---: | ---: |",
+        *(f"| {tally.name} | {tally.tried} | {max(0, tally.tried - len(tally.failures))} |" for tally in tallies),
+    ]
+    options.output.parent.mkdir(exist_ok=True)
+    options.output.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    if not options.keep:
+        shutil.rmtree(work)
+    if any(tally.failures for tally in tallies):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
