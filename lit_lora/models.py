@@ -100,6 +100,8 @@ def load_base_model(
         FileNotFoundError: if the folder or file is not there, or the model was not fetched.
         ValueError: if the folder holds no safetensors, ``dtype`` is no float type, or the model cannot be quantized.
     """
+    from lit_lora.tools.fetch import KNOWN_MODELS
+
     device = torch.device(device) if device is not None else torch.get_default_device()
     torch_dtype = resolve_dtype(dtype, device)
     if base.startswith(RANDOM):
@@ -123,6 +125,8 @@ def load_base_model(
             options["quantization_config"] = in_transformers
     with torch.device(device):
         model = AutoModelForCausalLM.from_pretrained(location, **options)
+    if base in KNOWN_MODELS:
+        model.config.name_or_path = KNOWN_MODELS[base].hub_id  # what an adapter tells the world
     if gguf_file:  # the weights are plain now
         quantize.forget_quantization(model)
     if quantization is not None:
@@ -167,6 +171,9 @@ def resolve_base(base: str) -> tuple[str, str | None]:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{base} is not here yet: run `lit-lora fetch {base}` (looked in {folder})")
         return str(folder), None
+    for name, known in KNOWN_MODELS.items():  # an adapter names its base as the Hub does
+        if base == known.hub_id and (model_folder(name) / "config.json").is_file():
+            return str(model_folder(name)), None
     path = Path(base).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
