@@ -199,8 +199,6 @@ class LoRALightningModule(L.LightningModule):
         """Parameters that train, by name, in the order in which the optimizer holds them."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    # ------------------------------------------------------------------ optimization
-
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Adapter parameters and a schedule that steps with the optimizer."""
         parameters = list(self.trainable_parameters().values())

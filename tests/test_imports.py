@@ -56,8 +56,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "callbacks": {"adapters"},
     "tools": {
-        "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "data", "memory", "drift", "tools.fetch",
-        "callbacks", "module",
+        "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "data", "memory", "drift",
+        "tools.fetch", "callbacks", "module",
     },
     "run_record": {"module", "callbacks", "checkpoint"},
     "config_check": {"data", "models"},
