@@ -6,6 +6,7 @@ learning rate and clipping at 1.0. The first step is not counted.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -37,7 +38,7 @@ def _counts(job: Job) -> dict[str, int]:
 def _result(job: Job, ends_s: list[float], losses: list[float]) -> dict[str, Any]:
     return {
         **_counts(job),
-        "step_times_s": [b - a for a, b in zip(ends_s, ends_s[1:], strict=False)],
+        "step_times_s": [b - a for a, b in itertools.pairwise(ends_s)],
         "time_to_first_step_s": ends_s[0] - STARTED_S,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "first_loss": losses[0],

@@ -1,8 +1,8 @@
 """Training speed and memory, side by side with the peers that are installed.
 
-One command runs every framework in a process of its own, in turn (A B C, A B C, ...), on the same token lists in the same
-order, from the same initial adapter, with the same optimizer, learning rate, clipping and batch size. Nothing is timed
-before parity is shown: adapter gradients of lit_lora and PEFT on the first batch, and the loss curves.
+One command runs every framework in a process of its own, in turn (A B C, A B C, ...), on the same token lists in the
+same order, from the same initial adapter, with the same optimizer, learning rate, clipping and batch size. Nothing is
+timed before the adapter gradients of lit_lora and PEFT agree on the first batch; the losses stand in the table.
 
     python -m benchmarks.train --data gsm8k.jsonl                         # natural lengths, LoRA
     python -m benchmarks.train --data gsm8k.jsonl --quantized             # the same on an NF4 base
@@ -168,17 +168,17 @@ def _write(name: str, rows: list[dict[str, Any]], args: argparse.Namespace, pari
         f"{date.today()}, {_processor()}, {args.threads} threads; "
         + ", ".join(f"{package} {version}" for package, version in versions.items())
         + f". Median of {args.rounds} rounds [lowest, highest]. "
-        f"Adapter gradients equal PEFT's within {parity['gradient_difference']:.1e} (largest {parity['largest_gradient']:.2f}).",
+        f"Adapter gradients equal PEFT's within {parity['gradient_difference']:.1e} "
+        f"(the largest is {parity['largest_gradient']:.2f}).",
         "",
-        "| framework | real tokens/s | supervised tokens/s | ratio to the baseline | share of limit | step (s) | peak RSS (MiB) | first step after (s) | loss first, last |",
+        f"| framework | real tokens/s | supervised tokens/s | ratio to {reference} | share of limit | step (s) "
+        "| peak RSS (MiB) | first step after (s) | loss first, last |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for framework in order:
         mine = [row for row in rows if row["framework"] == framework]
         speeds = sorted(row["tokens_per_s"] for row in mine)
-        ratio = statistics.median(
-            row["tokens_per_s"] / baseline[row["round"]] for row in mine if row["round"] in baseline
-        )
+        ratios = [row["tokens_per_s"] / baseline[row["round"]] for row in mine if row["round"] in baseline]
         share = [row["tokens_per_s"] / limit[row["round"]] for row in mine if row["round"] in limit]
 
         def median(key: str, mine: list[dict[str, Any]] = mine) -> float:
@@ -186,7 +186,8 @@ def _write(name: str, rows: list[dict[str, Any]], args: argparse.Namespace, pari
 
         lines.append(
             f"| {framework} | {statistics.median(speeds):.0f} [{speeds[0]:.0f}, {speeds[-1]:.0f}] "
-            f"| {median('target_tokens_per_s'):.0f} | {ratio:.2f} | {f'{statistics.median(share):.0%}' if share else '-'} "
+            f"| {median('target_tokens_per_s'):.0f} | {statistics.median(ratios):.2f} "
+            f"| {f'{statistics.median(share):.0%}' if share else '-'} "
             f"| {median('median_step_s'):.2f} | {median('peak_rss_mib'):.0f} | {median('time_to_first_step_s'):.1f} "
             f"| {median('first_loss'):.4f}, {median('last_loss'):.4f} |"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ TOOLS = {
 TRACEBACK_VARIABLE = "LIT_LORA_TRACEBACK"
 
 HUGE_PAGES_VARIABLE = "THP_MEM_ALLOC_ENABLE"
-"""torch asks Linux for huge pages where this is 1: on a CPU a step spends a fifth of its time on page faults otherwise."""
+"""torch asks Linux for huge pages where this is 1; without, a CPU spends a fifth of a step on page faults."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,9 +87,7 @@ def _with_flag_values(function: Callable[..., object], arguments: Sequence[str])
     """``--compare`` alone means ``--compare true``."""
     flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
     given = [*arguments, ""]
-    return [
-        f"{a}=true" if a in flags and b not in ("true", "false") else a for a, b in zip(given, given[1:], strict=False)
-    ]
+    return [f"{a}=true" if a in flags and b not in ("true", "false") else a for a, b in itertools.pairwise(given)]
 
 
 def _fail(message: str, *, code: int) -> NoReturn:

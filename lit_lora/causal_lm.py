@@ -175,7 +175,7 @@ def _seq_lens(batch: Batch) -> list[int]:
 
 def _model_inputs(batch: Batch) -> Batch:
     if "cu_seq_lens" not in batch:
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        inputs: Batch = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
     else:
         inputs = {
             "input_ids": batch["input_ids"],
@@ -205,7 +205,7 @@ def _logits(model: PreTrainedModel, batch: Batch, positions_S: Tensor) -> Tensor
 
 
 def _probe(model: PreTrainedModel, length: int, start: int) -> Tensor:
-    device = model.get_input_embeddings().weight.device
+    device: Any = model.get_input_embeddings().weight.device
     return (torch.arange(start, start + length, device=device) * 7 % model.config.get_text_config().vocab_size)[None]
 
 

@@ -130,8 +130,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             sum_C1 = exp_CV.sum(dim=-1, keepdim=True)
             nll_C = sum_C1.squeeze(-1).log() - label_logit_C
             nll_sum += (nll_C * supervised_C).sum()
-            # d nll / d logits = softmax - onehot, times the sum of exponentials, which is divided out on the narrow side.
-            # The label's share is taken off before the product: afterwards it would cancel all but a few digits.
+            # d nll / d logits = softmax - onehot, here times the sum of exponentials; that is divided out on the narrow
+            # side. The label's share is taken off before the product: afterwards it would cancel all but few digits.
             dlogits_CV = exp_CV.scatter_add_(-1, labels_C[:, None], -sum_C1)
             scale_C1 = supervised_C[:, None] / sum_C1
             if dtype != torch.float32 or grad_weight is not None:

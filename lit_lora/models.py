@@ -171,8 +171,8 @@ def resolve_base(base: str) -> tuple[str, str | None]:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{base} is not here yet: run `lit-lora fetch {base}` (looked in {folder})")
         return str(folder), None
-    for name, known in KNOWN_MODELS.items():  # an adapter names its base as the Hub does
-        if base == known.hub_id and (model_folder(name) / "config.json").is_file():
+    for name, entry in KNOWN_MODELS.items():  # an adapter names its base as the Hub does
+        if base == entry.hub_id and (model_folder(name) / "config.json").is_file():
             return str(model_folder(name)), None
     path = Path(base).expanduser()
     if path.suffix == ".gguf":

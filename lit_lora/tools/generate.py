@@ -64,7 +64,7 @@ def generate(
         if seed is not None:
             torch.manual_seed(seed)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             input_ids=prompt_ids,
             attention_mask=torch.ones_like(prompt_ids),
             max_new_tokens=max_new_tokens,

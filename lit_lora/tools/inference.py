@@ -97,7 +97,7 @@ def generate_all(
             length = len(prompts[index])
             ids[row, longest - length :] = torch.tensor(prompts[index])
             mask[row, longest - length :] = 1
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id
         )
         texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
