@@ -99,7 +99,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     after = trainer.validate(module, data, verbose=False)[0]["val_loss"]
     steps = module.training_metrics.steps
     rates = [step.num_tokens / step.step_time_s for step in steps[2:] if step.step_time_s]
-    base = {id(p): p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad}
     return {
         "val_loss_start": before,
         "val_loss_end": after,
@@ -107,11 +106,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens": [step.num_tokens for step in steps],
         "tokens_per_s": statistics.median(rates) if rates else 0.0,
         "tokens_per_s_spread": max(rates) - min(rates) if rates else 0.0,
-        "base_mib": sum(base.values()) / 2**20,
+        "base_mib": _base_bytes(module) / 2**20,
         "peak_mib": memory.peak_mib - memory.baseline_mib,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _base_bytes(module: Any) -> int:
+    """Bytes of the frozen base, with the scales of quantized blocks."""
+    tensors = [p for p in module.parameters() if not p.requires_grad]
+    for state in filter(None, (getattr(p, "quant_state", None) for p in list(tensors))):
+        tensors += [state.absmax, state.state2.absmax] if state.nested else [state.absmax]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def write(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
@@ -150,8 +157,12 @@ def write(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> 
         for step in range(len(lora["losses"]))
     ]
     _write_csv(stem.with_name("qlora_vs_lora_curves.csv"), curves)
+    options = " ".join(
+        f"--{name} {getattr(arguments, name)}"
+        for name in ("base", "steps", "limit", "batch_size", "learning_rate", "r")
+    )
     lines = [
-        f"`python -m benchmarks.qlora_vs_lora {' '.join(sys.argv[1:])}`, {datetime.date.today()}, {lora['device']}, "
+        f"`python -m benchmarks.qlora_vs_lora {Path(arguments.data).name} {options}`, {datetime.date.today()}, {lora['device']}, "
         f"{lora['threads']} threads, torch {torch.__version__}, Python {platform.python_version()}.",
         "Peak: resident memory above the interpreter's on a CPU, allocated memory on CUDA. Gap: to LoRA's validation "
         "loss. Train loss: mean of up to 25 steps at each end.",
