@@ -162,8 +162,8 @@ def write(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> 
         for name in ("base", "steps", "limit", "batch_size", "learning_rate", "r")
     )
     lines = [
-        f"`python -m benchmarks.qlora_vs_lora {Path(arguments.data).name} {options}`, {datetime.date.today()}, {lora['device']}, "
-        f"{lora['threads']} threads, torch {torch.__version__}, Python {platform.python_version()}.",
+        f"`python -m benchmarks.qlora_vs_lora {Path(arguments.data).name} {options}`, {datetime.date.today()}, "
+        f"{lora['device']}, {lora['threads']} threads, torch {torch.__version__}, Python {platform.python_version()}.",
         "Peak: resident memory above the interpreter's on a CPU, allocated memory on CUDA. Gap: to LoRA's validation "
         "loss. Train loss: mean of up to 25 steps at each end.",
         "",
