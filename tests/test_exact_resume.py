@@ -118,7 +118,7 @@ def test_two_processes_equal_one_and_take_over_from_each_other(project, tmp_path
     settings = {**project, "quantized": quantized}
     one = run(folder=str(tmp_path / "one"), accumulate=2, **settings)
     first = run(folder=str(tmp_path / "a"), accumulate=2, stop_after=4, **settings)
-    second = ranks(tmp_path / "a", devices=2, ckpt_path=first["ckpt_path"], stop_after=5, **settings)
+    second = ranks(tmp_path / "a", devices=2, ckpt_path=first["ckpt_path"], stop_after=9, **settings)
     assert second[0]["stopped"]
     assert second[0]["global_step"] == 7
     assert_same_end(second[0], {**second[1], "validation": second[0]["validation"]})
