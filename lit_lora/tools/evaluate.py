@@ -68,8 +68,9 @@ def evaluate(
         before = answers("without the adapter")
     after = answers("with the adapter")
     for index in range(min(show, len(prompts))):
-        print(f"\nrequest   {prompts[index][-1]['content']}")
-        print(f"expected  {expected[index]}\nbefore    {before[index]}\nafter     {after[index]}")
+        shown = (prompts[index][-1]["content"], expected[index], before[index], after[index])
+        lines = zip(("request", "expected", "before", "after"), shown, strict=True)
+        print("", *(f"{name:<10}{' '.join(text.split())[:160]}" for name, text in lines), sep="\n")
     scores = {
         name: 100 * sum(got == want for got, want in zip(texts, expected, strict=True)) / len(expected)
         for name, texts in (("before", before), ("after", after))
