@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -72,6 +74,7 @@ def run(arguments: Sequence[str]) -> None:
         KeyboardInterrupt: where Lightning would exit with 1 for Ctrl-C.
         SIGTERMException: for a termination.
     """
+    _leave_out_noise()
     sys.argv = ["lit-lora", *_with_shipped_configs(arguments)]
     inherited = {name: os.environ.get(name) for name in (RUN_FOLDER_VARIABLE, CHECKPOINT_VARIABLE)}
     try:
@@ -234,6 +237,13 @@ def _yaml(config: dict[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(config, sort_keys=False)
+
+
+def _leave_out_noise() -> None:
+    """Lightning's advertisements, and two remarks that it makes about itself, say nothing about the run."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(("💡", "`weights_only`")))
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
 
 
 def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:
