@@ -14,8 +14,6 @@ Shapes: T tokens of the batch, H query heads, K key and value heads, E head dime
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,8 +25,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 IMPLEMENTATION = "lit_lora_packed"
 
-_masks_needed = True
-
 
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Let ``model`` compute its attention with :func:`packed_attention_forward`.
@@ -37,23 +33,16 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         ValueError: from transformers, for a model whose attention cannot be chosen.
     """
     AttentionInterface.register(IMPLEMENTATION, packed_attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, _mask_unless_packed)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # for calls that are not packed
     model.set_attn_implementation(IMPLEMENTATION)
 
 
-@contextmanager
-def no_masks() -> Iterator[None]:
-    """Within, a model makes no attention masks: offsets say all there is to say about a packed batch."""
-    global _masks_needed
-    _masks_needed = False
-    try:
-        yield
-    finally:
-        _masks_needed = True
+def no_mask(device: torch.device) -> Tensor:
+    """What to give a model as attention mask of a packed batch: four dimensions, so that the model makes none itself.
 
-
-def _mask_unless_packed(*args: Any, **kwargs: Any) -> Tensor | None:
-    return sdpa_mask(*args, **kwargs) if _masks_needed else None
+    Making one would cost memory quadratic in the tokens, and a question to the device whether the batch is packed.
+    """
+    return torch.zeros((1, 1, 1, 1), device=device)
 
 
 def packed_attention_forward(

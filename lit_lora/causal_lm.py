@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lit_lora.adapters.int8_rows import Int8Head
-from lit_lora.attention import no_masks, use_packed_attention
+from lit_lora.attention import no_mask, use_packed_attention
 from lit_lora.losses import IGNORE_INDEX, LinearCrossEntropyOutput, linear_cross_entropy_with_accuracy
 
 Batch = dict[str, Any]
@@ -180,6 +180,7 @@ def _model_inputs(batch: Batch) -> Batch:
         inputs = {
             "input_ids": batch["input_ids"],
             "position_ids": batch["position_ids"],
+            "attention_mask": no_mask(batch["input_ids"].device),
             "cu_seq_lens_q": batch["cu_seq_lens"],
             "seq_lens": _seq_lens(batch),
         }
@@ -187,21 +188,14 @@ def _model_inputs(batch: Batch) -> Batch:
 
 
 def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    decoder = model.get_decoder()
-    if "cu_seq_lens" not in batch:
-        return decoder(**_model_inputs(batch)).last_hidden_state
-    with no_masks():
-        return decoder(**_model_inputs(batch)).last_hidden_state
+    return model.get_decoder()(**_model_inputs(batch)).last_hidden_state
 
 
 def _logits(model: PreTrainedModel, batch: Batch, positions_S: Tensor) -> Tensor:
     inputs = _model_inputs(batch)
     if batch["input_ids"].shape[0] > 1:
         return model(**inputs).logits.flatten(0, 1)[positions_S]
-    if "cu_seq_lens" not in batch:
-        return model(**inputs, logits_to_keep=positions_S).logits.squeeze(0)
-    with no_masks():
-        return model(**inputs, logits_to_keep=positions_S).logits.squeeze(0)
+    return model(**inputs, logits_to_keep=positions_S).logits.squeeze(0)
 
 
 def _probe(model: PreTrainedModel, length: int, start: int) -> Tensor:
@@ -250,9 +244,8 @@ def _why_not_packed(model: PreTrainedModel) -> str:
     }
     try:
         use_packed_attention(model)
-        with no_masks():
-            got = model(**_model_inputs(batch)).logits
-    except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+        got = model(**_model_inputs(batch)).logits
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = f"packing is not possible with this model ({str(error).splitlines()[0]})"
     else:
         if not _differ(got, expected):
