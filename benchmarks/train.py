@@ -153,11 +153,8 @@ def _write(name: str, rows: list[dict[str, Any]], args: argparse.Namespace, pari
         writer.writeheader()
         writer.writerows(rows)
     order = list(dict.fromkeys(row["framework"] for row in rows))
-    baseline = {
-        row["round"]: row["tokens_per_s"]
-        for row in rows
-        if row["framework"] == ("peft" if "peft" in order else order[0])
-    }
+    reference = "peft" if "peft" in order else order[0]
+    baseline = {row["round"]: row["tokens_per_s"] for row in rows if row["framework"] == reference}
     limit = {row["round"]: row["tokens_per_s"] for row in rows if row["framework"] == "limit"}
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "peft", "lightning")}
     lines = [
