@@ -12,7 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lit_lora import LoRAConfig, LoRALightningModule, SFTDataModule, assert_loss_convergence
+from lit_lora import LoRAConfig, LoRALightningModule, SFTDataModule, assert_loss_convergence, load_adapter
+from lit_lora.callbacks import (
+    ConvergenceAssertion,
+    GradientFlowAssertion,
+    GradientNormLogger,
+    HFAdapterExport,
+    MemoryProfiler,
+    ThroughputLogger,
+)
 from lit_lora.checkpoint import AtomicCheckpointIO, DamagedCheckpointError, read_checkpoint
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
@@ -289,7 +297,22 @@ def test_a_vision_model_is_fine_tuned_through_two_hooks(tmp_path):
     module.configure_model()
     statistics = module.model.features[1].running_mean.clone()
     loader = DataLoader(list(zip(images, labels, strict=True)), batch_size=20)
-    _trainer(tmp_path, max_steps=60, log_every_n_steps=1).fit(module, loader, loader)
+    callbacks = [
+        GradientNormLogger(),
+        MemoryProfiler(),
+        ThroughputLogger(),
+        GradientFlowAssertion(),
+        ConvergenceAssertion(0.3, 10, on_failure="raise"),
+        HFAdapterExport(),
+    ]
+    _trainer(tmp_path, max_steps=60, log_every_n_steps=1, callbacks=callbacks).fit(module, loader, loader)
+    proving = [callback for callback in callbacks if not isinstance(callback, (ThroughputLogger, MemoryProfiler))]
+    assert all(callback.verdict.passed for callback in proving), [callback.verdict for callback in proving]
+    fresh = SmallVision()
+    fresh.load_state_dict(VisionModule("small-vision").load_base().state_dict())
+    load_adapter(fresh, tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.eval()(images), module.model.eval()(images))
     assert_loss_convergence(module.training_metrics.losses, 0.3, window=10)
     assert torch.equal(module.model.features[1].running_mean, statistics)
     assert module.training_metrics.validation[-1]["val_token_accuracy"] > 0.8
