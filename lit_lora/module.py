@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lit_lora import causal_lm, schedule, training_state
 from lit_lora.activation_budget import ActivationBudget
@@ -151,7 +152,7 @@ class LoRALightningModule(L.LightningModule):
             batch: what the dataloader gives.
             accuracy: also count correct predictions (validation and test).
         """
-        assert self.path is not None, "configure_model has not run"
+        assert self.path is not None, "configure_model has not run, or the base is no language model"
         batch = causal_lm.with_targets(batch)
         nll_sum, num_correct = causal_lm.language_model_loss(self.model, batch, self.path, accuracy=accuracy)  # type: ignore[arg-type]
         return LossOutput(nll_sum, batch["target_ids"].numel(), num_correct, batch.get("num_tokens"))
@@ -167,8 +168,8 @@ class LoRALightningModule(L.LightningModule):
                 if isinstance(layer, LoRALinear):
                     layer.has_fast_path = False
         model.train()
-        if self._is_language_model:
-            self.path = causal_lm.choose_path(model, packing=self.packing, direct_head=self.chunked_loss)  # type: ignore[arg-type]
+        if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
+            self.path = causal_lm.choose_path(model, packing=self.packing, direct_head=self.chunked_loss)
             rank_zero_info(f"Forward path: {self.path}")
         if self.gradient_checkpointing:
             checkpoint_layers(model)
@@ -178,10 +179,6 @@ class LoRALightningModule(L.LightningModule):
             self._activation_budget = ActivationBudget(model, self.activation_memory, self.path)  # type: ignore[arg-type]
         self.model = model
         keep_batch_norm_frozen(model)
-
-    @property
-    def _is_language_model(self) -> bool:
-        return type(self).compute_loss is LoRALightningModule.compute_loss
 
     def train(self, mode: bool = True) -> LoRALightningModule:
         """Set the mode; batch norms of the frozen base stay in evaluation, so that their statistics do not move."""

@@ -262,6 +262,19 @@ def test_rank_scales_trainable_parameters_and_checkpoint_size(base, tmp_path):
     assert [size / sizes[0] for size in sizes] == [1, 2, 4, 8]
 
 
+def test_a_loss_of_your_own_can_build_on_the_language_models(base, tmp_path):
+    class Doubled(LoRALightningModule):
+        def compute_loss(self, batch, *, accuracy=False):
+            output = super().compute_loss(batch, accuracy=accuracy)
+            return output._replace(loss_sum=2 * output.loss_sum)
+
+    plain, doubled = _module(base), Doubled(base, lora=LoRAConfig(r=4))
+    _trainer(tmp_path, max_steps=1).fit(plain, _loader())
+    _trainer(tmp_path, max_steps=1).fit(doubled, _loader())
+    first = [module.training_metrics.losses[0] for module in (plain, doubled)]
+    assert first[1] == pytest.approx(2 * first[0], rel=1e-5)
+
+
 class SmallVision(nn.Module):
     def __init__(self):
         super().__init__()
