@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from lit_lora.adapters import quantize
 from lit_lora.adapters.base_weight import is_linear_like
 from lit_lora.config import QuantizationConfig
+from lit_lora.whole_model import load_whole, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,7 +125,7 @@ def load_base_model(
         if in_transformers is not None:
             options["quantization_config"] = in_transformers
     with torch.device(device):
-        model = AutoModelForCausalLM.from_pretrained(location, **options)
+        model = load_whole(location, options)
     if base in KNOWN_MODELS:
         model.config.name_or_path = KNOWN_MODELS[base].hub_id  # what an adapter tells the world
     if gguf_file:  # the weights are plain now
@@ -153,8 +154,9 @@ def load_tokenizer(
             raise ValueError(f"{base!r} has no tokenizer of its own: set data.tokenizer, for example to 'bytes'")
         base = name
     location, gguf_file = resolve_base(base)
-    options = {"gguf_file": gguf_file} if gguf_file else {}
-    return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code, **options)
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    return readable(location, lambda: AutoTokenizer.from_pretrained(location, **options))
 
 
 def resolve_base(base: str) -> tuple[str, str | None]:

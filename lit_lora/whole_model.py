@@ -1,0 +1,83 @@
+"""Load a transformers model whole or not at all.
+
+transformers fills what a checkpoint does not have with random numbers, drops what it has too much, and only logs that.
+A fine-tuning run on such a base is a run on nonsense, so here it is an error; so is an index that points out of its
+folder, and whatever else a damaged folder makes the library stumble over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+T = TypeVar("T")
+INDEX = "model.safetensors.index.json"
+
+
+def load_whole(location: str, options: dict[str, Any]) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained``, strict.
+
+    Args:
+        location: folder or Hub id.
+        options: keyword arguments.
+
+    Raises:
+        ValueError: naming the tensors that are missing, left over or misshapen, or what else is wrong.
+    """
+    _check_index(Path(location))
+    loaded: Any = readable(
+        location, lambda: AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
+    )
+    model, report = loaded
+    problems = [
+        f"{what} {', '.join(sorted(map(str, names))[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for what, names in (
+            ("missing", report["missing_keys"]),
+            ("left over", report["unexpected_keys"]),
+            ("misshapen", report["mismatched_keys"]),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"the weights in {location} are not those of its config.json: {'; '.join(problems)}. "
+            "Check that both are of one model and that every shard is there"
+        )
+    return model
+
+
+def readable(location: str, load: Callable[[], T]) -> T:
+    """``load()``, with whatever it stumbles over told in one line that names ``location``.
+
+    Raises:
+        ValueError: for damaged or contradictory files.
+    """
+    try:
+        return load()
+    except (OSError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a broken file reaches us as any of a dozen types
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own, which runs only with --model.trust_remote_code true"
+        raise ValueError(f"cannot load {location}: {type(error).__name__}: {reason}") from error
+
+
+def _check_index(folder: Path) -> None:
+    path = folder / INDEX
+    if not path.is_file():
+        return
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: expected JSON with a weight_map ({error})") from error
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{path} points to {name!r}: expected names of *.safetensors files in its own folder")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{path} names {name}, which is not there: fetch the whole model")
