@@ -37,13 +37,15 @@ class ActivationBytes:
     """Input of a layer: all that is kept of it if it is recomputed."""
     working: tuple[int, ...]
     """Most that is alive inside each layer's forward pass, beyond what was before it."""
+    widest: int
+    """Largest single result inside a layer: the gradients in flight have this size at the most."""
 
     def needed(self, num_recomputed: int) -> int:
         """Most activation memory of a step, with the first so many layers recomputed."""
         k = num_recomputed
         # Inputs of the recomputed layers, and of the first layer that is not.
         kept = self.outside + (k + 1 if k else 0) * self.hidden
-        in_flight = 4 * self.hidden  # gradients
+        in_flight = 2 * self.hidden + 2 * self.widest  # gradients: of the residual stream, and of two results
         forward = kept + sum(self.layers[k:]) + in_flight
         return max([forward, *(kept + working + in_flight for working in self.working[:k])])
 
@@ -125,6 +127,7 @@ def measure_activations(
     hidden_bytes = 0
     first_event: list[int] = []
     working: list[int] = []
+    widest = 0
     tracker = StorageTracker(outputs_only=True)
 
     def enter(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -136,11 +139,12 @@ def measure_activations(
         first_event.append(len(tracker.events))
 
     def leave(*_: object) -> None:
+        nonlocal widest
         after.append(tracker.alive_bytes)
         total = most = 0
         for event in tracker.events[first_event[-1] :]:
             total += event.num_bytes
-            most = max(most, total)
+            most, widest = max(most, total), max(widest, event.num_bytes)
         working.append(most)
 
     handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
@@ -162,7 +166,7 @@ def measure_activations(
         for handle in handles:
             handle.remove()
     kept = [stop - start for start, stop in zip(before, after, strict=True)]
-    return ActivationBytes(total - sum(kept), tuple(kept), hidden_bytes, tuple(working))
+    return ActivationBytes(total - sum(kept), tuple(kept), hidden_bytes, tuple(working), widest)
 
 
 def budget_bytes(amount: str, device: torch.device, reserved: int) -> int:
