@@ -7,11 +7,14 @@ other projects and quick command-line verbs read a finished run with this file a
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+from lit_lora.atomic import atomic_write
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,13 @@ class TrainingMetrics:
         """Write all as JSON to ``path`` and the steps as CSV beside it; each file is replaced whole."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.state_dict(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-        table = path.with_suffix(".csv")
-        partial = table.with_name(table.name + ".partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(StepMetrics)])
-            writer.writeheader()
-            writer.writerows(asdict(step) for step in self.steps)
-        partial.replace(table)
+        record = json.dumps(self.state_dict(), indent=1) + "\n"
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, [f.name for f in fields(StepMetrics)])
+        writer.writeheader()
+        writer.writerows(asdict(step) for step in self.steps)
+        atomic_write(path, lambda file: file.write(record.encode()))
+        atomic_write(path.with_suffix(".csv"), lambda file: file.write(table.getvalue().encode()))
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingMetrics:

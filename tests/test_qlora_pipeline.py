@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import peft
 import pytest
 import torch
@@ -22,6 +18,7 @@ from lit_lora import (
 )
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.models import resolve_base
+from tests.command_line import lit_lora
 
 pytestmark = pytest.mark.real_model
 
@@ -29,15 +26,7 @@ IDS = torch.tensor([[1, 4093, 198, 3725, 260, 2251, 597, 6042, 30, 2]])
 
 
 def _lit_lora(*arguments: object) -> str:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LIT_LORA_RUN")}
-    process = subprocess.run(
-        [sys.executable, "-m", "lit_lora", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:] + process.stdout[-2000:]
+    process = lit_lora(*arguments)
     assert "gemm_4bit_forward" not in process.stderr
     return process.stdout
 

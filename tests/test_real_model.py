@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +23,7 @@ from lit_lora.causal_lm import choose_path, language_model_loss
 from lit_lora.data.packing import collate_packed
 from lit_lora.data.prepare import SourceSettings, tokenize_source
 from lit_lora.models import resolve_base
+from tests.command_line import lit_lora
 
 pytestmark = pytest.mark.real_model
 
@@ -37,22 +35,8 @@ CONFIGS = {
 }
 
 
-def _lit_lora(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LIT_LORA_RUN")}
-    process = subprocess.run(
-        [sys.executable, "-m", "lit_lora", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if check:
-        assert process.returncode == 0, process.stderr[-3000:] + process.stdout[-2000:]
-    return process
-
-
 def _fit(config: str, gsm8k: Path, folder: Path, *overrides: object) -> tuple[TrainingMetrics, dict[str, dict]]:
-    process = _lit_lora(
+    process = lit_lora(
         "fit", "--config", f"{config}.yaml", "--data.train", gsm8k, "--data.validation_fraction", 0.1,
         "--data.batch_size", 2, "--trainer.default_root_dir", folder, "--trainer.enable_progress_bar", "false",
         *overrides,
@@ -192,7 +176,7 @@ def test_own_loader_gives_equal_logits(trained, real_model, token_ids):
 
 def test_generate_streams_an_answer_with_and_without_the_adapter(trained, real_model):
     _, folder = trained
-    process = _lit_lora(
+    process = lit_lora(
         "generate", "Say hello.", "--base", real_model, "--adapter", folder, "--compare", "--max_new_tokens", 8
     )
     assert "--- without the adapter" in process.stdout
@@ -200,7 +184,7 @@ def test_generate_streams_an_answer_with_and_without_the_adapter(trained, real_m
 
 
 def test_predict_writes_generations(real_model, gsm8k, tmp_path):
-    _lit_lora(
+    lit_lora(
         "predict", "--config", "lora_minimal.yaml", "--data.train", gsm8k, "--data.limit", 4,
         "--data.validation_fraction", 0.5, "--trainer.default_root_dir", tmp_path, "--model.max_new_tokens", 6,
     )  # fmt: skip
