@@ -308,6 +308,7 @@ FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "limit": limit,
     "parity": parity,
     "no_packing": lambda job: lit_lora(job, packing=False),
+    "no_shared_prefix": lambda job: lit_lora(job, shared_prefix=False),
     "model_logits": lambda job: lit_lora(job, chunked_loss=False),
     "plain_linear": lambda job: lit_lora(job, fused_lora=False),
     "no_huge_pages": lambda job: lit_lora(job, huge_pages=False),

@@ -5,13 +5,14 @@ computed and nothing allocated. What each layer leaves alive is what it keeps fo
 
 With k of L layers recomputed, a step holds most at one of two moments: at the end of the forward pass (all layers that
 are not recomputed, and the inputs of those that are), and while the last of the recomputed layers runs its backward
-pass (the inputs, and all of one layer). Gradients in flight are counted as four hidden states. Not in the budget: the
-loss's buffers, gradients of the adapters, the optimizer's state.
+pass (the inputs, and all of one layer). Gradients in flight are counted as two hidden states and three of the layer's
+widest result (attention weights, their gradient, and that of the scores). Not in the budget: the loss's buffers,
+gradients of the adapters, the optimizer's state.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,9 +46,10 @@ class ActivationBytes:
         k = num_recomputed
         # Inputs of the recomputed layers, and of the first layer that is not.
         kept = self.outside + (k + 1 if k else 0) * self.hidden
-        in_flight = 2 * self.hidden + 2 * self.widest  # gradients: of the residual stream, and of two results
+        in_flight = 2 * self.hidden + 3 * self.widest
         forward = kept + sum(self.layers[k:]) + in_flight
-        return max([forward, *(kept + working + in_flight for working in self.working[:k])])
+        again = [kept + max(self.working[i] + 2 * self.hidden, self.layers[i] + in_flight) for i in range(k)]
+        return max([forward, *again])
 
 
 class ActivationBudget:
@@ -119,6 +121,7 @@ def measure_activations(
 ) -> ActivationBytes:
     """Run the model forward on fake tensors, and see what each layer leaves alive."""
     path = path or causal_lm.Path(packed=True, direct_head=True, reason="")
+    path = replace(path, shared_prefix=False)  # the most that a batch of this size can need
     layers = repeated_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no list of equal layers: leave out activation_memory")

@@ -4,10 +4,13 @@ transformers lets a model's attention be chosen by name, so nothing of the model
 registers and selects ours. A call that carries offsets (``cu_seq_lens_q``) is computed per example; any other call
 (validation of padded batches, generation with a cache) goes to transformers' own SDPA attention.
 
-Which kernel: half precision on CUDA takes torch's variable-length attention, one launch for all examples. Elsewhere
-each example goes through ``scaled_dot_product_attention``, with key and value heads repeated on a CPU, where torch's
-grouped-query backward is three times slower than the copy. Soft-capped scores and sliding windows shorter than an
-example take a plain masked product.
+Which kernel: half precision on CUDA takes torch's variable-length attention, one launch for all examples. Full
+precision on a CPU takes ``blockwise_attention.py``. Elsewhere each example goes through
+``scaled_dot_product_attention``, with key and value heads repeated on a CPU, where torch's grouped-query backward is
+three times slower than the copy. Soft-capped scores and sliding windows shorter than an example take a plain masked
+product.
+
+On a CPU the examples of a batch may share their beginning, which then is there once (``shared_prefix``).
 
 Shapes: T tokens of the batch, H query heads, K key and value heads, E head dimension, L length of one example.
 """
@@ -22,6 +25,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from lit_lora.blockwise_attention import blockwise_attention
 
 IMPLEMENTATION = "lit_lora_packed"
 
@@ -55,6 +60,7 @@ def packed_attention_forward(
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
     seq_lens: list[int] | None = None,
+    shared_prefix: int = 0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -71,6 +77,7 @@ def packed_attention_forward(
         dropout: probability on the attention weights.
         cu_seq_lens_q: where examples start and end, ``(N + 1,)`` int32; None for a call that is not packed.
         seq_lens: the examples' lengths, tokens, as Python numbers: no device needs to be asked.
+        shared_prefix: tokens of the first example, which is the beginning of each of the others; 0 if none is.
         sliding_window: tokens that a token sees, itself included; None for all.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         kwargs: passed on for calls that are not packed.
@@ -84,19 +91,38 @@ def packed_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    longest = max(seq_lens)
+    longest = shared_prefix + max(seq_lens)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    plain = window is None and softcap is None and dropout == 0.0
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and dropout == 0.0:
         return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
+    if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and plain:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return blockwise_attention(query, key, value, seq_lens, shared_prefix=shared_prefix, scaling=scaling), None
+    return _per_example(query, key, value, seq_lens, shared_prefix, scaling, dropout, window, softcap), None
 
-    plain = window is None and softcap is None
+
+def _per_example(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seq_lens: list[int],
+    shared_prefix: int,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     if key.shape[1] != query.shape[1] and not query.is_cuda:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     outputs = []
     # split, not slices: the backward of a split is one concatenation, that of a slice a full-size zero tensor each.
-    for q, k, v in zip(query.split(seq_lens, 2), key.split(seq_lens, 2), value.split(seq_lens, 2), strict=True):
-        if plain:
+    keys, values = key.split(seq_lens, 2), value.split(seq_lens, 2)
+    for index, (q, k, v) in enumerate(zip(query.split(seq_lens, 2), keys, values, strict=True)):
+        if index and shared_prefix:
+            k, v = torch.cat([keys[0], k], dim=2), torch.cat([values[0], v], dim=2)
+        if window is None and softcap is None and k.shape[2] == q.shape[2]:
             gqa = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(
                 q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=gqa
@@ -104,7 +130,7 @@ def packed_attention_forward(
         else:
             out = _masked_attention(q, k, v, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
         outputs.append(out.transpose(1, 2))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).contiguous(), None
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).contiguous()
 
 
 def _varlen(
@@ -146,8 +172,9 @@ def _masked_attention(
     scores_HLL = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores_HLL = softcap * torch.tanh(scores_HLL / softcap)
-    position = torch.arange(query.shape[2], device=query.device)
-    distance_LL = position[:, None] - position[None, :]
+    position = torch.arange(key.shape[2], device=query.device)
+    distance_LL = position[-query.shape[2] :, None] - position[None, :]  # queries are the last of the keys
     visible_LL = (distance_LL >= 0) if window is None else (distance_LL >= 0) & (distance_LL < window)
-    weights_HLL = scores_HLL.masked_fill(~visible_LL, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    precise = torch.promote_types(scores_HLL.dtype, torch.float32)
+    weights_HLL = scores_HLL.masked_fill(~visible_LL, float("-inf")).softmax(dim=-1, dtype=precise)
     return F.dropout(weights_HLL.to(query.dtype), dropout) @ value

@@ -1,9 +1,10 @@
 """Run a transformers causal language model on a batch: decoder first, head and loss at supervised positions only.
 
-Two shortcuts are taken where they are exact. *Packing*: examples lie one after another without padding, with attention
-confined to each (``attention.py``). *Direct head*: the loss is computed from hidden states and the head's weight in
-chunks (``losses.py``). Whether they are exact for a given model is not looked up by its name but tried on it:
-``choose_path`` compares both with the model's own forward on two short examples before training starts. Where one
+Three shortcuts are taken where they are exact. *Packing*: examples lie one after another without padding, with
+attention confined to each (``attention.py``). *Shared prefix*: what all examples of a packed batch begin with (a system
+prompt) is computed once (``shared_prefix.py``). *Direct head*: the loss is computed from hidden states and the head's
+weight in chunks (``losses.py``). Whether they are exact for a given model is not looked up by its name but tried on it:
+``choose_path`` compares them with the model's own forward on two short examples before training starts. Where one
 differs, batches are padded, or the model computes its own logits at the supervised positions.
 
 Shapes: B batch, T tokens, L padded length, N examples, S supervised positions, D hidden, V vocab.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from transformers import PreTrainedModel
 from lit_lora.adapters.int8_rows import Int8Head
 from lit_lora.attention import no_mask, use_packed_attention
 from lit_lora.losses import IGNORE_INDEX, LinearCrossEntropyOutput, linear_cross_entropy_with_accuracy
+from lit_lora.shared_prefix import share_prefix, why_no_shared_prefix
 
 Batch = dict[str, Any]
 
@@ -39,23 +42,29 @@ class Path:
     direct_head: bool
     """Loss from hidden states and the head's weight; else from the model's own logits."""
     reason: str
-    """Why a shortcut is not taken; empty where both are."""
+    """Why a shortcut is not taken; empty where all are."""
+    shared_prefix: bool = False
+    """What all examples of a packed batch begin with is computed once."""
 
     def __str__(self) -> str:
         rows = "packed without padding" if self.packed else "padded"
+        rows += ", shared beginnings computed once" if self.shared_prefix else ""
         head = "loss from hidden states, in chunks" if self.direct_head else "loss from the model's logits"
         return f"{rows}; {head}" + (f" ({self.reason})" if self.reason else "")
 
 
-def choose_path(model: PreTrainedModel, *, packing: bool = True, direct_head: bool = True) -> Path:
+def choose_path(
+    model: PreTrainedModel, *, packing: bool = True, direct_head: bool = True, shared_prefix: bool = True
+) -> Path:
     """Find out which shortcuts are exact for ``model``, and select packed attention where packing is.
 
-    Runs the model four times on twelve tokens.
+    Runs the model five times on twelve tokens.
 
     Args:
         model: a causal language model, adapters injected or not, on its final device.
         packing: False to pad without trying.
         direct_head: False to use the model's logits without trying.
+        shared_prefix: False to compute every example whole.
     """
     reasons = []
     training = model.training
@@ -67,9 +76,13 @@ def choose_path(model: PreTrainedModel, *, packing: bool = True, direct_head: bo
         if packing and (reason := _why_not_packed(model)):
             packing = False
             reasons.append(reason)
+        shared_prefix = shared_prefix and packing
+        if shared_prefix and (reason := _why_not_shared_prefix(model)):
+            shared_prefix = False
+            reasons.append(f"no shared beginnings: {reason}")
     finally:
         model.train(training)
-    return Path(packing, direct_head, "; ".join(reasons))
+    return Path(packing, direct_head, "; ".join(reasons), shared_prefix)
 
 
 def language_model_loss(
@@ -87,6 +100,8 @@ def language_model_loss(
     batch = with_targets(batch)
     if not path.packed and "cu_seq_lens" in batch:
         batch = unpack(batch)
+    if path.shared_prefix and "cu_seq_lens" in batch:
+        batch = share_prefix(batch)
     positions_S, targets_S = batch["target_positions"], batch["target_ids"]
     if path.direct_head:
         hidden_TD = _hidden_states(model, batch).flatten(0, 1)
@@ -183,6 +198,7 @@ def _model_inputs(batch: Batch) -> Batch:
             "attention_mask": no_mask(batch["input_ids"].device),
             "cu_seq_lens_q": batch["cu_seq_lens"],
             "seq_lens": _seq_lens(batch),
+            "shared_prefix": batch.get("shared_prefix", 0),
         }
     return {**inputs, "use_cache": False}
 
@@ -232,19 +248,12 @@ def _why_not_direct_head(model: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def _why_not_packed(model: PreTrainedModel) -> str:
-    first, second = _probe(model, 5, 3), _probe(model, 7, 11)
-    expected = torch.cat([model(input_ids=ids, use_cache=False).logits for ids in (first, second)], dim=1)
+    examples = [_probe(model, 5, 3), _probe(model, 7, 11)]
+    expected = torch.cat([model(input_ids=ids, use_cache=False).logits for ids in examples], dim=1)
     implementation = model.config._attn_implementation
-    lengths = torch.tensor([0, 5, 12], dtype=torch.int32, device=first.device)
-    batch = {
-        "input_ids": torch.cat([first, second], dim=1),
-        "position_ids": torch.cat([torch.arange(5), torch.arange(7)]).to(first.device)[None],
-        "cu_seq_lens": lengths,
-        "seq_lens": [5, 7],
-    }
     try:
         use_packed_attention(model)
-        got = model(**_model_inputs(batch)).logits
+        got = model(**_model_inputs(_packed(examples))).logits
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = f"packing is not possible with this model ({str(error).splitlines()[0]})"
     else:
@@ -253,3 +262,27 @@ def _why_not_packed(model: PreTrainedModel) -> str:
         reason = "packing would change this model's outputs"
     model.set_attn_implementation(implementation)
     return reason
+
+
+@torch.no_grad()
+def _why_not_shared_prefix(model: PreTrainedModel) -> str:
+    if reason := why_no_shared_prefix(model):
+        return reason
+    first, second = _probe(model, 5, 3), _probe(model, 7, 11)
+    second[:, :3] = first[:, :3]
+    batch = _packed([first, second])
+    batch["target_positions"] = torch.tensor([3, 4, 8, 9, 10, 11])
+    expected = model(**_model_inputs(batch)).logits[:, batch["target_positions"]]
+    batch = share_prefix(batch, min_saved=3)
+    got = model(**_model_inputs(batch)).logits[:, batch["target_positions"]]
+    return "sharing them would change this model's outputs" if _differ(got, expected) else ""
+
+
+def _packed(examples: Sequence[Tensor]) -> Batch:
+    device, lengths = examples[0].device, [ids.shape[1] for ids in examples]
+    return {
+        "input_ids": torch.cat([*examples], dim=1),
+        "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
+        "cu_seq_lens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+        "seq_lens": lengths,
+    }

@@ -41,7 +41,8 @@ __all__ = ["LoRALightningModule", "LossOutput"]
 _LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
 _PLAIN_SETTINGS = (
     "base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule", "warmup_ratio",
-    "packing", "chunked_loss", "fused_lora", "gradient_checkpointing", "activation_memory", "max_new_tokens",
+    "packing", "shared_prefix", "chunked_loss", "fused_lora", "gradient_checkpointing", "activation_memory",
+    "max_new_tokens",
 )  # fmt: skip
 
 
@@ -64,6 +65,7 @@ class LoRALightningModule(L.LightningModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         packing: bool = True,
+        shared_prefix: bool = True,
         chunked_loss: bool = True,
         fused_lora: bool = True,
         gradient_checkpointing: bool = False,
@@ -86,6 +88,7 @@ class LoRALightningModule(L.LightningModule):
             optimizer: replaces the built-in AdamW; gets adapter parameters only.
             lr_scheduler: replaces the built-in schedule; stepped after every optimizer step.
             packing: run examples one after another without padding, where that is exact for the model.
+            shared_prefix: compute what all examples of a packed batch begin with once; on a CPU, without dropout.
             chunked_loss: compute the loss from hidden states in chunks, where that is exact; else from full logits.
             fused_lora: one autograd function per adapted layer; else plain operations, for comparison.
             gradient_checkpointing: recompute each layer in the backward pass: less memory, more time.
@@ -107,6 +110,7 @@ class LoRALightningModule(L.LightningModule):
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
         self.packing = packing
+        self.shared_prefix = shared_prefix
         self.chunked_loss = chunked_loss
         self.fused_lora = fused_lora
         self.gradient_checkpointing = gradient_checkpointing
@@ -169,7 +173,9 @@ class LoRALightningModule(L.LightningModule):
                     layer.has_fast_path = False
         model.train()
         if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
-            self.path = causal_lm.choose_path(model, packing=self.packing, direct_head=self.chunked_loss)
+            self.path = causal_lm.choose_path(
+                model, packing=self.packing, direct_head=self.chunked_loss, shared_prefix=self.shared_prefix
+            )
             rank_zero_info(f"Forward path: {self.path}")
         if self.gradient_checkpointing:
             checkpoint_layers(model)

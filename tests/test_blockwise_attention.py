@@ -1,0 +1,75 @@
+"""Blockwise attention against the branch that computes each example by itself."""
+
+import pytest
+import torch
+
+from lit_lora.attention import _per_example
+from lit_lora.blockwise_attention import blockwise_attention
+
+LENGTHS = [[1], [7, 1, 20], [128], [129, 3], [300, 127, 1]]
+
+
+def _attention_and_gradients(function, lengths, shared_prefix, *, heads=6, key_heads=2, dtype=torch.float64):
+    torch.manual_seed(0)
+    rows = sum(lengths)
+    # As a model gives them: heads transposed out of a projection's output, and not contiguous.
+    query, key, value = (
+        torch.randn(1, rows, count, 8, dtype=torch.float64).to(dtype).transpose(1, 2).requires_grad_()
+        for count in (heads, key_heads, key_heads)
+    )
+    out = function(query, key, value, lengths, shared_prefix)
+    grad = torch.randn(out.shape, dtype=torch.float64).to(dtype)
+    return [out, *torch.autograd.grad(out, (query, key, value), grad)]
+
+
+def _blockwise(query, key, value, lengths, shared_prefix):
+    return blockwise_attention(query, key, value, lengths, shared_prefix=shared_prefix, scaling=0.3)
+
+
+def _reference(query, key, value, lengths, shared_prefix):
+    return _per_example(query, key, value, lengths, shared_prefix, 0.3, 0.0, None, None)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("key_heads", [6, 2, 1])
+def test_values_and_gradients_equal_the_reference(lengths, key_heads):
+    got = _attention_and_gradients(_blockwise, lengths, 0, key_heads=key_heads)
+    expected = _attention_and_gradients(_reference, lengths, 0, key_heads=key_heads)
+    assert got[0].is_contiguous()
+    for value, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[5, 3, 9], [130, 1, 200, 40]], ids=str)
+def test_a_shared_prefix_is_seen_by_every_example(lengths):
+    got = _attention_and_gradients(_blockwise, lengths, lengths[0])
+    expected = _attention_and_gradients(_reference, lengths, lengths[0])
+    for value, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-12)
+
+    # And that is what the examples give when each has the prefix for itself.
+    torch.manual_seed(1)
+    prefix, *rests = lengths
+    query, key, value = (torch.randn(1, 2, sum(lengths), 8, dtype=torch.float64) for _ in range(3))
+    shared = _blockwise(query, key, value, lengths, prefix)[0].split(lengths)
+    parts = [x.split(lengths, dim=2) for x in (query, key, value)]
+    for index, rest in enumerate(rests, start=1):
+        whole = [torch.cat([part[0], part[index]], dim=2) for part in parts]
+        alone = _blockwise(*whole, [prefix + rest], 0)[0]
+        torch.testing.assert_close(alone[prefix:], shared[index], rtol=1e-10, atol=1e-12)
+
+
+def test_float32_is_as_exact_as_torchs_kernel():
+    exact = _attention_and_gradients(_reference, [300, 100], 0)
+    ours = _attention_and_gradients(_blockwise, [300, 100], 0, dtype=torch.float32)
+    torchs = _attention_and_gradients(_reference, [300, 100], 0, dtype=torch.float32)
+    for value, other, true in zip(ours, torchs, exact, strict=True):
+        assert (value - true).abs().max() <= 2 * (other - true).abs().max() + 1e-7
+
+
+def test_nothing_but_the_inputs_is_kept_for_the_backward_pass():
+    inputs = [torch.randn(1, 4, 200, 8, requires_grad=True) for _ in range(3)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()), lambda x: x):
+        _blockwise(*inputs, [200], 0)
+    assert sorted(kept) == sorted(x.data_ptr() for x in inputs)
