@@ -311,6 +311,7 @@ FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "no_shared_prefix": lambda job: lit_lora(job, shared_prefix=False),
     "model_logits": lambda job: lit_lora(job, chunked_loss=False),
     "plain_linear": lambda job: lit_lora(job, fused_lora=False),
+    "no_mlp_recompute": lambda job: lit_lora(job, recompute_mlp=False),
     "no_huge_pages": lambda job: lit_lora(job, huge_pages=False),
     "checkpointing": lambda job: lit_lora(job, gradient_checkpointing=True),
 }

@@ -34,6 +34,7 @@ from lit_lora.adapters.quantize import is_left_plain, quantize_
 from lit_lora.amounts import parse_bytes
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.cuda_allocator import CudaPeak, replay
+from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.models import RANDOM, _architecture, resolve_base
 from lit_lora.storage_tracker import WORKSPACE, Peak, StorageTracker
 
@@ -57,6 +58,7 @@ class StepSettings:
     packing: bool = True
     chunked_loss: bool = True
     fused_lora: bool = True
+    recompute_mlp: bool = True
     supervised: float = 1.0
     """Share of tokens that the loss counts."""
     accumulate_grad_batches: int = 1
@@ -154,6 +156,8 @@ def trace(settings: StepSettings) -> MemoryEstimate:
             for _, layer in lora_layers(model):
                 if isinstance(layer, LoRALinear):
                     layer.has_fast_path = False
+        if settings.recompute_mlp:
+            recompute_gated_mlps(model, trial=False)
         model.train()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         tracker.claim("adapters", trainable)

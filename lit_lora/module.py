@@ -31,6 +31,7 @@ from lit_lora.amounts import parse_bytes
 from lit_lora.checkpoint import read_checkpoint
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.frozen_statistics import keep_batch_norm_frozen
+from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.metrics import TrainingMetrics
 from lit_lora.models import load_base_model
 from lit_lora.prediction import answer
@@ -41,8 +42,8 @@ __all__ = ["LoRALightningModule", "LossOutput"]
 _LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
 _PLAIN_SETTINGS = (
     "base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule", "warmup_ratio",
-    "packing", "shared_prefix", "chunked_loss", "fused_lora", "gradient_checkpointing", "activation_memory",
-    "max_new_tokens",
+    "packing", "shared_prefix", "chunked_loss", "fused_lora", "recompute_mlp", "gradient_checkpointing",
+    "activation_memory", "max_new_tokens",
 )  # fmt: skip
 
 
@@ -68,6 +69,7 @@ class LoRALightningModule(L.LightningModule):
         shared_prefix: bool = True,
         chunked_loss: bool = True,
         fused_lora: bool = True,
+        recompute_mlp: bool = True,
         gradient_checkpointing: bool = False,
         activation_memory: str | None = None,
         max_new_tokens: int = 128,
@@ -91,6 +93,8 @@ class LoRALightningModule(L.LightningModule):
             shared_prefix: compute what all examples of a packed batch begin with once; on a CPU, without dropout.
             chunked_loss: compute the loss from hidden states in chunks, where that is exact; else from full logits.
             fused_lora: one autograd function per adapted layer; else plain operations, for comparison.
+            recompute_mlp: make the activation and product of SwiGLU MLPs again in the backward pass: half of a layer's
+                activations for two elementwise passes.
             gradient_checkpointing: recompute each layer in the backward pass: less memory, more time.
             activation_memory: recompute only as many layers as keep activations within this, such as 4GiB; auto is what
                 is free on the device.
@@ -113,6 +117,7 @@ class LoRALightningModule(L.LightningModule):
         self.shared_prefix = shared_prefix
         self.chunked_loss = chunked_loss
         self.fused_lora = fused_lora
+        self.recompute_mlp = recompute_mlp
         self.gradient_checkpointing = gradient_checkpointing
         self.activation_memory = activation_memory
         self.max_new_tokens = max_new_tokens
@@ -171,6 +176,8 @@ class LoRALightningModule(L.LightningModule):
             for _, layer in lora_layers(model):
                 if isinstance(layer, LoRALinear):
                     layer.has_fast_path = False
+        if self.recompute_mlp:
+            recompute_gated_mlps(model)
         model.train()
         if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
             self.path = causal_lm.choose_path(

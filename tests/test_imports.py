@@ -26,7 +26,10 @@ LEAVES = {"config", "metrics", "atomic"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "losses": set(),
-    "attention": set(),
+    "blockwise_attention": set(),
+    "attention": {"blockwise_attention"},
+    "shared_prefix": {"adapters"},
+    "gated_mlp": {"adapters"},
     "schedule": set(),
     "activation_checkpointing": set(),
     "checkpoint": set(),
@@ -35,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.fetch": {"models"},
     "drift": set(),
     "whole_model": set(),
-    "causal_lm": {"losses", "attention", "adapters"},
+    "causal_lm": {"losses", "attention", "adapters", "shared_prefix"},
     "models": {"adapters", "data.byte_tokenizer", "whole_model"},
     "data": {"models", "data.byte_tokenizer", "data.resume"},
     "amounts": set(),
@@ -43,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cuda_allocator": set(),
     "memory": {
         "adapters", "models", "causal_lm", "attention", "activation_checkpointing", "storage_tracker", "cuda_allocator",
-        "amounts",
+        "amounts", "gated_mlp",
     },
     "activation_budget": {"activation_checkpointing", "amounts", "causal_lm", "storage_tracker"},
     "step_metrics": set(),
@@ -54,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "module": {
         "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "schedule", "activation_checkpointing",
         "step_metrics", "training_state", "prediction", "frozen_statistics", "activation_budget", "amounts",
+        "gated_mlp",
     },
     "callbacks": {"adapters"},
     "tools": {

@@ -17,6 +17,7 @@ from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import inject_lora
 from lit_lora.amounts import parse_bytes
 from lit_lora.config import LoRAConfig, QuantizationConfig
+from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.memory import CATEGORIES, MemoryEstimate, StepSettings, estimate_memory, run_step, suggest, trace
 from lit_lora.models import load_base_model
 from lit_lora.module import LoRALightningModule
@@ -46,8 +47,9 @@ def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker
     settings = estimate.settings
     model = load_base_model(base or settings.base, quantization=settings.quantization)
     inject_lora(model, settings.lora)
+    recompute_gated_mlps(model)
     model.train()
-    path = causal_lm.choose_path(model, packing=settings.packing)
+    path = causal_lm.choose_path(model, packing=settings.packing, shared_prefix=False)
     if settings.gradient_checkpointing:
         checkpoint_layers(model, None if settings.gradient_checkpointing is True else settings.gradient_checkpointing)
     tracker = StorageTracker(model)

@@ -64,18 +64,20 @@ def lora_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
+    up: Tensor | None = None,
 ) -> Tensor:
     """The value and the gradients of :func:`lora_linear_reference`, with less memory and fewer passes over it.
 
     Under autocast every operand is converted as ``F.linear`` would convert it.
 
     Args:
-        x: input, ``(..., I)``.
+        x: input, ``(..., I)``; with ``up``, the input is ``silu(x) * up`` (SwiGLU), made again in the backward pass.
         weight: frozen base weight, ``(O, I)``, or a quantized layer, which is then dequantized in each direction.
         bias: base bias, ``(O,)``.
         lora_A: down projection, ``(R, I)``.
         lora_B: up projection, ``(O, R)``.
         scaling: factor on the adapter's output.
+        up: the other half of a gated input, ``(..., I)``.
 
     Returns:
         ``(..., O)``; can be differentiated once.
@@ -86,11 +88,13 @@ def lora_linear(
         product = adapter = out = torch.get_autocast_dtype(x.device.type)
     else:
         if isinstance(weight, Tensor) and x.dtype != weight.dtype:
+            x = x if up is None else _swiglu(x, up)
             return lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling)  # fails just as F.linear does
         product = x.dtype if layer is None else base_weight.compute_dtype(layer, x.dtype)
         adapter, out = lora_A.dtype, x.dtype
     dtypes = (product, adapter, out)
-    return _LoRALinear.apply(x, None if layer is not None else weight, bias, lora_A, lora_B, scaling, layer, dtypes)
+    plain = None if layer is not None else weight
+    return _LoRALinear.apply(x, up, plain, bias, lora_A, lora_B, scaling, layer, dtypes)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -100,6 +104,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        up: Tensor | None,
         weight_OI: Tensor | None,
         bias: Tensor | None,
         lora_A: Tensor,
@@ -110,12 +115,12 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         product, adapter, out = dtypes
         with _without_autocast(x):
-            x_TI = x.reshape(-1, x.shape[-1])
+            x_TI = (x if up is None else _swiglu(x, up)).reshape(-1, x.shape[-1])
             weight = _weight(layer, weight_OI, product)
             y_TO = F.linear(x_TI.to(product), weight, None if bias is None else bias.to(product)).to(out)
             down_TR = F.linear(x_TI.to(adapter), lora_A.to(adapter))
             _add_product_(y_TO, down_TR, lora_B.to(adapter).t(), scaling)
-        ctx.save_for_backward(x, weight_OI, lora_A, lora_B, down_TR)
+        ctx.save_for_backward(x, up, weight_OI, lora_A, lora_B, down_TR)
         ctx.scaling, ctx.layer, ctx.dtypes = scaling, layer, dtypes
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
@@ -123,25 +128,36 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_OI, lora_A, lora_B, down_TR = ctx.saved_tensors
+        x, up, weight_OI, lora_A, lora_B, down_TR = ctx.saved_tensors
         product, adapter, _ = ctx.dtypes
-        needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-        grad_x = grad_bias = grad_A = grad_B = None
+        needs_gate, needs_up, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:6]
+        needs_x = needs_gate or needs_up
+        grad_x = grad_up = grad_bias = grad_A = grad_B = None
         with _without_autocast(grad):
             grad_TO = grad.reshape(-1, grad.shape[-1])
             grad_adapter_TO = grad_TO.to(adapter)
+            silu = None if up is None else F.silu(x)
             if needs_B:
                 grad_B = (grad_adapter_TO.t() @ down_TR).mul_(ctx.scaling).to(lora_B.dtype)
             if needs_A or needs_x:
                 grad_down_TR = (grad_adapter_TO @ lora_B.to(adapter)).mul_(ctx.scaling)
             if needs_A:
-                grad_A = (grad_down_TR.t() @ x.reshape(-1, x.shape[-1]).to(adapter)).to(lora_A.dtype)
+                x_TI = (x if silu is None else silu * up).reshape(-1, x.shape[-1])
+                grad_A = (grad_down_TR.t() @ x_TI.to(adapter)).to(lora_A.dtype)
+                del x_TI
             if needs_x:
                 grad_TI = (grad_TO.to(product) @ _weight(ctx.layer, weight_OI, product)).to(x.dtype)
                 grad_x = _add_product_(grad_TI, grad_down_TR, lora_A.to(adapter), 1.0).view(x.shape)
+                if silu is not None:
+                    grad_up = silu.mul_(grad_x)
+                    grad_x = torch.ops.aten.silu_backward(grad_x.mul_(up), x)
             if needs_bias:
                 grad_bias = grad_TO.sum(0, dtype=ctx.bias_dtype)
-        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
+        return grad_x, grad_up, None, grad_bias, grad_A, grad_B, None, None, None
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up) if not torch.is_grad_enabled() else F.silu(gate) * up
 
 
 def _weight(layer: nn.Module | None, weight: Tensor | None, dtype: torch.dtype) -> Tensor:

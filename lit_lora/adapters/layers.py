@@ -94,18 +94,25 @@ class LoRALinear(LoRALayer):
         self.is_transposed = base_weight.is_conv1d(base_layer)
         self.may_be_quantized = base_weight.may_be_quantized(base_layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in)`` to ``(..., out)``, in the dtype that the base layer returns."""
-        if not self.enabled or self.merged:
+    def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
+        """``(..., in)`` to ``(..., out)``, in the dtype that the base layer returns.
+
+        With ``up``, ``(..., in)``, the input is ``silu(x) * up``; of the two results one is then kept for the backward.
+        """
+        adapts = self.enabled and not self.merged
+        dropout = self.config.lora_dropout if self.training and adapts else 0.0
+        fast = adapts and not dropout and self._takes_fast_path()
+        if up is not None and not fast:
+            x, up = F.silu(x) * up, None
+        if not adapts:
             return self.base_layer(x)
-        dropout = self.config.lora_dropout if self.training else 0.0
         lora_A, lora_B = self.factors()
-        if dropout or not self._takes_fast_path():
+        if not fast:
             return add_lora(self.base_layer(x), x, lora_A, lora_B, self.scaling, dropout)
         base: Tensor | nn.Module = self.base_layer
         if not (self.may_be_quantized and base_weight.is_quantized(self.base_layer)):
             base = self.base_layer.weight if not self.is_transposed else self.base_layer.weight.t()
-        return lora_linear(x, base, self.base_layer.bias, lora_A, lora_B, self.scaling)
+        return lora_linear(x, base, self.base_layer.bias, lora_A, lora_B, self.scaling, up)
 
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A ``(r, in)`` and B ``(out, r)``."""

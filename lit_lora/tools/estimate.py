@@ -74,6 +74,7 @@ def step_settings(config: Any, *, device: str | None = None, lengths: list[int] 
         packing=model.packing and config.data.packing,
         chunked_loss=model.chunked_loss,
         fused_lora=model.fused_lora,
+        recompute_mlp=model.recompute_mlp,
         accumulate_grad_batches=trainer.accumulate_grad_batches or 1,
         autocast=autocast,  # type: ignore[arg-type]
         trust_remote_code=model.trust_remote_code,
