@@ -40,18 +40,13 @@ from lit_lora.config_check import problems_in, problems_of
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.module import LoRALightningModule
 from lit_lora.run_record import PredictionWriter, RunRecord
+from lit_lora.sharding import refuse_sharding
 
 RUN_FOLDER_VARIABLE = "LIT_LORA_RUN_FOLDER"
 """Tells the processes that a distributed run starts which folder the first one chose."""
 
 CHECKPOINT_VARIABLE = "LIT_LORA_CKPT_PATH"
 """Likewise, which checkpoint to go on from; empty for none."""
-
-SHARDING_REFUSED = (
-    "trainer.strategy {!r} splits the model over processes, which lit_lora does not support: checkpoints of adapters "
-    "only, gradients normalised by tokens, and quantized layers need whole parameters. Use 'ddp': each process holds "
-    "the base (quantize it if it is too large) and they share the work"
-)
 
 SHIPPED = Path(str(resources.files("lit_lora.configs")))
 """Where configs and data that come with the package lie."""
@@ -65,6 +60,9 @@ CALLBACKS = {
     "export": HFAdapterExport,
     "checkpoint": TrainingCheckpoint,
 }
+
+PARTS = {"model": LoRALightningModule, "data": SFTDataModule, **CALLBACKS}
+"""The classes that a config is for, by key."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -135,9 +133,9 @@ class LoRACLI(LightningCLI):
         for key in ("train", "validation", "test"):
             if config.data.get(key):
                 config.data[key] = _shipped(config.data[key]) or config.data[key]
-        if found := problems_of(config):
+        if found := problems_of(config, PARTS):
             raise ValueError("\n  ".join([f"{len(found)} problems:", *found] if found[1:] else found))
-        _refuse_sharding(config.trainer.get("strategy"))
+        refuse_sharding(_strategy_name(config.trainer.get("strategy")))
         config.ckpt_path = _checkpoint_to_load(config.get("ckpt_path"), _checkpoint_folders(config))
         if verb == "fit":
             config.trainer.default_root_dir = _run_folder(config.trainer.default_root_dir, config.ckpt_path)
@@ -203,7 +201,7 @@ class _Parser(LightningArgumentParser):
         if not self.exit_on_error:
             raise ValueError(message) from ex
         text = " ".join(str(message).split())
-        found = problems_in(self, sys.argv[1:])
+        found = problems_in(self, sys.argv[1:], PARTS)
         if len(found) > 1:
             print(
                 f"lit-lora: error: {len(found)} problems:",
@@ -277,10 +275,8 @@ def _shipped(name: str) -> str | None:
     return str(path) if not Path(name).exists() and path.is_file() else None
 
 
-def _refuse_sharding(strategy: Any) -> None:
-    name = strategy if isinstance(strategy, str) else strategy.get("class_path", "") if strategy else ""
-    if re.search(r"fsdp|modelparallel|model_parallel|deepspeed", name.lower()):
-        raise ValueError(SHARDING_REFUSED.format(name))
+def _strategy_name(strategy: Any) -> str:
+    return strategy if isinstance(strategy, str) else strategy.get("class_path", "") if strategy else ""
 
 
 def _checkpoint_folders(config: Any) -> list[Path]:

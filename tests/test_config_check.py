@@ -54,6 +54,55 @@ def test_every_mistake_is_in_one_report(fit):
         assert all(part in line for part in parts), (line, parts)
 
 
+REFUSED = {
+    "model": {
+        "base": "random:x",
+        "lora": {"r": 0, "lora_dropout": 1.5},
+        "quantization": {"block_size": 48},
+        "learning_rate": -1.0,
+        "warmup_ratio": 2.0,
+        "weight_decay": 0.1,
+        "optimizer": {"class_path": "torch.optim.SGD"},
+        "activation_memory": "much",
+    },
+    "data": {"train": "train.jsonl", "max_length": 1, "batch_size": 0, "num_workers": -1},
+    "memory": {"on_exceeded": "stop"},
+    "checkpoint": {"keep_last": 0, "every_n_steps": -1},
+}
+REFUSALS = [
+    "model.lora.r: r must be at least 1, got 0",
+    "model.lora.lora_dropout: lora_dropout must be in [0, 1), got 1.5",
+    "model.quantization.block_size: block_size must be a power of two",
+    "model.learning_rate: learning_rate must be above 0",
+    "model.warmup_ratio: warmup_ratio must be in [0, 1), got 2.0",
+    "model.weight_decay: weight_decay has no effect on an optimizer of your own",
+    "model.activation_memory: expected an amount of memory",
+    "data.num_workers: num_workers must not be negative, got -1",
+    "data.max_length: max_length must be at least 2 tokens, got 1",
+    "data.batch_size: batch_size must be at least 1, got 0",
+    "memory.on_exceeded: on_exceeded='stop' has no effect without budget_mib",
+    "checkpoint.every_n_steps: every_n_steps must be at least 0, got -1",
+    "checkpoint.keep_last: keep_last must be at least 1, got 0",
+]
+
+
+def test_every_value_that_a_class_refuses_is_in_one_report(fit):
+    code, error = fit(REFUSED)
+    assert code == 1
+    start, *lines = error.partition("lit-lora: error: ")[2].splitlines()[:14]
+    assert start == "13 problems:"
+    for line, expected in zip(lines, REFUSALS, strict=True):
+        assert line.startswith(f"  {expected}"), (line, expected)
+
+
+def test_refused_values_are_in_the_report_of_the_parsers_mistakes_too(fit):
+    code, error = fit({**REFUSED, "trainer": {"max_stps": 3}}, "--gradient_norm.window", "1")
+    assert code == 2
+    assert "15 problems" in error
+    for expected in [*REFUSALS, "did you mean 'trainer.max_steps'?", "gradient_norm.window: window must be at least"]:
+        assert expected in error
+
+
 @pytest.mark.parametrize(
     ("config", "arguments", "code", "message"),
     [

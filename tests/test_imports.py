@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
     "attention": set(),
     "schedule": set(),
+    "sharding": set(),
     "activation_checkpointing": set(),
     "checkpoint": set(),
     "adapters": set(),
@@ -52,8 +53,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.resume": set(),
     "training_state": {"checkpoint", "step_metrics", "data.resume"},
     "module": {
-        "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "schedule", "activation_checkpointing",
-        "step_metrics", "training_state", "prediction", "frozen_statistics", "activation_budget", "amounts",
+        "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "schedule", "sharding",
+        "activation_checkpointing", "step_metrics", "training_state", "prediction", "frozen_statistics",
+        "activation_budget", "amounts",
     },
     "callbacks": {"adapters"},
     "tools": {
@@ -62,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "run_record": {"module", "callbacks", "checkpoint"},
     "config_check": {"data", "models"},
-    "cli": {"module", "data", "callbacks", "checkpoint", "run_record", "config_check"},
+    "cli": {"module", "data", "callbacks", "checkpoint", "run_record", "config_check", "sharding"},
     "tools.estimate": {"amounts", "cli", "memory", "data"},
     "__main__": {"cli", "tools", "tools.fetch", "tools.estimate"},
 }  # fmt: skip
