@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.data.sources import existing_file, is_file_source
-from lit_lora.models import RANDOM, resolve_base
+from lit_lora.models import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base
 
 _GROUPS = ("trainer", "model", "data")
 _MAX_VALUE = 80
@@ -73,8 +73,9 @@ def problems_of(config: Namespace, parts: Mapping[str, Callable[..., Any]]) -> l
         config: of one verb, as parsed.
         parts: see :func:`problems_in`.
     """
-    keys = ("data.train", "data.validation", "data.test", "model.base")
+    keys = ("data.train", "data.validation", "data.test", "model.base", "data.tokenizer")
     found = [f"{key}: {problem}" for key in keys if (problem := _missing_file(key, config.get(key)))]
+    found += _wrong_seed("seed_everything", config.get("seed_everything"))
     for key in _BUILT_FROM_DICTS:
         found += _wrong_fields(key, config.get(key))
     return found + _refused_parts(config, parts)
@@ -157,9 +158,16 @@ def _wrong_value(parser: ArgumentParser, setting: Setting) -> list[str]:
         if problems or isinstance(setting.value, Mapping):
             return problems
     try:
-        _parsed(parser, setting)
+        value = _parsed(parser, setting)
     except (ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
         return [f"{setting.key}: {_reason(error)}, got {_shown(setting.value)}"]
+    return _wrong_seed(setting.key, value)
+
+
+def _wrong_seed(key: str, value: Any) -> list[str]:
+    """Lightning sets it before anything else is built, and does not say what it is about."""
+    if key == "seed_everything" and not 0 <= int(value or 0) < 2**32:
+        return [f"{key} must be from 0 to {2**32 - 1}, got {value}"]
     return []
 
 
@@ -193,7 +201,8 @@ def _refused_parts(config: Namespace, parts: Mapping[str, Callable[..., Any]]) -
 
 def _refusals(group: str, kind: Callable[..., Any], arguments: Mapping[str, Any]) -> list[str]:
     """All that a class has against these arguments: each that it refuses is left out, and it is asked again."""
-    required = [name for name, p in inspect.signature(kind).parameters.items() if p.default is p.empty]
+    parameters = inspect.signature(kind).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     arguments = {**dict.fromkeys(required, ""), **arguments}  # the parser says which ones are missing
     found: list[str] = []
     while refusal := _refusal(kind, arguments):
@@ -257,7 +266,9 @@ def _missing_file(key: str, value: Any) -> str | None:
     try:
         if key in ("data.train", "data.validation", "data.test") and is_file_source(value):
             existing_file(value)
-        elif key == "model.base" and not value.startswith(RANDOM):
+        elif key in ("model.base", "data.tokenizer") and value.startswith(RANDOM):
+            check_architecture(value.removeprefix(RANDOM))
+        elif key == "model.base" or (key == "data.tokenizer" and value != BYTE_TOKENIZER):
             resolve_base(value)
     except (OSError, ValueError) as error:
         return str(error)

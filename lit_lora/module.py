@@ -34,8 +34,8 @@ from lit_lora.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.metrics import TrainingMetrics
 from lit_lora.models import load_base_model
 from lit_lora.prediction import answer
-from lit_lora.sharding import refuse_sharding
 from lit_lora.step_metrics import EvaluationMeans, LossOutput, StepRecorder
+from lit_lora.trainer_settings import refuse_sharding
 
 __all__ = ["LoRALightningModule", "LossOutput"]
 

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
     "attention": set(),
     "schedule": set(),
-    "sharding": set(),
+    "trainer_settings": set(),
     "activation_checkpointing": set(),
     "checkpoint": set(),
     "adapters": set(),
@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.resume": set(),
     "training_state": {"checkpoint", "step_metrics", "data.resume"},
     "module": {
-        "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "schedule", "sharding",
+        "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "schedule", "trainer_settings",
         "activation_checkpointing", "step_metrics", "training_state", "prediction", "frozen_statistics",
         "activation_budget", "amounts",
     },
@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "run_record": {"module", "callbacks", "checkpoint"},
     "config_check": {"data", "models"},
-    "cli": {"module", "data", "callbacks", "checkpoint", "run_record", "config_check", "sharding"},
+    "cli": {"module", "data", "callbacks", "checkpoint", "run_record", "config_check", "trainer_settings"},
     "tools.estimate": {"amounts", "cli", "memory", "data"},
     "__main__": {"cli", "tools", "tools.fetch", "tools.estimate"},
 }  # fmt: skip

@@ -26,7 +26,7 @@ from lit_lora.checkpoint import AtomicCheckpointIO, DamagedCheckpointError, read
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.module import LossOutput
-from lit_lora.sharding import refuse_sharding
+from lit_lora.trainer_settings import refuse_sharding
 from tests.tiny import SIZES, config, examples
 
 LENGTHS = (7, 12, 5, 9, 14, 6, 8, 11)
