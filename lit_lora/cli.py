@@ -133,9 +133,9 @@ class LoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then check the config as a whole."""
         super().parse_arguments(parser, args)
-        self.check_config(self.config[self.config["subcommand"]])
+        self.check_config(self.config[self.config["subcommand"]], parser)
 
-    def check_config(self, config: Any) -> None:
+    def check_config(self, config: Any, parser: LightningArgumentParser) -> None:
         """Find shipped data, and refuse what no run can go well with.
 
         Raises:
@@ -144,7 +144,7 @@ class LoRACLI(LightningCLI):
         for key in ("train", "validation", "test"):
             if config.data.get(key):
                 config.data[key] = _shipped(config.data[key]) or config.data[key]
-        if found := problems_of(config, PARTS):
+        if found := problems_of(config, parser, sys.argv[1:], PARTS):
             raise ValueError("\n  ".join([f"{len(found)} problems:", *found] if found[1:] else found))
 
     def before_instantiate_classes(self) -> None:
@@ -203,7 +203,7 @@ class _Parsed(Exception):
 
 
 class _ParsingCLI(LoRACLI):
-    def check_config(self, config: Any) -> None:
+    def check_config(self, config: Any, parser: LightningArgumentParser) -> None:
         raise _Parsed(config)
 
 

@@ -45,36 +45,41 @@ def problems_in(parser: ArgumentParser, arguments: Sequence[str], parts: Mapping
         arguments: the verb and what follows it.
         parts: the classes that the settings are for, by the key of their group; building one does nothing but check.
     """
-    for action in parser._actions:
-        if action.dest == "subcommand":
-            parser = action.choices[arguments[0]]  # type: ignore[index]
+    parser = _of_verb(parser, arguments)
     found: list[str] = []
-    known = {action.dest for action in parser._actions if action.dest and not action.dest.endswith("help")}
+    known = _known(parser)
     given, sound = set(), Namespace()
     for setting in _settings(arguments[1:], known, found):
         given.add(setting.key)
-        if setting.key not in known:
-            found.append(f"{setting.origin}: no setting {setting.key!r}{suggestion(setting.key, known)}")
-        elif problems := _wrong_value(parser, setting):
-            found += [f"{setting.origin}: {problem}" for problem in problems]
-        elif problem := _missing_file(setting.key, setting.value):
-            found.append(f"{setting.origin}: {setting.key}: {problem}")
-        else:
-            sound[setting.key] = _parsed(parser, setting)
+        if problem := _misplaced(setting, known):
+            found.append(problem)
+            continue
+        value, problems = _checked(parser, setting)
+        found += [f"{setting.origin}: {problem}" for problem in problems]
+        if not problems:
+            sound[setting.key] = value
     required = [action.dest for action in parser._actions if action.required]
     found += [f"{key} is required" for key in required if not given.intersection([key, *_parents(key)])]
     return list(dict.fromkeys(found + _refused_parts(sound, parts)))
 
 
-def problems_of(config: Namespace, parts: Mapping[str, Callable[..., Any]]) -> list[str]:
-    """What the parser lets pass: files that are not there, fields of mappings, values that a class refuses.
+def problems_of(
+    config: Namespace, parser: ArgumentParser, arguments: Sequence[str], parts: Mapping[str, Callable[..., Any]]
+) -> list[str]:
+    """What the parser lets pass: files that are not there, fields of mappings, values that a class refuses, and some
+    settings that do not exist (one with an empty value, for example).
 
     Args:
-        config: of one verb, as parsed.
-        parts: see :func:`problems_in`.
+        config: of the verb, as parsed.
+        parser: see :func:`problems_in`, like what follows.
+        arguments: the verb and what follows it.
+        parts: what checks the values.
     """
+    known = _known(_of_verb(parser, arguments))
+    misplaced = [_misplaced(setting, known) for setting in _settings(arguments[1:], known, [])]
     keys = ("data.train", "data.validation", "data.test", "model.base", "data.tokenizer")
-    found = [f"{key}: {problem}" for key in keys if (problem := _missing_file(key, config.get(key)))]
+    found = list(filter(None, misplaced))
+    found += [f"{key}: {problem}" for key in keys if (problem := _missing_file(key, config.get(key)))]
     found += _wrong_seed("seed_everything", config.get("seed_everything"))
     for key in _BUILT_FROM_DICTS:
         found += _wrong_fields(key, config.get(key))
@@ -95,6 +100,23 @@ def suggestion(key: str, known: set[str]) -> str:
     if close:
         return f", did you mean {close[0]!r}?"
     return f"; {group} has {', '.join(sorted(beside))}" if 0 < len(beside) < 15 else ""
+
+
+def _of_verb(parser: ArgumentParser, arguments: Sequence[str]) -> ArgumentParser:
+    verbs = [action.choices for action in parser._actions if action.dest == "subcommand"]
+    return verbs[0][arguments[0]] if verbs else parser  # type: ignore[index]
+
+
+def _known(parser: ArgumentParser) -> set[str]:
+    return {action.dest for action in parser._actions if action.dest and not action.dest.endswith("help")}
+
+
+def _misplaced(setting: Setting, known: set[str]) -> str | None:
+    if setting.key in _GROUPS:
+        return f"{setting.origin}: {setting.key}: expected settings by name, got {_shown(setting.value)}"
+    if setting.key not in known:
+        return f"{setting.origin}: no setting {setting.key!r}{suggestion(setting.key, known)}"
+    return None
 
 
 def _settings(arguments: Sequence[str], known: set[str], found: list[str]) -> Iterator[Setting]:
@@ -152,16 +174,20 @@ def _parents(key: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
-def _wrong_value(parser: ArgumentParser, setting: Setting) -> list[str]:
-    if setting.key in _BUILT_FROM_DICTS:
-        problems = _wrong_fields(setting.key, setting.value)
-        if problems or isinstance(setting.value, Mapping):
-            return problems
+def _checked(parser: ArgumentParser, setting: Setting) -> tuple[Any, list[str]]:
+    """The value as the parser understands it, and what is wrong with it by itself."""
+    key, value = setting.key, setting.value
+    if key in _BUILT_FROM_DICTS:
+        problems = _wrong_fields(key, value)
+        if problems or isinstance(value, Mapping):
+            return value, problems
     try:
-        value = _parsed(parser, setting)
+        parsed = _parsed(parser, setting)
     except (ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return [f"{setting.key}: {_reason(error)}, got {_shown(setting.value)}"]
-    return _wrong_seed(setting.key, value)
+        return None, [f"{key}: {_reason(error)}, got {_shown(value)}"]
+    if problem := _missing_file(key, value):
+        return None, [f"{key}: {problem}"]
+    return parsed, _wrong_seed(key, parsed)
 
 
 def _wrong_seed(key: str, value: Any) -> list[str]:

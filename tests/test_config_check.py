@@ -175,7 +175,9 @@ def test_refused_values_are_in_the_report_of_the_parsers_mistakes_too(fit):
         ),
         ("trainer: [1", [], 2, "not valid YAML"),
         ("- 1", [], 2, "config.yaml"),
-        ("data: 3", [], 2, "data"),
+        ("data: 3", [], 2, "data: expected settings by name, got 3"),
+        ({"data": {"train": "train.jsonl"}, "trainer": [1]}, [], 1, "trainer: expected settings by name, got [1]"),
+        ({"data": {"train": "train.jsonl", "x": {}}}, ["--model.base=random:llama-2-7b"], 1, "no setting 'data.x'"),
         ("\x00", [], 2, "config.yaml"),
         (
             {"data": {"train": "train.jsonl"}, "model": {"base": "random:tinyllama-1.1b"}},
