@@ -1,7 +1,7 @@
 """Generated nonsense, from a fixed seed: data files, adapter files, configs. Each is taken or refused with a message.
 
 Refused is an exception that the command line shows as one line (``ValueError``, ``OSError``); anything else would be
-a traceback. A refusal has to name the file.
+a traceback. A refusal has to name the file; of a config, every faulty setting.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from fault_runs import Project
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -57,33 +58,81 @@ _tensors = st.dictionaries(
 )
 _header = st.binary(max_size=60) | st.integers(0, 2**64 - 1).map(lambda size: size.to_bytes(8, "little") + b"{}")
 
-_SECTIONS = ["trainer", "model", "data", "checkpoint", "gradient_norm", "memory", "seed_everything", "model.lora", "x"]
-_SETTINGS = [
-    "max_steps",
-    "base",
-    "lora",
-    "learning_rate",
-    "train",
-    "tokenizer",
-    "batch_size",
-    "every_n_steps",
-    "r",
-    "é",
-]
-_config = st.dictionaries(
-    st.sampled_from(_SECTIONS), _plain | st.dictionaries(st.sampled_from(_SETTINGS), _plain, max_size=3), min_size=1
-)
+_word = st.text(alphabet="qwxzß ", min_size=1, max_size=8).filter(str.strip)
+_no_number = _word | st.lists(st.integers(), min_size=1, max_size=2) | st.dictionaries(_word, st.none(), min_size=1)
+_below_1 = st.integers(max_value=0)
+_negative = st.integers(max_value=-1)
+_no_rate = st.floats(max_value=0) | st.sampled_from([float("nan"), float("inf")])
+_no_share = st.floats(min_value=1.01) | st.floats(max_value=-0.01)
+_FAULTS: dict[str, Any] = {
+    "seed_everything": _negative | _word,
+    "trainer.max_steps": st.integers(max_value=-2) | _no_number,
+    "trainer.accumulate_grad_batches": _below_1 | _no_number,
+    "trainer.gradient_clip_val": _no_rate.filter(bool) | _word,
+    "trainer.check_val_every_n_epoch": _below_1,
+    "trainer.val_check_interval": _negative | _word,
+    "trainer.devices": _below_1.map(lambda count: min(count, -2) if count else 0) | _word,
+    "trainer.precision": _word | st.just("16-true"),
+    "trainer.strategy": st.sampled_from(["fsdp", "deepspeed", "dp"]),
+    "model.base": _word.map("./".__add__) | _word.map("random:".__add__),
+    "model.lora": _word | st.lists(st.integers()),
+    "model.lora.r": _below_1 | _no_number,
+    "model.lora.lora_alpha": _no_rate | _word,
+    "model.lora.lora_dropout": _no_share | _word,
+    "model.lora.rank_pattern": st.dictionaries(_word, _below_1, min_size=1),
+    "model.quantization.block_size": st.integers(1, 31) | _no_number,
+    "model.learning_rate": _no_rate | _no_number,
+    "model.weight_decay": st.floats(max_value=-0.01) | _no_number,
+    "model.warmup_ratio": _no_share | _no_number,
+    "model.lr_schedule": _word,
+    "model.dtype": _word,
+    "model.activation_memory": _word,
+    "data.train": _word.map("{}.jsonl".format),
+    "data.tokenizer": _word,
+    "data.format": _word,
+    "data.batch_size": _below_1 | _no_number,
+    "data.max_length": st.integers(max_value=1) | _no_number,
+    "data.validation_fraction": _no_share | _no_number,
+    "data.num_workers": _negative,
+    "data.limit": _below_1,
+    "data.seed": _negative,
+    "checkpoint.every_n_steps": _negative | _no_number,
+    "checkpoint.keep_last": _below_1,
+    "checkpoint.mode": _word,
+    "gradient_norm.window": st.integers(max_value=9) | _no_number,
+    "gradient_norm.explosion_factor": st.floats(max_value=1),
+    "convergence.window": _below_1,
+    "convergence.min_decrease": st.floats(min_value=1),
+    "memory.budget_mib": _no_rate.filter(lambda value: value <= 0),
+    "export.every_n_steps": _below_1,
+    **{
+        f"{group}.{name}": _plain
+        for group in ("trainer", "model", "data", "memory")
+        for name in ("é", "batchsize", "x")
+    },
+    **{group: _word | st.integers() | st.lists(st.integers(), min_size=1) for group in ("trainer", "model", "data")},
+}
+"""Setting -> values that it must not have, each the only fault of its kind in an otherwise sound config."""
 
 
-def bad_inputs(folder: Path, seed_: int) -> list[tuple[str, int, list[str]]]:
+def _independent(keys: tuple[str, ...]) -> bool:
+    """One key that lies in another would replace it."""
+    return not any(one != other and f"{one}.".startswith(f"{other}.") for one in keys for other in keys)
+
+
+_faulty_keys = st.lists(st.sampled_from(sorted(_FAULTS)), min_size=1, max_size=2, unique=True).filter(_independent)
+_faults = _faulty_keys.flatmap(lambda keys: st.fixed_dictionaries({key: _FAULTS[key] for key in keys}))
+
+
+def bad_inputs(project: Project, seed_: int) -> list[tuple[str, int, list[str]]]:
     """Name, number of inputs and failures of each kind."""
-    work = folder / "bad"
+    work = project.folder / "bad"
     work.mkdir()
     return [
         ("generated data file", *_run(_data, EXAMPLES, seed_, lambda data: _read_data(work, data))),
         ("generated adapter config", *_run(_adapter_config, EXAMPLES, seed_, lambda c: _read_config(work, c))),
         ("generated adapter weights", *_run(_tensors | _header, EXAMPLES, seed_, lambda t: _read_weights(work, t))),
-        ("generated training config", *_run(_config, EXAMPLES, seed_, lambda c: _parse_config(work, c))),
+        ("generated training config", *_run(_faults, EXAMPLES, seed_, lambda f: _parse_config(project, f))),
     ]
 
 
@@ -180,21 +229,29 @@ def _read_weights(work: Path, content: Any) -> str | None:
     return _load(folder)
 
 
-def _parse_config(work: Path, content: dict[str, Any]) -> str | None:
-    """Through the command line up to where the run would start."""
+def _parse_config(project: Project, faults: dict[str, Any]) -> str | None:
+    """``fit`` with a sound config, but for these settings: all of them have to be named before anything is loaded."""
     from lit_lora.__main__ import main
 
-    path = work / "config.yaml"
-    path.write_text(yaml.safe_dump({"data": {"train": "none.jsonl"}, **content}, allow_unicode=True), encoding="utf-8")
+    config = project.config("bad")
+    for key, value in faults.items():
+        *groups, name = key.split(".")
+        place = config
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    path = project.folder / "bad.yaml"
+    path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     error, arguments = io.StringIO(), sys.argv
     try:
         with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
-            main(["fit", "--config", str(path), "--trainer.fast_dev_run", "true"])
+            main(["fit", "--config", str(path)])
     except SystemExit as exit_:
         text = error.getvalue()
         if exit_.code not in (1, 2) or "Traceback" in text or "lit-lora: error: " not in text:
             return f"exit {exit_.code}: {text}"
-        return None if re.search(r"error: \S", text) else "an error without a message"
+        unnamed = [key for key in faults if not re.search(rf"(?<![\w.]){key}(?![\w.])", text)]
+        return f"does not name {unnamed}: {text}" if unnamed else None
     finally:
         sys.argv = arguments
-    return "it ran, without data"
+    return "it ran"

@@ -246,7 +246,7 @@ def main() -> None:
         lambda: kills(project, rng, options.kills),
         lambda: disks(project, rng),
         lambda: corruptions(project, rng, options.corruptions),
-        lambda: [Tally(*entry) for entry in bad_inputs(work, options.seed)],
+        lambda: [Tally(*entry) for entry in bad_inputs(project, options.seed)],
     ]
     for stage in stages:
         tallies += stage()

@@ -96,11 +96,12 @@ class GradientNormLogger(pl.Callback):
             raise ValueError(f"max_skips must be at least 1, got {max_skips}; use on_non_finite='stop' for none")
         if window < MIN_HISTORY:
             raise ValueError(f"window must be at least {MIN_HISTORY} steps, got {window}")
-        if spike_std <= 0 or explosion_factor <= 1 or min_loss_scale <= 0:
-            raise ValueError(
-                "spike_std and min_loss_scale must be above 0 and explosion_factor above 1, "
-                f"got {spike_std}, {min_loss_scale}, {explosion_factor}"
-            )
+        if spike_std <= 0:
+            raise ValueError(f"spike_std must be above 0, got {spike_std}")
+        if explosion_factor <= 1:
+            raise ValueError(f"explosion_factor must be above 1, got {explosion_factor}")
+        if min_loss_scale <= 0:
+            raise ValueError(f"min_loss_scale must be above 0, got {min_loss_scale}")
         self.per_layer = per_layer
         self.on_non_finite = on_non_finite
         self.max_skips = max_skips

@@ -50,11 +50,12 @@ class TrainingCheckpoint(Checkpoint):
             keep_best: best checkpoints to keep.
         """
         super().__init__()
-        if every_n_steps < 0 or keep_last < 1 or keep_best < 0:
-            raise ValueError(
-                "expected every_n_steps >= 0, keep_last >= 1 and keep_best >= 0, "
-                f"got {every_n_steps}, {keep_last} and {keep_best}"
-            )
+        if every_n_steps < 0:
+            raise ValueError(f"every_n_steps must be at least 0, got {every_n_steps}")
+        if keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {keep_last}")
+        if keep_best < 0:
+            raise ValueError(f"keep_best must be at least 0, got {keep_best}")
         if every_n_minutes is not None and every_n_minutes <= 0:
             raise ValueError(f"every_n_minutes must be above 0 or None, got {every_n_minutes}")
         if mode not in ("min", "max"):

@@ -23,6 +23,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_lora.atomic import atomic_write, remove_partial_files
 from lit_lora.callbacks import (
@@ -40,18 +41,13 @@ from lit_lora.config_check import problems_in, problems_of
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.module import LoRALightningModule
 from lit_lora.run_record import PredictionWriter, RunRecord
+from lit_lora.trainer_settings import check_trainer
 
 RUN_FOLDER_VARIABLE = "LIT_LORA_RUN_FOLDER"
 """Tells the processes that a distributed run starts which folder the first one chose."""
 
 CHECKPOINT_VARIABLE = "LIT_LORA_CKPT_PATH"
 """Likewise, which checkpoint to go on from; empty for none."""
-
-SHARDING_REFUSED = (
-    "trainer.strategy {!r} splits the model over processes, which lit_lora does not support: checkpoints of adapters "
-    "only, gradients normalised by tokens, and quantized layers need whole parameters. Use 'ddp': each process holds "
-    "the base (quantize it if it is too large) and they share the work"
-)
 
 SHIPPED = Path(str(resources.files("lit_lora.configs")))
 """Where configs and data that come with the package lie."""
@@ -66,11 +62,15 @@ CALLBACKS = {
     "checkpoint": TrainingCheckpoint,
 }
 
+PARTS = {"trainer": check_trainer, "model": LoRALightningModule, "data": SFTDataModule, **CALLBACKS}
+"""What checks the values of a config, by key."""
+
 
 def run(arguments: Sequence[str]) -> None:
     """Parse a command line, verb first, and run it.
 
     Raises:
+        ValueError: also for what Lightning calls a misconfiguration.
         KeyboardInterrupt: where Lightning would exit with 1 for Ctrl-C.
         SIGTERMException: for a termination.
     """
@@ -79,6 +79,8 @@ def run(arguments: Sequence[str]) -> None:
     inherited = {name: os.environ.get(name) for name in (RUN_FOLDER_VARIABLE, CHECKPOINT_VARIABLE)}
     try:
         _run()
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
@@ -128,16 +130,27 @@ class LoRACLI(LightningCLI):
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
 
-    def before_instantiate_classes(self) -> None:
-        """Choose the run folder, find the checkpoint to resume from, and set what callbacks cannot."""
-        verb = self.config["subcommand"]
-        config = self.config[verb]
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, then check the config as a whole."""
+        super().parse_arguments(parser, args)
+        self.check_config(self.config[self.config["subcommand"]], parser)
+
+    def check_config(self, config: Any, parser: LightningArgumentParser) -> None:
+        """Find shipped data, and refuse what no run can go well with.
+
+        Raises:
+            ValueError: listing all problems.
+        """
         for key in ("train", "validation", "test"):
             if config.data.get(key):
                 config.data[key] = _shipped(config.data[key]) or config.data[key]
-        if found := problems_of(config):
+        if found := problems_of(config, parser, sys.argv[1:], PARTS):
             raise ValueError("\n  ".join([f"{len(found)} problems:", *found] if found[1:] else found))
-        _refuse_sharding(config.trainer.get("strategy"))
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run folder, and find the checkpoint to resume from."""
+        verb = self.config["subcommand"]
+        config = self.config[verb]
         config.ckpt_path = _checkpoint_to_load(config.get("ckpt_path"), _checkpoint_folders(config))
         if verb == "fit":
             config.trainer.default_root_dir = _run_folder(config.trainer.default_root_dir, config.ckpt_path)
@@ -190,8 +203,8 @@ class _Parsed(Exception):
 
 
 class _ParsingCLI(LoRACLI):
-    def before_instantiate_classes(self) -> None:
-        raise _Parsed(self.config[self.config["subcommand"]])
+    def check_config(self, config: Any, parser: LightningArgumentParser) -> None:
+        raise _Parsed(config)
 
 
 class _Parser(LightningArgumentParser):
@@ -203,7 +216,7 @@ class _Parser(LightningArgumentParser):
         if not self.exit_on_error:
             raise ValueError(message) from ex
         text = " ".join(str(message).split())
-        found = problems_in(self, sys.argv[1:])
+        found = problems_in(self, sys.argv[1:], PARTS)
         if len(found) > 1:
             print(
                 f"lit-lora: error: {len(found)} problems:",
@@ -275,12 +288,6 @@ def _shipped(name: str) -> str | None:
     """The file of that name that comes with the package, where there is none here."""
     path = SHIPPED / name.removeprefix("configs/")
     return str(path) if not Path(name).exists() and path.is_file() else None
-
-
-def _refuse_sharding(strategy: Any) -> None:
-    name = strategy if isinstance(strategy, str) else strategy.get("class_path", "") if strategy else ""
-    if re.search(r"fsdp|modelparallel|model_parallel|deepspeed", name.lower()):
-        raise ValueError(SHARDING_REFUSED.format(name))
 
 
 def _checkpoint_folders(config: Any) -> list[Path]:

@@ -60,8 +60,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ValueError(f"r must be at least 1, got {self.r}")
-        if self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha must be above 0, got {self.lora_alpha}")
+        if not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha must be above 0 and finite, got {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if not self.target_modules and not self.modules_to_save:

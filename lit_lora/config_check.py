@@ -1,16 +1,18 @@
 """All that is wrong with a command line and its config files, in one report.
 
 The parser stops at the first mistake. After it has, every setting is looked at by itself: unknown keys with what was
-probably meant, values of the wrong type, files that are not there. Nothing of this costs a run without mistakes
-anything, but for :func:`problems_of`, which looks before the long work starts.
+probably meant, values of the wrong type, files that are not there. What has the right type is given to the class that
+it is for, which checks its values. Nothing of this costs a run without mistakes anything, but for :func:`problems_of`,
+which looks before the long work starts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.data.sources import existing_file, is_file_source
-from lit_lora.models import RANDOM, resolve_base
+from lit_lora.models import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base
 
 _GROUPS = ("trainer", "model", "data")
 _MAX_VALUE = 80
@@ -35,33 +37,53 @@ class Setting(NamedTuple):
     origin: str
 
 
-def problems_in(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
-    """What is wrong, a line each, in the order in which it was given.
+def problems_in(parser: ArgumentParser, arguments: Sequence[str], parts: Mapping[str, Callable[..., Any]]) -> list[str]:
+    """What is wrong, a line each, in the order in which it was given; then values that a class refuses.
 
     Args:
         parser: of the verb, or the one above it.
         arguments: the verb and what follows it.
+        parts: the classes that the settings are for, by the key of their group; building one does nothing but check.
     """
-    for action in parser._actions:
-        if action.dest == "subcommand":
-            parser = action.choices[arguments[0]]  # type: ignore[index]
+    parser = _of_verb(parser, arguments)
     found: list[str] = []
-    known = {action.dest for action in parser._actions if action.dest and not action.dest.endswith("help")}
+    known = _known(parser)
+    given, sound = set(), Namespace()
     for setting in _settings(arguments[1:], known, found):
-        if setting.key not in known:
-            found.append(f"{setting.origin}: no setting {setting.key!r}{suggestion(setting.key, known)}")
-        elif problem := _wrong_value(parser, setting):
-            found.append(f"{setting.origin}: {problem}")
-        elif problem := _missing_file(setting.key, setting.value):
-            found.append(f"{setting.origin}: {setting.key}: {problem}")
-    return list(dict.fromkeys(found))
+        given.add(setting.key)
+        if problem := _misplaced(setting, known):
+            found.append(problem)
+            continue
+        value, problems = _checked(parser, setting)
+        found += [f"{setting.origin}: {problem}" for problem in problems]
+        if not problems:
+            sound[setting.key] = value
+    required = [action.dest for action in parser._actions if action.required]
+    found += [f"{key} is required" for key in required if not given.intersection([key, *_parents(key)])]
+    return list(dict.fromkeys(found + _refused_parts(sound, parts)))
 
 
-def problems_of(config: Namespace) -> list[str]:
-    """What the parser lets pass: files that are not there, fields of settings given as a mapping."""
-    keys = ("data.train", "data.validation", "data.test", "model.base")
-    found = [f"{key}: {problem}" for key in keys if (problem := _missing_file(key, config.get(key)))]
-    return found + [problem for key in _BUILT_FROM_DICTS if (problem := _wrong_fields(key, config.get(key)))]
+def problems_of(
+    config: Namespace, parser: ArgumentParser, arguments: Sequence[str], parts: Mapping[str, Callable[..., Any]]
+) -> list[str]:
+    """What the parser lets pass: files that are not there, fields of mappings, values that a class refuses, and some
+    settings that do not exist (one with an empty value, for example).
+
+    Args:
+        config: of the verb, as parsed.
+        parser: see :func:`problems_in`, like what follows.
+        arguments: the verb and what follows it.
+        parts: what checks the values.
+    """
+    known = _known(_of_verb(parser, arguments))
+    misplaced = [_misplaced(setting, known) for setting in _settings(arguments[1:], known, [])]
+    keys = ("data.train", "data.validation", "data.test", "model.base", "data.tokenizer")
+    found = list(filter(None, misplaced))
+    found += [f"{key}: {problem}" for key in keys if (problem := _missing_file(key, config.get(key)))]
+    found += _wrong_seed("seed_everything", config.get("seed_everything"))
+    for key in _BUILT_FROM_DICTS:
+        found += _wrong_fields(key, config.get(key))
+    return found + _refused_parts(config, parts)
 
 
 def suggestion(key: str, known: set[str]) -> str:
@@ -78,6 +100,23 @@ def suggestion(key: str, known: set[str]) -> str:
     if close:
         return f", did you mean {close[0]!r}?"
     return f"; {group} has {', '.join(sorted(beside))}" if 0 < len(beside) < 15 else ""
+
+
+def _of_verb(parser: ArgumentParser, arguments: Sequence[str]) -> ArgumentParser:
+    verbs = [action.choices for action in parser._actions if action.dest == "subcommand"]
+    return verbs[0][arguments[0]] if verbs else parser  # type: ignore[index]
+
+
+def _known(parser: ArgumentParser) -> set[str]:
+    return {action.dest for action in parser._actions if action.dest and not action.dest.endswith("help")}
+
+
+def _misplaced(setting: Setting, known: set[str]) -> str | None:
+    if setting.key in _GROUPS:
+        return f"{setting.origin}: {setting.key}: expected settings by name, got {_shown(setting.value)}"
+    if setting.key not in known:
+        return f"{setting.origin}: no setting {setting.key!r}{suggestion(setting.key, known)}"
+    return None
 
 
 def _settings(arguments: Sequence[str], known: set[str], found: list[str]) -> Iterator[Setting]:
@@ -135,11 +174,31 @@ def _parents(key: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
-def _wrong_value(parser: ArgumentParser, setting: Setting) -> str | None:
-    if setting.key in _BUILT_FROM_DICTS:
-        problem = _wrong_fields(setting.key, setting.value)
-        if problem or isinstance(setting.value, Mapping):
-            return problem
+def _checked(parser: ArgumentParser, setting: Setting) -> tuple[Any, list[str]]:
+    """The value as the parser understands it, and what is wrong with it by itself."""
+    key, value = setting.key, setting.value
+    if key in _BUILT_FROM_DICTS:
+        problems = _wrong_fields(key, value)
+        if problems or isinstance(value, Mapping):
+            return value, problems
+    try:
+        parsed = _parsed(parser, setting)
+    except (ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return None, [f"{key}: {_reason(error)}, got {_shown(value)}"]
+    if problem := _missing_file(key, value):
+        return None, [f"{key}: {problem}"]
+    return parsed, _wrong_seed(key, parsed)
+
+
+def _wrong_seed(key: str, value: Any) -> list[str]:
+    """Lightning sets it before anything else is built, and does not say what it is about."""
+    if key == "seed_everything" and not 0 <= int(value or 0) < 2**32:
+        return [f"{key} must be from 0 to {2**32 - 1}, got {value}"]
+    return []
+
+
+def _parsed(parser: ArgumentParser, setting: Setting) -> Any:
+    """The value as the parser understands it, or one of the parser's errors."""
     base = parser.get_defaults(skip_validation=True)
     nested: Any = setting.value
     for part in reversed(setting.key.split(".")):
@@ -149,37 +208,69 @@ def _wrong_value(parser: ArgumentParser, setting: Setting) -> str | None:
         with contextlib.redirect_stderr(io.StringIO()):
             if base.get("data") is not None and base.get("data.train") is None and setting.key != "data.train":
                 base["data.train"] = "train.jsonl"
-            parser.parse_object(nested, base)  # by place: the name differs between versions
-    except (ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{setting.key}: {_reason(error)}, got {_shown(setting.value)}"
+            return parser.parse_object(nested, base).get(setting.key)  # by place: the name differs between versions
     finally:
         parser.exit_on_error = exits
+
+
+def _refused_parts(config: Namespace, parts: Mapping[str, Callable[..., Any]]) -> list[str]:
+    found: list[str] = []
+    for group, kind in parts.items():
+        given = config.get(group)
+        if isinstance(given, Namespace):
+            arguments = {
+                name: value for name, value in vars(given).items() if f"{group}.{name}" not in _BUILT_FROM_DICTS
+            }
+            found += _refusals(group, kind, arguments)
+    return found
+
+
+def _refusals(group: str, kind: Callable[..., Any], arguments: Mapping[str, Any]) -> list[str]:
+    """All that a class has against these arguments: each that it refuses is left out, and it is asked again."""
+    parameters = inspect.signature(kind).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    arguments = {**dict.fromkeys(required, ""), **arguments}  # the parser says which ones are missing
+    found: list[str] = []
+    while refusal := _refusal(kind, arguments):
+        for name in arguments:
+            rest = {other: value for other, value in arguments.items() if other != name}
+            if name not in required and _refusal(kind, rest) != refusal:
+                break
+        else:
+            return [*found, f"{group}: {refusal}"]
+        found.append(f"{group}.{name}: {refusal}")
+        arguments = rest
+    return found
+
+
+def _refusal(kind: Callable[..., Any], arguments: Mapping[str, Any]) -> str | None:
+    try:
+        kind(**arguments)
+    except ValueError as error:
+        return " ".join(str(error).split())
     return None
 
 
-def _wrong_fields(key: str, value: Any) -> str | None:
+def _wrong_fields(key: str, value: Any) -> list[str]:
     """A plain mapping passes as one for the parser; what it is to become says more."""
     if isinstance(value, Namespace):
         value = value.as_dict()
     if not isinstance(value, Mapping) or "class_path" in value:
-        return None
+        return []
     kind = _BUILT_FROM_DICTS[key]
     known = {entry.name for entry in fields(kind)}
-    unknown = [f"no setting {f'{key}.{name}'!r}{suggestion(str(name), known)}" for name in value if name not in known]
-    if unknown:
-        return "; ".join(unknown)
+    found = [f"no setting {f'{key}.{name}'!r}{suggestion(str(name), known)}" for name in value if name not in known]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
-    for name, entry in value.items():
+    sound = {}
+    for name in filter(known.__contains__, value):
         try:
-            parser.parse_object({name: entry})
+            parser.parse_object({name: value[name]})
         except (ArgumentError, ValueError, TypeError) as error:
-            return f"{key}.{name}: {_reason(error)}, got {_shown(entry)}"
-    try:
-        kind(**value)
-    except (TypeError, ValueError) as error:
-        return f"{key}: {' '.join(str(error).split())}"
-    return None
+            found.append(f"{key}.{name}: {_reason(error)}, got {_shown(value[name])}")
+        else:
+            sound[name] = value[name]
+    return found + _refusals(key, kind, sound)
 
 
 def _reason(error: Exception) -> str:
@@ -201,7 +292,9 @@ def _missing_file(key: str, value: Any) -> str | None:
     try:
         if key in ("data.train", "data.validation", "data.test") and is_file_source(value):
             existing_file(value)
-        elif key == "model.base" and not value.startswith(RANDOM):
+        elif key in ("model.base", "data.tokenizer") and value.startswith(RANDOM):
+            check_architecture(value.removeprefix(RANDOM))
+        elif key == "model.base" or (key == "data.tokenizer" and value != BYTE_TOKENIZER):
             resolve_base(value)
     except (OSError, ValueError) as error:
         return str(error)

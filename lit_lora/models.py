@@ -258,14 +258,26 @@ def _architecture(name: str, revision: str | None, trust_remote_code: bool) -> P
     if name in ARCHITECTURES:
         fields = dict(ARCHITECTURES[name])
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    path = Path(name).expanduser()
+    path = check_architecture(name)
     if path.exists():
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def check_architecture(name: str) -> Path:
+    """The path that ``random:NAME`` would have if it is one.
+
+    Raises:
+        FileNotFoundError: if it is neither that, nor a known architecture, nor the name of a model on the Hub.
+    """
+    path = Path(name).expanduser()
+    if name in ARCHITECTURES or path.exists():
+        return path
     if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
         known = difflib.get_close_matches(name, ARCHITECTURES, n=1)
         hint = f"did you mean {known[0]!r}?" if known else f"known are {', '.join(ARCHITECTURES)}"
         raise FileNotFoundError(f"no architecture {name!r}: {hint}; or give a folder or a config.json")
-    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    return path
 
 
 def _neighbours(path: Path) -> str:

@@ -36,6 +36,7 @@ from lit_lora.metrics import TrainingMetrics
 from lit_lora.models import load_base_model
 from lit_lora.prediction import answer
 from lit_lora.step_metrics import EvaluationMeans, LossOutput, StepRecorder
+from lit_lora.trainer_settings import refuse_sharding
 
 __all__ = ["LoRALightningModule", "LossOutput"]
 
@@ -121,13 +122,16 @@ class LoRALightningModule(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.activation_memory = activation_memory
         self.max_new_tokens = max_new_tokens
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {learning_rate}")
+        if not 0 < learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0 and finite, got {learning_rate}")
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0 and finite, got {weight_decay}")
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {warmup_ratio}")
         if optimizer is not None and weight_decay:
             raise ValueError("weight_decay has no effect on an optimizer of your own: set it there")
-
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if activation_memory is not None and gradient_checkpointing:
             raise ValueError("activation_memory has no effect beside gradient_checkpointing: set one of them")
         if activation_memory not in (None, "auto"):
@@ -167,7 +171,13 @@ class LoRALightningModule(L.LightningModule):
         return LossOutput(nll_sum, batch["target_ids"].numel(), num_correct, batch.get("num_tokens"))
 
     def configure_model(self) -> None:
-        """Load the base, inject the adapters, freeze everything else. Does nothing the second time."""
+        """Load the base, inject the adapters, freeze everything else. Does nothing the second time.
+
+        Raises:
+            ValueError: if the Trainer's strategy splits the model over processes.
+        """
+        if self._trainer is not None:
+            refuse_sharding(type(self._trainer.strategy).__name__)
         if self.model is not None:
             return
         model = self.load_base()
@@ -227,16 +237,9 @@ class LoRALightningModule(L.LightningModule):
                     "lr_scheduler ReduceLROnPlateau needs a monitor: subclass and override configure_optimizers"
                 )
         else:
-            scheduler = schedule.build(
-                optimizer, self.lr_schedule, num_steps=self._num_steps(), warmup_ratio=self.warmup_ratio
-            )
+            num_steps = schedule.num_steps(self.trainer)
+            scheduler = schedule.build(optimizer, self.lr_schedule, num_steps=num_steps, warmup_ratio=self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _num_steps(self) -> int | None:
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        steps = self.trainer.estimated_stepping_batches
-        return int(steps) if math.isfinite(steps) else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, up to a constant factor; see :meth:`optimizer_step`."""
@@ -270,9 +273,7 @@ class LoRALightningModule(L.LightningModule):
             torch._foreach_mul_(gradients, (factor / totals[1].clamp(min=1)).to(gradients[0].dtype))
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        total = self.trainer.strategy.reduce(values, reduce_op="sum")
-        assert isinstance(total, Tensor)
-        return total
+        return torch.as_tensor(self.trainer.strategy.reduce(values, reduce_op="sum"))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Take the norms of the unclipped gradients and of the parameters, and log the step's loss."""

@@ -82,6 +82,8 @@ class RunRecord(L.Callback):
 def _closing_lines(module: LoRALightningModule, verdicts: Sequence[Verdict]) -> list[str]:
     metrics = module.flush_metrics()
     failed = [verdict.name for verdict in verdicts if verdict.passed is False]
+    if not metrics.steps:
+        failed.append("no step was taken")
     lines = ["", f"lit_lora: {'NOT PROVED: ' + ', '.join(failed) if failed else 'proved'}"]
     if metrics.steps:
         first, last = metrics.steps[0], metrics.steps[-1]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -15,6 +16,14 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
 }
 """Share of the peak learning rate, by progress after the warm-up, in [0, 1]."""
+
+
+def num_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole run; None where nobody can know."""
+    if trainer.max_steps > 0:
+        return trainer.max_steps
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if math.isfinite(steps) else None
 
 
 def build(

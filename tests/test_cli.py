@@ -104,6 +104,11 @@ def test_the_written_config_reproduces_the_run(command, fit, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_run_without_a_step_proves_nothing(command, fit, capsys):
+    command("fit", *fit, "--trainer.max_steps", 0)
+    assert "NOT PROVED: no step was taken" in capsys.readouterr().out
+
+
 def test_validate_reports_the_loss(command, fit, capsys):
     arguments = [part for part in fit if part not in ("--convergence.min_decrease", 0.0, "--trainer.max_steps", 3)]
     command("validate", *arguments)

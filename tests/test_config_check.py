@@ -54,6 +54,78 @@ def test_every_mistake_is_in_one_report(fit):
         assert all(part in line for part in parts), (line, parts)
 
 
+REFUSED = {
+    "seed_everything": -1,
+    "trainer": {
+        "precision": "16-true",
+        "accumulate_grad_batches": 0,
+        "gradient_clip_val": -1.0,
+        "check_val_every_n_epoch": 0,
+        "log_every_n_steps": -1,
+        "accelerator": "cpu",
+        "devices": 0,
+        "max_steps": -5,
+        "max_time": "long",
+        "strategy": "fsdp",
+    },
+    "model": {
+        "base": "random:tinyllama-1.1b",
+        "lora": {"r": 0, "lora_dropout": 1.5},
+        "quantization": {"block_size": 48},
+        "learning_rate": -1.0,
+        "warmup_ratio": 2.0,
+        "weight_decay": 0.1,
+        "optimizer": {"class_path": "torch.optim.SGD"},
+        "activation_memory": "much",
+    },
+    "data": {"train": "train.jsonl", "max_length": 1, "batch_size": 0, "num_workers": -1},
+    "memory": {"on_exceeded": "stop"},
+    "checkpoint": {"keep_last": 0, "every_n_steps": -1},
+}
+REFUSALS = [
+    "seed_everything must be from 0 to",
+    "model.lora.r: r must be at least 1, got 0",
+    "model.lora.lora_dropout: lora_dropout must be in [0, 1), got 1.5",
+    "model.quantization.block_size: block_size must be a power of two",
+    "trainer.strategy: trainer.strategy 'fsdp' splits the model",
+    "trainer.precision: precision 16-true trains adapters in float16",
+    "trainer.accumulate_grad_batches: accumulate_grad_batches must be at least 1",
+    "trainer.gradient_clip_val: gradient_clip_val must be at least 0",
+    "trainer.check_val_every_n_epoch: check_val_every_n_epoch must be at least 1",
+    "trainer.log_every_n_steps: log_every_n_steps must not be negative",
+    "trainer.devices: `Trainer(devices=0)` value is not a valid input",
+    "trainer.max_steps: `max_steps` must be a non-negative integer or -1",
+    "trainer.max_time: `Timer(duration='long')` is not a valid duration",
+    "model.learning_rate: learning_rate must be above 0",
+    "model.warmup_ratio: warmup_ratio must be in [0, 1), got 2.0",
+    "model.weight_decay: weight_decay has no effect on an optimizer of your own",
+    "model.activation_memory: expected an amount of memory",
+    "data.num_workers: num_workers must not be negative, got -1",
+    "data.max_length: max_length must be at least 2 tokens, got 1",
+    "data.batch_size: batch_size must be at least 1, got 0",
+    "memory.on_exceeded: on_exceeded='stop' has no effect without budget_mib",
+    "checkpoint.every_n_steps: every_n_steps must be at least 0, got -1",
+    "checkpoint.keep_last: keep_last must be at least 1, got 0",
+]
+
+
+def test_every_value_that_a_class_refuses_is_in_one_report(fit):
+    code, error = fit(REFUSED)
+    assert code == 1
+    start, *lines = error.partition("lit-lora: error: ")[2].splitlines()[:-1]
+    assert start == f"{len(REFUSALS)} problems:"
+    for line, expected in zip(lines, REFUSALS, strict=True):
+        assert line.startswith(f"  {expected}"), (line, expected)
+
+
+def test_refused_values_are_in_the_report_of_the_parsers_mistakes_too(fit):
+    code, error = fit({**REFUSED, "trainr": {"max_stps": 3}}, "--gradient_norm.window", "1")
+    assert code == 2
+    assert f"{len(REFUSALS) + 2} problems" in error
+    for expected in [*REFUSALS, "did you mean 'trainer'?", "gradient_norm.window: window must be at least"]:
+        assert expected in error
+
+
 @pytest.mark.parametrize(
     ("config", "arguments", "code", "message"),
     [
@@ -62,13 +134,29 @@ def test_every_mistake_is_in_one_report(fit):
         ({"trainer": {"max_steps": 1.5}, "data": {"train": "train.jsonl"}}, [], 2, "trainer.max_steps"),
         ({"data": {"train": "train.jsonl"}}, ["--model.base", "smollm2-135m-instrct"], 1, "did you mean"),
         (
+            {"data": {"train": "train.jsonl"}, "model": {"base": "random:tinylama-1.1b"}},
+            [],
+            1,
+            "model.base: no architecture 'tinylama-1.1b': did you mean 'tinyllama-1.1b'?",
+        ),
+        (
+            {"data": {"train": "train.jsonl", "tokenizer": "byte"}, "model": {"base": "random:tinyllama-1.1b"}},
+            [],
+            1,
+            "data.tokenizer: no model folder 'byte'",
+        ),
+        (
             {"data": {"train": "trains.jsonl"}, "model": {"base": "random:tinyllama-1.1b"}},
             [],
             1,
             "did you mean train.jsonl",
         ),
         (
-            {"data": {"train": "train.jsonl"}, "trainer": {"strategy": "fsdp"}, "model": {"base": "random:x"}},
+            {
+                "data": {"train": "train.jsonl"},
+                "trainer": {"strategy": "fsdp"},
+                "model": {"base": "random:tinyllama-1.1b"},
+            },
             [],
             1,
             "Use 'ddp'",
@@ -87,10 +175,12 @@ def test_every_mistake_is_in_one_report(fit):
         ),
         ("trainer: [1", [], 2, "not valid YAML"),
         ("- 1", [], 2, "config.yaml"),
-        ("data: 3", [], 2, "data"),
+        ("data: 3", [], 2, "data: expected settings by name, got 3"),
+        ({"data": {"train": "train.jsonl"}, "trainer": [1]}, [], 1, "trainer: expected settings by name, got [1]"),
+        ({"data": {"train": "train.jsonl", "x": {}}}, ["--model.base=random:llama-2-7b"], 1, "no setting 'data.x'"),
         ("\x00", [], 2, "config.yaml"),
         (
-            {"data": {"train": "train.jsonl"}, "model": {"base": "random:x"}},
+            {"data": {"train": "train.jsonl"}, "model": {"base": "random:tinyllama-1.1b"}},
             ["--ckpt_path", "no.ckpt"],
             1,
             "no checkpoint no.ckpt",

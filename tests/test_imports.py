@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shared_prefix": {"adapters"},
     "gated_mlp": {"adapters"},
     "schedule": set(),
+    "trainer_settings": set(),
     "activation_checkpointing": set(),
     "checkpoint": set(),
     "adapters": set(),
@@ -55,9 +56,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.resume": set(),
     "training_state": {"checkpoint", "step_metrics", "data.resume"},
     "module": {
-        "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "schedule", "activation_checkpointing",
-        "step_metrics", "training_state", "prediction", "frozen_statistics", "activation_budget", "amounts",
-        "gated_mlp",
+        "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "schedule", "trainer_settings",
+        "activation_checkpointing", "step_metrics", "training_state", "prediction", "frozen_statistics",
+        "activation_budget", "amounts", "gated_mlp",
     },
     "callbacks": {"adapters"},
     "tools": {
@@ -66,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "run_record": {"module", "callbacks", "checkpoint"},
     "config_check": {"data", "models"},
-    "cli": {"module", "data", "callbacks", "checkpoint", "run_record", "config_check"},
+    "cli": {"module", "data", "callbacks", "checkpoint", "run_record", "config_check", "trainer_settings"},
     "tools.estimate": {"amounts", "cli", "memory", "data"},
     "__main__": {"cli", "tools", "tools.fetch", "tools.estimate"},
 }  # fmt: skip

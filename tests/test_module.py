@@ -8,6 +8,7 @@ import json
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -25,6 +26,7 @@ from lit_lora.checkpoint import AtomicCheckpointIO, DamagedCheckpointError, read
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.module import LossOutput
+from lit_lora.trainer_settings import refuse_sharding
 from tests.tiny import SIZES, config, examples
 
 LENGTHS = (7, 12, 5, 9, 14, 6, 8, 11)
@@ -335,6 +337,9 @@ def test_a_vision_model_is_fine_tuned_through_two_hooks(tmp_path):
     ("options", "message"),
     [
         ({"learning_rate": 0}, "learning_rate must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"warmup_ratio": 1.5}, "warmup_ratio must be in"),
         ({"optimizer": torch.optim.SGD, "weight_decay": 0.1}, "weight_decay has no effect"),
     ],
@@ -342,6 +347,24 @@ def test_a_vision_model_is_fine_tuned_through_two_hooks(tmp_path):
 def test_settings_are_checked_when_they_are_made(options, message):
     with pytest.raises(ValueError, match=message):
         LoRALightningModule("base", **options)
+
+
+def test_a_strategy_that_splits_the_model_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    module = LoRALightningModule("random:nothing-of-that-name")
+    try:
+        with pytest.raises(ValueError, match=r"'ModelParallelStrategy' splits the model .* Use 'ddp'"):
+            _trainer(tmp_path, strategy=ModelParallelStrategy(), devices=1).fit(module, [None], [None])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", "FSDPStrategy", "deepspeed_stage_2", "lightning.pytorch.strategies.FSDPStrategy"]
+)
+def test_every_kind_of_sharding_is_refused(strategy):
+    with pytest.raises(ValueError, match="splits the model"):
+        refuse_sharding(strategy)
 
 
 def test_own_optimizer_and_schedule_are_used(base, tmp_path):

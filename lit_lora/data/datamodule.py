@@ -6,7 +6,7 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -113,6 +113,8 @@ class SFTDataModule(pl.LightningDataModule):
             raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
         if validation is not None and validation_fraction:
             raise ValueError("validation_fraction has no effect beside a validation file: set one of them")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {num_workers}")
         if batch_size is None and max_tokens_per_batch is None:
             batch_size = DEFAULT_BATCH_SIZE
         self.train_source = str(train)
@@ -258,16 +260,15 @@ class SFTDataModule(pl.LightningDataModule):
         settings = self._settings_of(source)
         contents = {example.line: example.content for example in read_examples(source, settings).items}
         prompts = []
-        for index, line in enumerate(data.lines.tolist()):
-            content = contents[line]
+        for index, content in enumerate(contents[line] for line in data.lines.tolist()):
             if isinstance(content, str):
                 raise ValueError(
                     f"{source} holds plain text, which has no prompts to answer: use a format with prompts"
                 )
             last = max(number for number, turn in enumerate(content) if turn["role"] == "assistant")
             ids = torch.tensor([format_prompt(self.tokenizer, content[:last])])
-            example_ids = torch.tensor([index])
-            prompts.append({"prompt_ids": ids, "reference": content[last]["content"], "example_ids": example_ids})
+            reference = content[last]["content"]
+            prompts.append({"prompt_ids": ids, "reference": reference, "example_ids": torch.tensor([index])})
         share = prompts[self._rank :: self._world_size]
         return DataLoader(PromptDataset(share), batch_size=1, collate_fn=_only, generator=self._generator())
 
@@ -357,11 +358,10 @@ class SFTDataModule(pl.LightningDataModule):
 
     def _loader(self, data: TokenizedDataset, sampler: ResumableBatchSampler) -> DataLoader:
         self._check_vocabulary(data)
-        collate: Callable[[Any], Any] = collate_packed if self.packing else collate_padded
         return ResumableDataLoader(
             data,
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=collate_packed if self.packing else collate_padded,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             generator=self._generator(),

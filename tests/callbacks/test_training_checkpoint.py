@@ -212,8 +212,8 @@ def test_fast_dev_run_writes_nothing(fit, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every_n_steps": -1}, "every_n_steps >= 0"),
-        ({"keep_last": 0}, "keep_last >= 1"),
+        ({"every_n_steps": -1}, "every_n_steps must be at least 0"),
+        ({"keep_last": 0}, "keep_last must be at least 1"),
         ({"every_n_minutes": 0}, "above 0 or None"),
         ({"mode": "best"}, "'min' or 'max'"),
     ],
