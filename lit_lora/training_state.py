@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_lora.checkpoint import base_fingerprint, describe_mismatch, rng_state, set_rng_state
@@ -170,7 +171,13 @@ def restore(
     if len(ranks) == trainer.world_size:
         set_rng_state(ranks[rank]["rng"])
         _restore_window([ranks[rank]["window"]], window, parameters)
-    elif rank == 0:  # another number of processes: all that was summed goes to one of them
+        return
+    if state["settings"]["lora"]["lora_dropout"]:
+        rank_zero_warn(
+            f"saved by {len(ranks)} processes and resumed by {trainer.world_size}: each process has a random stream of "
+            "its own, so dropout, and with it the losses, will differ from those of an undisturbed run"
+        )
+    if rank == 0:  # all that was summed goes to one of them
         _restore_window([entry["window"] for entry in ranks], window, parameters)
 
 

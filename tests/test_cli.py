@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from lit_lora.__main__ import main
+from lit_lora.checkpoint import newest_checkpoint
 from tests.tiny import config
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
@@ -90,6 +92,26 @@ def test_fit_writes_a_run_folder_and_never_into_an_earlier_one(command, fit, tmp
     command("fit", *fit)
     assert (run / "metrics.json").read_bytes() == before
     assert (tmp_path / "runs" / "tiny-2" / "verdict.json").is_file()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_how_to_resume_and_has_its_exit_code(fit, tmp_path, signum, code):
+    checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
+    options = ["--trainer.max_steps", 10**6, "--checkpoint.every_n_steps", 1]
+    command = [sys.executable, "-m", "lit_lora", "fit", *map(str, [*fit, *options])]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while process.poll() is None and not list(checkpoints.glob("*.ckpt")):
+                time.sleep(0.05)
+            process.send_signal(signum)
+            error = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+    assert process.returncode == code, error[-2000:]
+    assert "Traceback" not in error
+    newest, problems = newest_checkpoint(checkpoints)
+    assert problems == []
+    assert f"Resume with --ckpt_path {newest}" in error
 
 
 def test_the_written_config_reproduces_the_run(command, fit, tmp_path):

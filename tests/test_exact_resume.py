@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from lit_lora import training_state
+from lit_lora.checkpoint import rng_state
+from lit_lora.step_metrics import StepWindow
 from tests.resume_project import run
 from tests.tiny import config
 
@@ -109,6 +113,14 @@ def test_ctrl_c_three_times_changes_nothing(project, tmp_path):
     resumed = run(folder=str(tmp_path / "run"), ckpt_path=ckpt_path, **settings)
     assert seen + resumed["seen"] == whole["seen"]
     assert_same_end(whole, resumed)
+
+
+@pytest.mark.parametrize(("num_ranks", "dropout", "told"), [(2, 0.1, True), (2, 0.0, False), (1, 0.1, False)])
+def test_dropout_on_another_number_of_processes_is_said_not_to_be_the_same(num_ranks, dropout, told, recwarn):
+    ranks = [{"rng": rng_state(), "window": None}] * num_ranks
+    state = {"ranks": ranks, "settings": {"lora": {"lora_dropout": dropout}}}
+    training_state.restore(state, SimpleNamespace(global_rank=0, world_size=1), StepWindow(), {})
+    assert [str(warning.message)[:42] for warning in recwarn] == ["saved by 2 processes and resumed by 1: eac"] * told
 
 
 @pytest.mark.ddp

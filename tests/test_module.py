@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn import functional as F
@@ -118,6 +121,21 @@ def test_gradient_norm_is_that_of_the_mean_loss_per_token(base, tmp_path):
     assert step.loss == pytest.approx((output.loss_sum / output.num_targets).item(), rel=1e-5)
     assert step.loss_scale == 1.0
     assert step.param_norm > 0
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the first step is skipped
+def test_an_overflow_under_fp16_takes_no_step_and_the_loss_scale_is_recorded(base, tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    module = _module(base)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
+    _trainer(tmp_path, max_steps=40, plugins=plugins, callbacks=[GradientNormLogger()]).fit(module, _loader(4))
+    steps = module.training_metrics.steps
+    skipped = [not math.isfinite(step.grad_norm) for step in steps]
+    assert 0 < sum(skipped) < 40
+    scales = [2.0**40, *(step.loss_scale for step in steps)]
+    assert [after / before for before, after in itertools.pairwise(scales)] == [0.5 if s else 1.0 for s in skipped]
+    moved = [a.param_norm != b.param_norm for a, b in itertools.pairwise(steps)]
+    assert moved == [not s for s in skipped[:-1]]
 
 
 def test_loss_converges_and_only_adapters_move(base, tmp_path):

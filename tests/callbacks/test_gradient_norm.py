@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 
@@ -12,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from plain_projects import AdapterModel, PlainModel
 
 from lit_lora.callbacks import GradientNormLogger, NonFiniteError, gradient_norm
+from lit_lora.callbacks._spikes import SpikeWatch
 
 
 class Watched(AdapterModel):
@@ -134,6 +136,30 @@ def test_overflow_under_a_loss_scale_is_counted_and_no_error(make_trainer, logge
     assert 0 < callback.spikes.max_norm < 100  # unscaled
 
 
+def test_a_step_that_the_loss_scale_skips_moves_nothing_and_is_reported(make_trainer, logger):
+    model, scales, states = Poisoned(3), [], []
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            scales.append(scaler.get_scale())
+            moments = trainer.optimizers[0].state_dict()["state"].values()
+            states.append([value.clone() for entry in moments for value in entry.values()])
+            states[-1] += [p.detach().clone() for p in pl_module.parameters()]
+
+    callback = GradientNormLogger()
+    trainer = fp16_trainer(make_trainer, callback, scaler, logger=logger)
+    trainer.callbacks.append(Watch())
+    trainer.fit(model)
+    same = [all(map(torch.equal, before, after)) for before, after in itertools.pairwise(states)]
+    assert same == [False, False, True, False, False, False, False]
+    assert scales == [1024.0] * 3 + [512.0] * 5
+    assert logger.values("grad_norm/loss_scale") == scales
+    assert logger.values("grad_norm/non_finite_steps") == [1.0] * 5
+    assert callback.verdict.passed
+    assert "8 steps, 1 dropped as not finite" in callback.verdict.detail
+
+
 def test_underflow_of_the_loss_scale_stops(make_trainer):
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     with pytest.raises(NonFiniteError, match=r"loss scale fell to 0.5, below min_loss_scale=1"):
@@ -160,6 +186,27 @@ def test_spike_and_explosion_are_reported_with_their_step(make_trainer):
     assert any(message.startswith("loss spike at step 13: ") for message in messages)
     assert any(message.startswith("gradient explosion at step 13: ") for message in messages)
     assert (callback.spikes.num_spikes, callback.spikes.num_explosions) == (1, 1)
+
+
+def test_a_ripple_on_a_flat_loss_is_no_spike():
+    watch = SpikeWatch(window=20, spike_std=6.0, explosion_factor=10.0)
+    for step in range(12):
+        watch.add_loss(step, 2.0)
+    watch.add_loss(12, 2.1)  # a spread of nothing would make it one
+    assert watch.num_spikes == 0
+
+
+def test_spikes_are_measured_against_the_window_before_a_resume():
+    watch, resumed = (SpikeWatch(window=20, spike_std=6.0, explosion_factor=10.0) for _ in range(2))
+    for step in range(12):
+        watch.add_loss(step, 2.0)
+        watch.add_norm(step, 1.0)
+    resumed.load_state_dict(watch.state_dict())
+    with pytest.warns(UserWarning, match="loss spike at step 12"):
+        resumed.add_loss(12, 4.0)
+    with pytest.warns(UserWarning, match="gradient explosion at step 12"):
+        resumed.add_norm(12, 11.0)
+    assert (resumed.num_spikes, resumed.num_explosions) == (1, 1)
 
 
 def test_sparse_gradients_are_measured(make_trainer, logger):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,25 +21,28 @@ HERE = Path(__file__).parent
     [
         ("raise", 1, "rank 0 stops: rank 1 failed: ValueError: the data of this rank is spoilt"),
         ("raise", 0, "rank 1 stops: rank 0 failed: ValueError: the data of this rank is spoilt"),
+        ("kill", 1, "Connection (reset|closed) by peer|rank 0 stops: rank 1 has given no sign of life for 6 s"),
+        ("kill", 0, "Connection (reset|closed) by peer|rank 1 stops: rank 0 is gone"),
         ("freeze", 1, "rank 0 stops: rank 1 has given no sign of life for 6 s"),
         ("nothing", 0, None),
     ],
 )
 def test_every_rank_ends_with_the_reason(how, rank, expected):
+    """Within the time limit: the output is read until the last process has closed it. gloo itself notices a kill."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
     }
     command = [sys.executable, str(HERE / "rank_project.py"), how, str(rank)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     if expected is None:
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("finished in order") == 2
         assert "stops:" not in done.stderr
     else:
         assert done.returncode != 0
-        assert expected in done.stderr, done.stderr[-3000:]
+        assert re.search(expected, done.stderr), done.stderr[-3000:]
 
 
 def test_one_process_is_left_alone(make_trainer):
