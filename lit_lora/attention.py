@@ -45,6 +45,19 @@ def no_mask(device: torch.device) -> Tensor:
     return torch.zeros((1, 1, 1, 1), device=device)
 
 
+class SeqLens:
+    """The lengths of a packed batch's examples, tokens, as Python numbers: no device needs to be asked.
+
+    An object that ``torch.compile`` does not look into: for a list it would compile again when its length changes.
+    """
+
+    __slots__ = ("lengths",)
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+
+
+@torch.compiler.disable(reason="one kernel call per example: traced, each number of examples would be compiled anew")
 def packed_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -54,7 +67,7 @@ def packed_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
-    seq_lens: list[int] | None = None,
+    seq_lens: SeqLens | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -70,7 +83,7 @@ def packed_attention_forward(
         scaling: factor on the scores; 1/sqrt(E) by default.
         dropout: probability on the attention weights.
         cu_seq_lens_q: where examples start and end, ``(N + 1,)`` int32; None for a call that is not packed.
-        seq_lens: the examples' lengths, tokens, as Python numbers: no device needs to be asked.
+        seq_lens: the examples' lengths.
         sliding_window: tokens that a token sees, itself included; None for all.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         kwargs: passed on for calls that are not packed.
@@ -84,7 +97,8 @@ def packed_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    longest = max(seq_lens)
+    lengths = seq_lens.lengths
+    longest = max(lengths)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and dropout == 0.0:
         return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
@@ -95,7 +109,7 @@ def packed_attention_forward(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     outputs = []
     # split, not slices: the backward of a split is one concatenation, that of a slice a full-size zero tensor each.
-    for q, k, v in zip(query.split(seq_lens, 2), key.split(seq_lens, 2), value.split(seq_lens, 2), strict=True):
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         if plain:
             gqa = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(
