@@ -50,6 +50,22 @@ def no_mask(device: torch.device) -> Tensor:
     return torch.zeros((1, 1, 1, 1), device=device)
 
 
+class SeqLens:
+    """The lengths of a packed batch's examples, tokens, as Python numbers: no device needs to be asked.
+
+    With ``shared_prefix``, the first example has so many tokens and is the beginning of each of the others.
+
+    An object that ``torch.compile`` does not look into: for a list it would compile again when its length changes.
+    """
+
+    __slots__ = ("lengths", "shared_prefix")
+
+    def __init__(self, lengths: list[int], shared_prefix: int = 0) -> None:
+        self.lengths = lengths
+        self.shared_prefix = shared_prefix
+
+
+@torch.compiler.disable(reason="one kernel call per example: traced, each number of examples would be compiled anew")
 def packed_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -59,8 +75,7 @@ def packed_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
-    seq_lens: list[int] | None = None,
-    shared_prefix: int = 0,
+    seq_lens: SeqLens | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -76,8 +91,7 @@ def packed_attention_forward(
         scaling: factor on the scores; 1/sqrt(E) by default.
         dropout: probability on the attention weights.
         cu_seq_lens_q: where examples start and end, ``(N + 1,)`` int32; None for a call that is not packed.
-        seq_lens: the examples' lengths, tokens, as Python numbers: no device needs to be asked.
-        shared_prefix: tokens of the first example, which is the beginning of each of the others; 0 if none is.
+        seq_lens: the examples' lengths, and how much of them is shared.
         sliding_window: tokens that a token sees, itself included; None for all.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         kwargs: passed on for calls that are not packed.
@@ -91,15 +105,16 @@ def packed_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    longest = shared_prefix + max(seq_lens)
+    lengths, shared_prefix = seq_lens.lengths, seq_lens.shared_prefix
+    longest = shared_prefix + max(lengths)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     plain = window is None and softcap is None and dropout == 0.0
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and dropout == 0.0:
         return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
     if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and plain:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return blockwise_attention(query, key, value, seq_lens, shared_prefix=shared_prefix, scaling=scaling), None
-    return _per_example(query, key, value, seq_lens, shared_prefix, scaling, dropout, window, softcap), None
+        return blockwise_attention(query, key, value, lengths, shared_prefix=shared_prefix, scaling=scaling), None
+    return _per_example(query, key, value, lengths, shared_prefix, scaling, dropout, window, softcap), None
 
 
 def _per_example(

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lit_lora.adapters.int8_rows import Int8Head
-from lit_lora.attention import no_mask, use_packed_attention
+from lit_lora.attention import SeqLens, no_mask, use_packed_attention
 from lit_lora.losses import IGNORE_INDEX, LinearCrossEntropyOutput, linear_cross_entropy_with_accuracy
 from lit_lora.shared_prefix import share_prefix, why_no_shared_prefix
 
@@ -197,8 +197,7 @@ def _model_inputs(batch: Batch) -> Batch:
             "position_ids": batch["position_ids"],
             "attention_mask": no_mask(batch["input_ids"].device),
             "cu_seq_lens_q": batch["cu_seq_lens"],
-            "seq_lens": _seq_lens(batch),
-            "shared_prefix": batch.get("shared_prefix", 0),
+            "seq_lens": SeqLens(_seq_lens(batch), batch.get("shared_prefix", 0)),
         }
     return {**inputs, "use_cache": False}
 

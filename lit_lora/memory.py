@@ -276,7 +276,7 @@ def _as_on_cuda() -> Iterator[None]:
     def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
         if q.dtype not in (torch.float16, torch.bfloat16) or kwargs.get("seq_lens") is None:
             return attention.packed_attention_forward(module, q, k, v, mask, **kwargs)
-        longest = max(kwargs["seq_lens"])
+        longest = max(kwargs["seq_lens"].lengths)
         return attention._varlen(q, k, v, kwargs["cu_seq_lens_q"], longest, kwargs.get("scaling"), None), None
 
     on_cpu = base_weight._dequantize_4bit

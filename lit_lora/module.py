@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_lora import causal_lm, schedule, training_state
+from lit_lora import causal_lm, compilation, liger_kernels, optimization, training_state
 from lit_lora.activation_budget import ActivationBudget
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import InjectionReport, inject_lora
@@ -43,8 +43,8 @@ __all__ = ["LoRALightningModule", "LossOutput"]
 _LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
 _PLAIN_SETTINGS = (
     "base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule", "warmup_ratio",
-    "packing", "shared_prefix", "chunked_loss", "fused_lora", "recompute_mlp", "gradient_checkpointing",
-    "activation_memory", "max_new_tokens",
+    "packing", "shared_prefix", "chunked_loss", "fused_lora", "recompute_mlp", "compile_layers", "liger",
+    "gradient_checkpointing", "activation_memory", "max_new_tokens",
 )  # fmt: skip
 
 
@@ -71,6 +71,8 @@ class LoRALightningModule(L.LightningModule):
         chunked_loss: bool = True,
         fused_lora: bool = True,
         recompute_mlp: bool = True,
+        compile_layers: bool = False,
+        liger: bool = False,
         gradient_checkpointing: bool = False,
         activation_memory: str | None = None,
         max_new_tokens: int = 128,
@@ -96,6 +98,9 @@ class LoRALightningModule(L.LightningModule):
             fused_lora: one autograd function per adapted layer; else plain operations, for comparison.
             recompute_mlp: make the activation and product of SwiGLU MLPs again in the backward pass: half of a layer's
                 activations for two elementwise passes.
+            compile_layers: run each decoder layer through torch.compile, for longer runs on CUDA (unverified on
+                hardware). No gain on a CPU; the first step waits for the compiler.
+            liger: Liger's kernels for norms, rotary positions and gated MLPs; CUDA only (unverified on hardware).
             gradient_checkpointing: recompute each layer in the backward pass: less memory, more time.
             activation_memory: recompute only as many layers as keep activations within this, such as 4GiB; auto is what
                 is free on the device.
@@ -119,6 +124,8 @@ class LoRALightningModule(L.LightningModule):
         self.chunked_loss = chunked_loss
         self.fused_lora = fused_lora
         self.recompute_mlp = recompute_mlp
+        self.compile_layers = compile_layers
+        self.liger = liger
         self.gradient_checkpointing = gradient_checkpointing
         self.activation_memory = activation_memory
         self.max_new_tokens = max_new_tokens
@@ -136,6 +143,10 @@ class LoRALightningModule(L.LightningModule):
             raise ValueError("activation_memory has no effect beside gradient_checkpointing: set one of them")
         if activation_memory not in (None, "auto"):
             parse_bytes(activation_memory)
+        if compile_layers and quantization is not None:
+            raise ValueError(compilation.QUANTIZED_REFUSED)
+        if liger and (compile_layers or activation_memory is not None):
+            raise ValueError(liger_kernels.refusal(compile_layers))
 
         self.strict_loading = False  # the base is not in checkpoints; on_load_checkpoint checks the adapter's keys
         self.model: nn.Module | None = None
@@ -145,6 +156,7 @@ class LoRALightningModule(L.LightningModule):
         self._resume_state: dict[str, Any] | None = None
         self._means = EvaluationMeans()
         self._activation_budget: ActivationBudget | None = None
+        self._compile_clock: compilation.CompileClock | None = None
 
     # ------------------------------------------------------------------ hooks to override for other models
 
@@ -180,7 +192,13 @@ class LoRALightningModule(L.LightningModule):
             refuse_sharding(type(self._trainer.strategy).__name__)
         if self.model is not None:
             return
+        if self.compile_layers:
+            compilation.check_compiler(torch.get_default_device())
+        if self.liger:
+            liger_kernels.check_available(torch.get_default_device())
         model = self.load_base()
+        if self.liger:
+            rank_zero_info(f"Liger kernels: {', '.join(liger_kernels.apply(model))}")
         self.injection_report = inject_lora(model, self.lora)
         if not self.fused_lora:
             for _, layer in lora_layers(model):
@@ -194,6 +212,8 @@ class LoRALightningModule(L.LightningModule):
                 model, packing=self.packing, direct_head=self.chunked_loss, shared_prefix=self.shared_prefix
             )
             rank_zero_info(f"Forward path: {self.path}")
+        if self.compile_layers:
+            self._compile_clock = compilation.compile_layers(model)
         if self.gradient_checkpointing:
             checkpoint_layers(model)
         elif self.activation_memory is not None:
@@ -221,25 +241,11 @@ class LoRALightningModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Adapter parameters and a schedule that steps with the optimizer."""
-        parameters = list(self.trainable_parameters().values())
-        if self.optimizer_callable is not None:
-            optimizer = self.optimizer_callable(parameters)
-        else:
-            # A fused optimizer under a loss scaler would unscale by itself, after norms are logged and clipped.
-            fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
-            optimizer = torch.optim.AdamW(
-                parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused
-            )
-        if self.lr_scheduler_callable is not None:
-            scheduler = self.lr_scheduler_callable(optimizer)
-            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                raise ValueError(
-                    "lr_scheduler ReduceLROnPlateau needs a monitor: subclass and override configure_optimizers"
-                )
-        else:
-            num_steps = schedule.num_steps(self.trainer)
-            scheduler = schedule.build(optimizer, self.lr_schedule, num_steps=num_steps, warmup_ratio=self.warmup_ratio)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return optimization.configure(
+            self.trainer, list(self.trainable_parameters().values()),
+            optimizer=self.optimizer_callable, learning_rate=self.learning_rate, weight_decay=self.weight_decay,
+            lr_scheduler=self.lr_scheduler_callable, lr_schedule=self.lr_schedule, warmup_ratio=self.warmup_ratio,
+        )  # fmt: skip
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, up to a constant factor; see :meth:`optimizer_step`."""
@@ -289,6 +295,8 @@ class LoRALightningModule(L.LightningModule):
             loss_scale=scaler.get_scale() if scaler is not None else 1.0,
             learning_rate=optimizer.param_groups[0]["lr"],
         )
+        if self._compile_clock is not None:
+            self._compile_clock.report()
         # Reading a value makes the host wait for a CUDA device, so there it is done on logging steps only.
         if self.device.type == "cpu" or self._recorder.num_pending >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self.flush_metrics()
