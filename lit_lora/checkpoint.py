@@ -72,7 +72,8 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str,
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a broken file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # The first sentence: what follows advises to run what is in the file.
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
         raise DamagedCheckpointError(f"checkpoint {path} cannot be read: {reason}") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise DamagedCheckpointError(f"{path} is not a Lightning checkpoint: it has no state_dict")

@@ -36,7 +36,7 @@ from lit_lora.callbacks import (
     ThroughputLogger,
     TrainingCheckpoint,
 )
-from lit_lora.checkpoint import AtomicCheckpointIO, newest_checkpoint
+from lit_lora.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from lit_lora.config_check import problems_in, problems_of
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.module import LoRALightningModule
@@ -139,13 +139,15 @@ class LoRACLI(LightningCLI):
         """Find shipped data, and refuse what no run can go well with.
 
         Raises:
-            ValueError: listing all problems.
+            ValueError: listing all problems, or naming a checkpoint that cannot be read.
         """
         for key in ("train", "validation", "test"):
             if config.data.get(key):
                 config.data[key] = _shipped(config.data[key]) or config.data[key]
         if found := problems_of(config, parser, sys.argv[1:], PARTS):
             raise ValueError("\n  ".join([f"{len(found)} problems:", *found] if found[1:] else found))
+        if config.get("ckpt_path") and Path(config.ckpt_path).is_file():
+            read_checkpoint(config.ckpt_path)  # before Lightning reads settings from it, with whatever error it meets
 
     def before_instantiate_classes(self) -> None:
         """Choose the run folder, and find the checkpoint to resume from."""

@@ -185,6 +185,12 @@ def test_refused_values_are_in_the_report_of_the_parsers_mistakes_too(fit):
             1,
             "no checkpoint no.ckpt",
         ),
+        (
+            {"data": {"train": "train.jsonl"}, "model": {"base": "random:tinyllama-1.1b"}},
+            ["--ckpt_path", "train.jsonl"],
+            1,
+            "checkpoint train.jsonl cannot be read: Weights only load failed",
+        ),
     ],
 )
 def test_one_mistake_is_one_line(fit, config, arguments, code, message):
