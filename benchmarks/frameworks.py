@@ -233,7 +233,7 @@ def parity(job: Job) -> dict[str, Any]:
     nll_sum = language_model_loss(model, batch, choose_path(model)).nll_sum
     (nll_sum / batch["target_ids"].numel()).backward()
     ours = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    theirs_model = _peft_model(job)
+    theirs_model = _peft_model(job).train()  # in evaluation bitsandbytes may compute in bfloat16 on a CPU
     length = max(len(ids) for ids, _ in first)
     ids = torch.tensor([x + [0] * (length - len(x)) for x, _ in first])
     mask = torch.tensor([[1] * len(x) + [0] * (length - len(x)) for x, _ in first])
