@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+LONG = 768
+"""From so many tokens of an example on, torch's own kernel is faster (``benchmarks/NOTES.md``)."""
+
 _BLOCK = 128
 """Queries of a block: fewer waste less of the diagonal block, more make larger products."""
 

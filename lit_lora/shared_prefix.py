@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lit_lora.adapters.layers import LoRALayer
+from lit_lora.blockwise_attention import LONG
 
 Batch = dict[str, Any]
 
@@ -23,7 +24,8 @@ def share_prefix(batch: Batch, *, min_saved: int = 16) -> Batch:
 
     Args:
         batch: of two or more examples with ``target_positions``, as ``collate_packed`` makes it, on a CPU.
-        min_saved: rows; a batch that would not become shorter by as many is left as it is.
+        min_saved: rows; a batch that would not become shorter by as many is left as it is. With a long example, a tenth
+            of all rows: it takes the slower of two attention kernels then.
 
     Returns:
         ``batch``, or one with ``shared_prefix``: how many rows of it are the common beginning. It ends before the first
@@ -32,6 +34,8 @@ def share_prefix(batch: Batch, *, min_saved: int = 16) -> Batch:
     lengths = batch["seq_lens"] if "seq_lens" in batch else batch["cu_seq_lens"].diff().tolist()
     positions_T, ids_T = batch["position_ids"].squeeze(0), batch["input_ids"].squeeze(0)
     target_rows = batch["target_positions"]
+    if max(lengths) >= LONG:
+        min_saved = max(min_saved, sum(lengths) // 10)
     num_shared = min(lengths) - 1
     if target_rows.numel():
         num_shared = min(num_shared, int(positions_T[target_rows].min()))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lit_lora import attention
 from lit_lora.attention import _per_example
 from lit_lora.blockwise_attention import blockwise_attention
 
@@ -65,6 +66,18 @@ def test_float32_is_as_exact_as_torchs_kernel():
     torchs = _attention_and_gradients(_reference, [300, 100], 0, dtype=torch.float32)
     for value, other, true in zip(ours, torchs, exact, strict=True):
         assert (value - true).abs().max() <= 2 * (other - true).abs().max() + 1e-7
+
+
+@pytest.mark.parametrize(("lengths", "shared", "blockwise"), [([700], 0, True), ([800], 0, False), ([9, 800], 9, True)])
+def test_long_examples_without_a_shared_beginning_take_torchs_kernel(monkeypatch, lengths, shared, blockwise):
+    calls = []
+    monkeypatch.setattr(attention, "blockwise_attention", lambda q, *_, **__: calls.append(1) or q.transpose(1, 2))
+    q, k, v = (torch.randn(1, 2, sum(lengths), 8) for _ in range(3))
+    seq_lens = attention.SeqLens(lengths, shared)
+    attention.packed_attention_forward(
+        torch.nn.Module(), q, k, v, None, cu_seq_lens_q=torch.zeros(1), seq_lens=seq_lens
+    )
+    assert bool(calls) == blockwise
 
 
 def test_nothing_but_the_inputs_is_kept_for_the_backward_pass():

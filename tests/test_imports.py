@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
     "blockwise_attention": set(),
     "attention": {"blockwise_attention"},
-    "shared_prefix": {"adapters"},
+    "shared_prefix": {"adapters", "blockwise_attention"},
     "gated_mlp": {"adapters"},
     "schedule": set(),
     "trainer_settings": set(),

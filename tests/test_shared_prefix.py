@@ -100,6 +100,12 @@ def test_loss_and_gradients_stay_what_they_were(kind, fields, shared, checkpoint
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_with_a_long_example_it_has_to_save_a_tenth():
+    long = [*range(5, 105)] * 8
+    assert "shared_prefix" not in share_prefix(_batch(long, THREE[0], THREE[1]))  # 20 of 836 rows
+    assert share_prefix(_batch(long, *[THREE[0]] * 12))["shared_prefix"] == 10  # 120 of 978
+
+
 def test_dropout_of_the_adapters_gives_each_example_its_own():
     model = language_model()
     inject_lora(model, LoRAConfig(r=4, lora_dropout=0.1))
