@@ -86,8 +86,7 @@ class ActivationBudget:
             self._budget = budget_bytes(self._amount, device, 3 * trainable)  # gradients, and two moments
         for layer, forward in zip(repeated_layers(self._model), self._forwards, strict=True):
             layer.forward = forward
-        with torch.compiler.set_stance("force_eager"):  # layers that run compiled keep no more than they do eagerly
-            self.num_layers = layers_to_checkpoint(self._model, num_tokens, self._budget, self._path)
+        self.num_layers = layers_to_checkpoint(self._model, num_tokens, self._budget, self._path)
         checkpoint_layers(self._model, self.num_layers)
 
 

@@ -38,8 +38,11 @@ def check_trainer(
     """
     name = strategy if isinstance(strategy, str) else strategy.get("class_path", "") if strategy else ""
     refuse_sharding(name)
-    if str(precision) == "16-true":
-        raise ValueError("precision 16-true trains adapters in float16, where small updates are lost: use 16-mixed")
+    if half := {"16-true": "float16", "bf16-true": "bfloat16"}.get(str(precision)):
+        raise ValueError(
+            f"precision {precision} trains adapters in {half}, whatever model.lora.adapter_dtype says, where small "
+            f"updates are lost: use {str(precision).replace('true', 'mixed')}, or model.dtype {half} for the base alone"
+        )
     if accumulate_grad_batches < 1:
         raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
     if gradient_clip_val is not None and not 0 <= gradient_clip_val < math.inf:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lit_lora.__main__ import main
+from lit_lora.trainer_settings import check_trainer
 
 
 @pytest.fixture
@@ -214,3 +215,11 @@ def test_a_mistyped_config_name_is_answered(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["fit", "--config", "quikstart.yaml"])
     assert "did you mean quickstart.yaml?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("16-true", "float16"), ("bf16-true", "bfloat16")])
+def test_adapters_are_not_made_half_precision_behind_adapter_dtype(precision, dtype):
+    with pytest.raises(
+        ValueError, match=rf"adapters in {dtype}, whatever model.lora.adapter_dtype .* model.dtype {dtype}"
+    ):
+        check_trainer(precision=precision)
