@@ -75,7 +75,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         _, num_heads, num_rows, width = query.shape
         out_THE = query.new_empty(num_rows, num_heads, width)
         for block in _blocks(seq_lens, shared_prefix):
-            stacked = _stack(query[0], block, key.shape[1]).mul_(scaling)
+            stacked = _stack(query[0], block, key.shape[1], scaling)
             weights = _weights(stacked, _visible(key[0], block), block)
             _unstack_(out_THE, block, weights @ _visible(value[0], block))
         ctx.save_for_backward(query, key, value)
@@ -94,7 +94,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         dquery_THE = query.new_empty(num_rows, num_heads, width)
         dkey, dvalue = (x.new_zeros(num_rows, num_key_heads, width).transpose(0, 1) for x in (key, value))
         for block in _blocks(seq_lens, shared_prefix):
-            stacked, dout = _stack(query, block, num_key_heads).mul_(scaling), _stack(grad_HTE, block, num_key_heads)
+            stacked, dout = _stack(query, block, num_key_heads, scaling), _stack(grad_HTE, block, num_key_heads)
             seen = _visible(key, block)
             weights = _weights(stacked, seen, block)
             dweights = dout @ _visible(value, block).transpose(1, 2)
@@ -105,10 +105,12 @@ class _BlockwiseAttention(torch.autograd.Function):
         return dquery_THE.transpose(0, 1)[None], dkey[None], dvalue[None], None, None, None
 
 
-def _stack(x_HTE: Tensor, block: _Block, num_key_heads: int) -> Tensor:
-    """Rows of a block, those of query heads with one key head below each other: ``(K, G * B, E)``, a copy."""
-    rows = x_HTE[:, block.query_rows]
-    return rows.reshape(num_key_heads, -1, rows.shape[-1]).clone(memory_format=torch.contiguous_format)
+def _stack(x_HTE: Tensor, block: _Block, num_key_heads: int, scaling: float = 1.0) -> Tensor:
+    """Rows of a block, those of query heads with one key head below each other: ``(K, G * B, E)``, scaled."""
+    rows_HBE = x_HTE[:, block.query_rows]
+    stacked = rows_HBE.new_empty(rows_HBE.shape)
+    torch.mul(rows_HBE, scaling, out=stacked)
+    return stacked.view(num_key_heads, -1, stacked.shape[-1])
 
 
 def _unstack_(out_THE: Tensor, block: _Block, stacked: Tensor) -> None:
