@@ -111,8 +111,8 @@ def packed_attention_forward(
     plain = window is None and softcap is None and dropout == 0.0
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and dropout == 0.0:
         return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
-    exact = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
-    if exact and plain and (shared_prefix or longest < LONG):
+    exact = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(query.device.type)
+    if exact and plain and query.device.type == "cpu" and (shared_prefix or longest < LONG):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return blockwise_attention(query, key, value, lengths, shared_prefix=shared_prefix, scaling=scaling), None
     return _per_example(query, key, value, lengths, shared_prefix, scaling, dropout, window, softcap), None

@@ -80,6 +80,18 @@ def test_long_examples_without_a_shared_beginning_take_torchs_kernel(monkeypatch
     assert bool(calls) == blockwise
 
 
+def test_autocast_takes_the_other_branch_in_half_precision():
+    q, k, v = (torch.randn(1, 2, 12, 8, requires_grad=True) for _ in range(3))
+    seq_lens = attention.SeqLens([4, 5, 3], 4)
+    call = {"cu_seq_lens_q": torch.zeros(1), "seq_lens": seq_lens}
+    expected, _ = attention.packed_attention_forward(torch.nn.Module(), q, k, v, None, **call)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        # As after rotary positions: queries and keys in float32, values in half precision.
+        got, _ = attention.packed_attention_forward(torch.nn.Module(), q, k, v.bfloat16(), None, **call)
+    got.sum().backward()
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
+
+
 def test_nothing_but_the_inputs_is_kept_for_the_backward_pass():
     inputs = [torch.randn(1, 4, 200, 8, requires_grad=True) for _ in range(3)]
     kept = []
