@@ -101,7 +101,7 @@ def language_model_loss(
     if not path.packed and "cu_seq_lens" in batch:
         batch = unpack(batch)
     if path.shared_prefix and "cu_seq_lens" in batch:
-        batch = share_prefix(batch)
+        batch = share_prefix({**batch, "seq_lens": _seq_lens(batch)})
     positions_S, targets_S = batch["target_positions"], batch["target_ids"]
     if path.direct_head:
         hidden_TD = _hidden_states(model, batch).flatten(0, 1)

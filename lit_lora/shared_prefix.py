@@ -31,7 +31,7 @@ def share_prefix(batch: Batch, *, min_saved: int = 16) -> Batch:
         ``batch``, or one with ``shared_prefix``: how many rows of it are the common beginning. It ends before the first
         position from which a token is predicted, so every target keeps a row of its own.
     """
-    lengths = batch["seq_lens"] if "seq_lens" in batch else batch["cu_seq_lens"].diff().tolist()
+    lengths = batch["seq_lens"]
     positions_T, ids_T = batch["position_ids"].squeeze(0), batch["input_ids"].squeeze(0)
     target_rows = batch["target_positions"]
     if max(lengths) >= LONG:
