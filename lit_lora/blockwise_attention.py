@@ -20,21 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_lora import products
+
 LONG = 768
 """From so many tokens of an example on, torch's own kernel is faster (``benchmarks/NOTES.md``)."""
 
 _BLOCK = 128
 """Queries of a block: fewer waste less of the diagonal block, more make larger products."""
-
-
-class _Block(NamedTuple):
-    """Queries that are computed together, and the keys that the last of them sees."""
-
-    query_rows: slice
-    key_rows: slice
-    """Of the block's own example."""
-    prefix: int
-    """Rows at the start of the batch that are seen too."""
 
 
 def blockwise_attention(
@@ -57,13 +49,33 @@ def blockwise_attention(
     return _BlockwiseAttention.apply(query, key, value, seq_lens, shared_prefix, scaling)
 
 
-def _blocks(seq_lens: list[int], shared_prefix: int) -> Iterator[_Block]:
+class _Example(NamedTuple):
+    """Rows of the batch that see each other, and how many at the start of the batch they see too."""
+
+    rows: slice
+    prefix: int
+
+    def blocks(self) -> Iterator[tuple[slice, int]]:
+        """Rows of queries that are computed together, and how many keys of the example the last of them sees."""
+        for first in range(self.rows.start, self.rows.stop, _BLOCK):
+            last = min(first + _BLOCK, self.rows.stop)
+            yield slice(first, last), self.prefix + last - self.rows.start
+
+    def gather(self, x_KTE: Tensor) -> Tensor:
+        """Keys or values of the example, its beginning first, ``(K, C, E)``, contiguous."""
+        own = x_KTE[:, self.rows]
+        return torch.cat([x_KTE[:, : self.prefix], own], dim=1) if self.prefix else own.contiguous()
+
+    def add_(self, total_KTE: Tensor, grad_KCE: Tensor) -> None:
+        """The reverse of ``gather``, summed."""
+        total_KTE[:, : self.prefix] += grad_KCE[:, : self.prefix]
+        total_KTE[:, self.rows] += grad_KCE[:, self.prefix :]
+
+
+def _examples(seq_lens: list[int], shared_prefix: int) -> Iterator[_Example]:
     start = 0
     for index, length in enumerate(seq_lens):
-        prefix = shared_prefix if index else 0
-        for first in range(start, start + length, _BLOCK):
-            last = min(first + _BLOCK, start + length)
-            yield _Block(slice(first, last), slice(start, last), prefix)
+        yield _Example(slice(start, start + length), shared_prefix if index else 0)
         start += length
 
 
@@ -74,10 +86,12 @@ class _BlockwiseAttention(torch.autograd.Function):
     ) -> Tensor:
         _, num_heads, num_rows, width = query.shape
         out_THE = query.new_empty(num_rows, num_heads, width)
-        for block in _blocks(seq_lens, shared_prefix):
-            stacked = _stack(query[0], block, key.shape[1], scaling)
-            weights = _weights(stacked, _visible(key[0], block), block)
-            _unstack_(out_THE, block, weights @ _visible(value[0], block))
+        for example in _examples(seq_lens, shared_prefix):
+            keys, values = example.gather(key[0]), example.gather(value[0])
+            for rows, num_seen in example.blocks():
+                stacked = _stack(query[0, :, rows], len(keys), scaling)
+                weights = _weights(stacked, keys[:, :num_seen], rows)
+                _unstack_(out_THE[rows], products.matmul(weights, values[:, :num_seen]))
         ctx.save_for_backward(query, key, value)
         ctx.options = seq_lens, shared_prefix, scaling
         return out_THE[None]
@@ -93,47 +107,40 @@ class _BlockwiseAttention(torch.autograd.Function):
         # In the layout of the projections' outputs, which the caller transposed.
         dquery_THE = query.new_empty(num_rows, num_heads, width)
         dkey, dvalue = (x.new_zeros(num_rows, num_key_heads, width).transpose(0, 1) for x in (key, value))
-        for block in _blocks(seq_lens, shared_prefix):
-            stacked, dout = _stack(query, block, num_key_heads, scaling), _stack(grad_HTE, block, num_key_heads)
-            seen = _visible(key, block)
-            weights = _weights(stacked, seen, block)
-            dweights = dout @ _visible(value, block).transpose(1, 2)
-            _add_visible_(dvalue, block, weights.transpose(1, 2) @ dout)
-            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-            _unstack_(dquery_THE, block, (dscores @ seen).mul_(scaling))
-            _add_visible_(dkey, block, dscores.transpose(1, 2) @ stacked)
+        for example in _examples(seq_lens, shared_prefix):
+            keys, values = example.gather(key), example.gather(value)
+            # With the keys as columns: a product with many columns is the faster one.
+            dkeys_KEC, dvalues_KEC = (torch.zeros_like(x.transpose(1, 2).contiguous()) for x in (keys, values))
+            for rows, num_seen in example.blocks():
+                stacked, dout = _stack(query[:, rows], num_key_heads, scaling), _stack(grad_HTE[:, rows], num_key_heads)
+                seen = keys[:, :num_seen]
+                weights = _weights(stacked, seen, rows)
+                dweights = products.matmul(dout, values[:, :num_seen].transpose(1, 2))
+                dvalues_KEC[..., :num_seen] += products.matmul(dout.transpose(1, 2), weights)
+                dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+                _unstack_(dquery_THE[rows], products.matmul(dscores, seen).mul_(scaling))
+                dkeys_KEC[..., :num_seen] += products.matmul(stacked.transpose(1, 2), dscores)
+            example.add_(dkey, dkeys_KEC.transpose(1, 2))
+            example.add_(dvalue, dvalues_KEC.transpose(1, 2))
         return dquery_THE.transpose(0, 1)[None], dkey[None], dvalue[None], None, None, None
 
 
-def _stack(x_HTE: Tensor, block: _Block, num_key_heads: int, scaling: float = 1.0) -> Tensor:
+def _stack(x_HBE: Tensor, num_key_heads: int, scaling: float = 1.0) -> Tensor:
     """Rows of a block, those of query heads with one key head below each other: ``(K, G * B, E)``, scaled."""
-    rows_HBE = x_HTE[:, block.query_rows]
-    stacked = rows_HBE.new_empty(rows_HBE.shape)
-    torch.mul(rows_HBE, scaling, out=stacked)
+    stacked = x_HBE.new_empty(x_HBE.shape)
+    torch.mul(x_HBE, scaling, out=stacked)
     return stacked.view(num_key_heads, -1, stacked.shape[-1])
 
 
-def _unstack_(out_THE: Tensor, block: _Block, stacked: Tensor) -> None:
-    _, num_heads, width = out_THE.shape
-    out_THE[block.query_rows] = stacked.view(num_heads, -1, width).transpose(0, 1)
+def _unstack_(out_BHE: Tensor, stacked: Tensor) -> None:
+    _, num_heads, width = out_BHE.shape
+    out_BHE.copy_(stacked.view(num_heads, -1, width).transpose(0, 1))
 
 
-def _visible(x_KTE: Tensor, block: _Block) -> Tensor:
-    """Keys or values that a block sees, ``(K, C, E)``."""
-    own = x_KTE[:, block.key_rows]
-    return torch.cat([x_KTE[:, : block.prefix], own], dim=1) if block.prefix else own
-
-
-def _add_visible_(total_KTE: Tensor, block: _Block, grad_KCE: Tensor) -> None:
-    if block.prefix:
-        total_KTE[:, : block.prefix] += grad_KCE[:, : block.prefix]
-    total_KTE[:, block.key_rows] += grad_KCE[:, block.prefix :]
-
-
-def _weights(stacked: Tensor, keys_KCE: Tensor, block: _Block) -> Tensor:
+def _weights(stacked: Tensor, keys_KCE: Tensor, rows: slice) -> Tensor:
     """Attention weights of a block, ``(K, G * B, C)``; only the last B columns can be hidden from a query."""
-    scores = stacked @ keys_KCE.transpose(1, 2)
-    size = block.query_rows.stop - block.query_rows.start
+    scores = products.matmul(stacked, keys_KCE.transpose(1, 2))
+    size = rows.stop - rows.start
     hidden_BB = torch.full((size, size), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
     scores.view(len(scores), -1, size, scores.shape[-1])[..., -size:] += hidden_BB
     return torch.softmax(scores, dim=-1)

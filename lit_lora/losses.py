@@ -1,11 +1,16 @@
 """Cross-entropy of a linear output head, without ever holding the logits of all tokens.
 
 A language model's logits are its largest activation: tokens times vocabulary, several copies of it in float32. Here
-they exist for ``chunk_size`` tokens at a time, in one reused buffer, and the gradient of the hidden states is made in
-the forward pass, while the chunk's softmax is at hand. A frozen head, the usual one under LoRA, needs no gradient.
-Left out: label smoothing, z-loss, class weights.
+they exist for ``chunk_size`` tokens and some thousand rows of the head at a time, which a processor's cache can hold,
+and are used up at once: for the running normaliser, and for the gradient of the hidden states, a running mean of the
+head's rows weighted by their probability (the scheme of FlashAttention, arXiv:2205.14135, with the head as keys and
+values). A frozen head, the usual one under LoRA, needs no gradient. Left out: label smoothing, z-loss, class weights.
 
-Shapes: T tokens, D hidden, V vocab, C tokens of a chunk.
+The label's logit stays out of the sums. With z the log of the others' summed exponentials less the label's logit, a
+token's loss is softplus(z), and its gradient sigmoid(z) times the mean row of the others less the label's row: no
+difference of nearly equal numbers where the model is sure.
+
+Shapes: T tokens, D hidden, V vocab, C tokens of a chunk, N rows of a block of the head.
 """
 
 from __future__ import annotations
@@ -17,7 +22,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_lora import products
+
 IGNORE_INDEX = -100
+
+_BLOCK_BYTES = 2**14
+"""Of a row of logits that is there at a time."""
+
+_LOWEST, _SMALLEST = torch.finfo(torch.float32).min, 1e-30
+"""In the place of minus infinity and zero, whose differences and quotients are no numbers."""
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -31,10 +44,6 @@ class LinearCrossEntropyOutput(NamedTuple):
 
 class RowBlocks(Protocol):
     """A frozen head that is stored in another form, and never there as a whole."""
-
-    @property
-    def num_rows(self) -> int:
-        """V."""
 
     def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weight ``(V, D)`` in blocks of rows, from the first to the last."""
@@ -54,7 +63,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of a linear head, without the full logits.
 
-    Equals ``F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")``; peak memory O(chunk_size * V).
+    Equals ``F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")``. Peak memory O(chunk_size), or
+    O(chunk_size * V) if the head is trained.
 
     Args:
         hidden: final hidden states, ``(T, D)``, any float dtype.
@@ -85,7 +95,7 @@ def linear_cross_entropy_with_accuracy(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     plain, blocks = (weight.to(hidden.dtype), None) if isinstance(weight, Tensor) else (None, weight)
-    nll_sum, num_correct = _LinearCrossEntropy.apply(hidden, plain, blocks, labels, chunk_size, accuracy)
+    nll_sum, num_correct = _LinearCrossEntropy.apply(hidden, plain, blocks, labels, chunk_size)
     return LinearCrossEntropyOutput(nll_sum, num_correct if accuracy else None)
 
 
@@ -98,50 +108,64 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head: RowBlocks | None,
         labels_T: Tensor,
         chunk_size: int,
-        accuracy: bool,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        whole = _Whole(weight_VD) if weight_VD is not None else head
-        assert whole is not None
-        num_tokens, vocab_size, dtype = len(hidden_TD), whole.num_rows, hidden_TD.dtype
+        dtype, vocab_size = hidden_TD.dtype, weight_VD.shape[0] if weight_VD is not None else 0
+        if weight_VD is not None:  # a trained head as one block, whose normaliser is known when it is done
+            head = _PlainRows(weight_VD, vocab_size if needs_weight else _BLOCK_BYTES // dtype.itemsize)
+        assert head is not None
         nll_sum = hidden_TD.new_zeros((), dtype=torch.float32)
         num_correct = labels_T.new_zeros(())
         grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_weight = (
             hidden_TD.new_zeros((vocab_size, hidden_TD.shape[1]), dtype=torch.float32) if needs_weight else None
         )
-        buffer = hidden_TD.new_empty((min(chunk_size, num_tokens), vocab_size))
+        normalise = dtype is not torch.float32 or needs_weight
 
-        for start in range(0, num_tokens, chunk_size):
-            rows = slice(start, min(start + chunk_size, num_tokens))
+        for start in range(0, len(hidden_TD), chunk_size):
+            rows = slice(start, min(start + chunk_size, len(hidden_TD)))
             hidden_CD = hidden_TD[rows]
-            labels_C = labels_T[rows]
-            supervised_C = labels_C != IGNORE_INDEX
-            labels_C = labels_C.clamp(min=0)
-            logits_CV = _product_(buffer[: len(labels_C)], hidden_CD, whole).float()  # in place if float32
-            max_C1, argmax_C1 = (
-                logits_CV.max(dim=-1, keepdim=True) if accuracy else (logits_CV.amax(dim=-1, keepdim=True), None)
-            )
-            if argmax_C1 is not None:
-                num_correct += ((argmax_C1.squeeze(-1) == labels_C) & supervised_C).sum()
-            logits_CV.sub_(max_C1)
-            label_logit_C = logits_CV.gather(-1, labels_C[:, None]).squeeze(-1)
-            exp_CV = logits_CV.exp_()
-            sum_C1 = exp_CV.sum(dim=-1, keepdim=True)
-            nll_C = sum_C1.squeeze(-1).log() - label_logit_C
-            nll_sum += (nll_C * supervised_C).sum()
-            # d nll / d logits = softmax - onehot, here times the sum of exponentials; that is divided out on the narrow
-            # side. The label's share is taken off before the product: afterwards it would cancel all but few digits.
-            dlogits_CV = exp_CV.scatter_add_(-1, labels_C[:, None], -sum_C1)
-            scale_C1 = supervised_C[:, None] / sum_C1
-            if dtype != torch.float32 or grad_weight is not None:
-                dlogits_CV.mul_(scale_C1)  # now, where the range of half precision or the wide side needs it
-                scale_C1 = torch.ones_like(scale_C1)
+            supervised_C1 = (labels_T[rows] != IGNORE_INDEX)[:, None]
+            labels_C1 = labels_T[rows, None].clamp(min=0)
+            label_logit_C1 = hidden_TD.new_zeros(labels_C1.shape, dtype=torch.float32)
+            # Of the tokens that are not the label: largest logit, log of the summed exponentials, mean row of the head.
+            max_C1 = torch.full_like(label_logit_C1, float("-inf"))
+            lse_C1 = torch.full_like(label_logit_C1, float("-inf"))
+            mean_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
+            first = 0
+            for block_ND in head.blocks(dtype):
+                logits_CN = products.linear(hidden_CD, block_ND).float()
+                column_C1 = labels_C1 - first
+                first += len(block_ND)
+                here_C1 = (column_C1 >= 0) & (column_C1 < len(block_ND))
+                column_C1 = column_C1.clamp(0, len(block_ND) - 1)
+                at_column_C1 = logits_CN.gather(-1, column_C1)
+                label_logit_C1 = torch.where(here_C1, at_column_C1, label_logit_C1)
+                logits_CN.scatter_(-1, column_C1, at_column_C1.masked_fill(here_C1, float("-inf")))
+                block_max_C1 = logits_CN.amax(dim=-1, keepdim=True).clamp_(
+                    min=_LOWEST
+                )  # a block may be the label alone
+                exp_CN = logits_CN.sub_(block_max_C1).exp_()
+                sum_C1 = exp_CN.sum(dim=-1, keepdim=True).clamp_(min=_SMALLEST)
+                new_lse_C1 = torch.logaddexp(lse_C1, block_max_C1 + sum_C1.log())
+                if needs_hidden:
+                    share_C1 = (block_max_C1 - new_lse_C1).exp_()
+                    if normalise:  # on the wide side, where the range of half precision or a trained head needs it
+                        exp_CN.div_(sum_C1)
+                        share_C1.mul_(sum_C1)
+                    product_CD = products.matmul(exp_CN.to(dtype), block_ND).float()
+                    mean_CD.mul_((lse_C1 - new_lse_C1).exp_()).addcmul_(product_CD, share_C1)
+                max_C1, lse_C1 = torch.maximum(max_C1, block_max_C1), new_lse_C1
+            z_C1 = lse_C1 - label_logit_C1
+            nll_sum += (F.softplus(z_C1) * supervised_C1).sum()
+            num_correct += ((label_logit_C1 > max_C1) & supervised_C1).sum()
+            weight_C1 = z_C1.sigmoid() * supervised_C1
             if grad_hidden is not None:
-                product_CD = _transposed_product(dlogits_CV.to(dtype), whole).float()
-                grad_hidden[rows] = (product_CD * scale_C1).to(grad_hidden.dtype)
+                label_CD = head.rows(labels_C1.squeeze(-1), dtype)
+                grad_hidden[rows] = mean_CD.sub_(label_CD).mul_(weight_C1).to(grad_hidden.dtype)
             if grad_weight is not None:
-                grad_weight.addmm_(dlogits_CV.T, hidden_CD.float())
+                dlogits_CV = (exp_CN if needs_hidden else exp_CN.div_(sum_C1)).mul_(weight_C1)
+                grad_weight.addmm_(dlogits_CV.scatter_(-1, labels_C1, -weight_C1).T, hidden_CD.float())
 
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = dtype
@@ -155,38 +179,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_nll_sum.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_nll_sum).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
-class _Whole(NamedTuple):
-    """A plain weight as one block."""
+class _PlainRows(NamedTuple):
+    """A plain weight, in blocks of rows."""
 
     weight_VD: Tensor
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.weight_VD)
+    block_size: int
 
     def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        yield self.weight_VD
+        return iter(self.weight_VD.split(self.block_size))
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids, self.weight_VD)
-
-
-def _product_(out_CV: Tensor, hidden_CD: Tensor, head: RowBlocks) -> Tensor:
-    start = 0
-    for block in head.blocks(hidden_CD.dtype):
-        torch.mm(hidden_CD, block.T, out=out_CV[:, start : start + len(block)])
-        start += len(block)
-    return out_CV
-
-
-def _transposed_product(grad_CV: Tensor, head: RowBlocks) -> Tensor:
-    total, start = None, 0
-    for block in head.blocks(grad_CV.dtype):
-        part = grad_CV[:, start : start + len(block)] @ block
-        total = part if total is None else total.add_(part)
-        start += len(block)
-    assert total is not None
-    return total

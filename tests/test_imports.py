@@ -25,8 +25,9 @@ LEAVES = {"config", "metrics", "atomic"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
-    "losses": set(),
-    "blockwise_attention": set(),
+    "products": set(),
+    "losses": {"products"},
+    "blockwise_attention": {"products"},
     "attention": {"blockwise_attention"},
     "shared_prefix": {"adapters", "blockwise_attention"},
     "gated_mlp": {"adapters"},
@@ -34,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer_settings": set(),
     "activation_checkpointing": set(),
     "checkpoint": set(),
-    "adapters": set(),
+    "adapters": {"products"},
     "data.byte_tokenizer": set(),
     "tools.fetch": {"models"},
     "drift": set(),

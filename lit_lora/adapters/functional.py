@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_lora import products
 from lit_lora.adapters import base_weight
 
 
@@ -117,8 +118,8 @@ class _LoRALinear(torch.autograd.Function):
         with _without_autocast(x):
             x_TI = (x if up is None else _swiglu(x, up)).reshape(-1, x.shape[-1])
             weight = _weight(layer, weight_OI, product)
-            y_TO = F.linear(x_TI.to(product), weight, None if bias is None else bias.to(product)).to(out)
-            down_TR = F.linear(x_TI.to(adapter), lora_A.to(adapter))
+            y_TO = products.linear(x_TI.to(product), weight, None if bias is None else bias.to(product)).to(out)
+            down_TR = products.linear(x_TI.to(adapter), lora_A.to(adapter))
             _add_product_(y_TO, down_TR, lora_B.to(adapter).t(), scaling)
         ctx.save_for_backward(x, up, weight_OI, lora_A, lora_B, down_TR)
         ctx.scaling, ctx.layer, ctx.dtypes = scaling, layer, dtypes
@@ -138,15 +139,17 @@ class _LoRALinear(torch.autograd.Function):
             grad_adapter_TO = grad_TO.to(adapter)
             silu = None if up is None else F.silu(x)
             if needs_B:
-                grad_B = (grad_adapter_TO.t() @ down_TR).mul_(ctx.scaling).to(lora_B.dtype)
+                # Not (O, T) @ (T, R): a product with so few columns is up to twenty times slower on a CPU.
+                grad_B_RO = products.matmul(down_TR.t(), grad_adapter_TO).mul_(ctx.scaling)
+                grad_B = grad_B_RO.t().to(lora_B.dtype, memory_format=torch.contiguous_format)
             if needs_A or needs_x:
-                grad_down_TR = (grad_adapter_TO @ lora_B.to(adapter)).mul_(ctx.scaling)
+                grad_down_TR = products.matmul(grad_adapter_TO, lora_B.to(adapter)).mul_(ctx.scaling)
             if needs_A:
                 x_TI = (x if silu is None else silu * up).reshape(-1, x.shape[-1])
-                grad_A = (grad_down_TR.t() @ x_TI.to(adapter)).to(lora_A.dtype)
+                grad_A = products.matmul(grad_down_TR.t(), x_TI.to(adapter)).to(lora_A.dtype)
                 del x_TI
             if needs_x:
-                grad_TI = (grad_TO.to(product) @ _weight(ctx.layer, weight_OI, product)).to(x.dtype)
+                grad_TI = products.matmul(grad_TO.to(product), _weight(ctx.layer, weight_OI, product)).to(x.dtype)
                 grad_x = _add_product_(grad_TI, grad_down_TR, lora_A.to(adapter), 1.0).view(x.shape)
                 if silu is not None:
                     grad_up = silu.mul_(grad_x)
