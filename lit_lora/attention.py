@@ -5,7 +5,7 @@ registers and selects ours. A call that carries offsets (``cu_seq_lens_q``) is c
 (validation of padded batches, generation with a cache) goes to transformers' own SDPA attention.
 
 Which kernel: half precision on CUDA takes torch's variable-length attention, one launch for all examples. Full
-precision on a CPU takes ``blockwise_attention.py``, unless an example is long. Elsewhere each example goes through
+precision on a CPU takes ``blockwise_attention.py``, where that is faster. Elsewhere each example goes through
 ``scaled_dot_product_attention``, with key and value heads repeated on a CPU, where torch's grouped-query backward is
 three times slower than the copy. Soft-capped scores and sliding windows shorter than an example take a plain masked
 product.
@@ -26,7 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lit_lora.blockwise_attention import LONG, blockwise_attention
+from lit_lora.blockwise_attention import blockwise_attention, is_faster
 
 IMPLEMENTATION = "lit_lora_packed"
 
@@ -112,7 +112,7 @@ def packed_attention_forward(
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and dropout == 0.0:
         return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
     exact = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(query.device.type)
-    if exact and plain and query.device.type == "cpu" and (shared_prefix or longest < LONG):
+    if exact and plain and query.device.type == "cpu" and (shared_prefix or is_faster(longest)):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return blockwise_attention(query, key, value, lengths, shared_prefix=shared_prefix, scaling=scaling), None
     return _per_example(query, key, value, lengths, shared_prefix, scaling, dropout, window, softcap), None

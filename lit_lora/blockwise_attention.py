@@ -22,11 +22,16 @@ from torch import Tensor
 
 from lit_lora import products
 
-LONG = 768
-"""From so many tokens of an example on, torch's own kernel is faster (``benchmarks/NOTES.md``)."""
+_LONG = 768
+"""From so many tokens of an example on, torch's own kernel is faster than products by MKL (``benchmarks/NOTES.md``)."""
 
 _BLOCK = 128
 """Queries of a block: fewer waste less of the diagonal block, more make larger products."""
+
+
+def is_faster(longest: int) -> bool:
+    """Than torch's kernel, for examples of at most so many tokens."""
+    return longest < _LONG or products.onednn_is_faster()
 
 
 def blockwise_attention(

@@ -6,7 +6,7 @@ chooses between them for float32, so its own operator for compiled graphs is cal
 float32; the sums are taken in another order.
 
 Which library is asked depends on the processor and on the shapes alone, never on timing, so that a run that is resumed
-computes what it would have computed. ``torch.backends.mkldnn.flags(enabled=False)`` switches oneDNN off. Nothing here
+computes what it would have computed. ``torch.backends.mkldnn.enabled = False`` switches oneDNN off. Nothing here
 is differentiable: it serves the autograd functions that have formulas of their own.
 
 Shapes: M rows, K inner dimension, N columns.
@@ -27,15 +27,17 @@ _SMALL = 2**20
 
 
 @cache
-def _onednn_is_faster() -> bool:
-    """Whether this is an x86 processor by another maker than Intel, and torch was built with oneDNN."""
-    if not torch.backends.mkldnn.is_available():
-        return False
+def _by_amd() -> bool:
     try:
         described = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         described = platform.processor()
     return "AuthenticAMD" in described
+
+
+def onednn_is_faster() -> bool:
+    """Whether large products go to oneDNN: torch was built with it, and the processor is one by AMD."""
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled) and _by_amd()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,8 +70,7 @@ def _by_onednn(x: Tensor, weight: Tensor, num_products: int) -> bool:
         x.dtype is weight.dtype is torch.float32
         and x.device.type == "cpu"
         and num_products >= _SMALL
-        and _onednn_is_faster()
-        and torch.backends.mkldnn.enabled
+        and onednn_is_faster()
     )
 
 

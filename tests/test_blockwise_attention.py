@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_lora import attention
+from lit_lora import attention, products
 from lit_lora.attention import _per_example
 from lit_lora.blockwise_attention import blockwise_attention
 
@@ -68,8 +68,12 @@ def test_float32_is_as_exact_as_torchs_kernel():
         assert (value - true).abs().max() <= 2 * (other - true).abs().max() + 1e-7
 
 
-@pytest.mark.parametrize(("lengths", "shared", "blockwise"), [([700], 0, True), ([800], 0, False), ([9, 800], 9, True)])
-def test_long_examples_without_a_shared_beginning_take_torchs_kernel(monkeypatch, lengths, shared, blockwise):
+@pytest.mark.parametrize(
+    ("lengths", "shared", "onednn", "blockwise"),
+    [([700], 0, False, True), ([800], 0, False, False), ([9, 800], 9, False, True), ([800], 0, True, True)],
+)
+def test_long_examples_take_torchs_kernel_where_products_are_slow(monkeypatch, lengths, shared, onednn, blockwise):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
     calls = []
     monkeypatch.setattr(attention, "blockwise_attention", lambda q, *_, **__: calls.append(1) or q.transpose(1, 2))
     q, k, v = (torch.randn(1, 2, sum(lengths), 8) for _ in range(3))

@@ -6,11 +6,12 @@ from lit_lora import linear_cross_entropy
 from lit_lora.losses import linear_cross_entropy_reference, linear_cross_entropy_with_accuracy
 
 
-def _inputs(num_tokens: int, *, dtype=torch.float32, weight_grad=False):
+def _inputs(num_tokens: int, *, dtype=torch.float32, weight_grad=False, vocab_size=50):
     torch.manual_seed(0)
     hidden = torch.randn(num_tokens, 16, dtype=dtype, requires_grad=True)
-    weight = torch.randn(50, 16, dtype=dtype, requires_grad=weight_grad)
-    labels = torch.randint(0, 50, (num_tokens,))
+    weight = torch.randn(vocab_size, 16, dtype=dtype, requires_grad=weight_grad)
+    labels = torch.randint(0, vocab_size, (num_tokens,))
+    labels[0] = vocab_size - 1
     if num_tokens > 3:
         labels[1] = labels[3] = -100
     return hidden, weight, labels
@@ -19,8 +20,9 @@ def _inputs(num_tokens: int, *, dtype=torch.float32, weight_grad=False):
 @pytest.mark.parametrize("weight_grad", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, 4, 7, 512])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, 0.05)])
-def test_value_and_gradient_equal_the_reference(chunk_size, weight_grad, dtype, tolerance):
-    hidden, weight, labels = _inputs(13, dtype=dtype, weight_grad=weight_grad)
+@pytest.mark.parametrize("vocab_size", [50, 8193])  # the latter in three blocks, the last of one row
+def test_value_and_gradient_equal_the_reference(vocab_size, chunk_size, weight_grad, dtype, tolerance):
+    hidden, weight, labels = _inputs(13, dtype=dtype, weight_grad=weight_grad, vocab_size=vocab_size)
     loss = linear_cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
     (loss * 0.7).backward()
     got = [loss.detach(), hidden.grad] + ([weight.grad] if weight_grad else [])
@@ -54,6 +56,19 @@ def test_no_supervised_token_gives_zero_loss_and_zero_gradient():
     loss.backward()
     assert loss == 0
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+def test_tokens_that_the_model_is_sure_of_have_exact_losses_and_gradients():
+    hidden, weight, labels = _inputs(6, vocab_size=5000)
+    with torch.no_grad():
+        hidden.copy_(weight[labels.clamp(min=0)] * 6)
+    linear_cross_entropy(hidden, weight, labels).backward()
+    exact = hidden.detach().double().requires_grad_()
+    loss = F.cross_entropy(exact @ weight.double().T, labels, reduction="sum")
+    loss.backward()
+    assert 0 < loss < 1e-3
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels).double(), loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-6 * exact.grad.abs().max().item())
 
 
 def test_large_logits_do_not_overflow():

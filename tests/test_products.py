@@ -1,0 +1,78 @@
+"""Products on a CPU: the same values by either library, and the choice between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lit_lora import products
+
+ROWS, INNER, COLUMNS = 160, 96, 128  # above the size from which oneDNN is asked
+
+
+@pytest.fixture(params=["AMD", "another maker"])
+def maker(request, monkeypatch):
+    monkeypatch.setattr(products, "_by_amd", lambda: request.param == "AMD")
+    return request.param
+
+
+@pytest.fixture
+def onednn_calls(monkeypatch):
+    """How often oneDNN's operator is called."""
+    calls = []
+    linear = torch.ops.mkldnn._linear_pointwise
+
+    def counted(*args):
+        calls.append(args[0].shape)
+        return linear(*args)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    return calls
+
+
+def _close(got, expected):
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "gaps"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_is_the_product_in_any_layout(maker, layout, bias):
+    torch.manual_seed(0)
+    weight = {
+        "rows": torch.randn(COLUMNS, INNER),
+        "columns": torch.randn(INNER, COLUMNS).t(),
+        "gaps": torch.randn(COLUMNS, 3, INNER)[:, 1],
+    }[layout]
+    x, offset = torch.randn(ROWS, INNER), torch.randn(COLUMNS) if bias else None
+    exact = x.double() @ weight.double().t() + (0 if offset is None else offset.double())
+    _close(products.linear(x, weight, offset), exact.float())
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_matmul_is_the_product_also_of_transposed_operands(maker, batch):
+    torch.manual_seed(0)
+    left, right = torch.randn(*batch, INNER, ROWS).transpose(-1, -2), torch.randn(*batch, COLUMNS, INNER)
+    exact = left.double() @ right.double().transpose(-1, -2)
+    _close(products.matmul(left, right.transpose(-1, -2)), exact.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_stay_with_torch(maker, onednn_calls, dtype):
+    x, weight = torch.randn(ROWS, INNER, dtype=dtype), torch.randn(COLUMNS, INNER, dtype=dtype)
+    assert torch.equal(products.linear(x, weight), x @ weight.t())
+    assert not onednn_calls
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+def test_large_products_on_amd_go_to_onednn_unless_it_is_switched_off(maker, onednn_calls, monkeypatch):
+    x, weight = torch.randn(ROWS, INNER), torch.randn(COLUMNS, INNER)
+    products.linear(x, weight)
+    assert len(onednn_calls) == (maker == "AMD")
+    products.matmul(torch.stack([x, x]), torch.stack([weight.t(), weight.t()]))
+    assert len(onednn_calls) == 3 * (maker == "AMD")
+    products.linear(x[:2], weight)  # too small to be worth a kernel of its own
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    products.linear(x, weight)
+    assert not products.onednn_is_faster()
+    assert len(onednn_calls) == 3 * (maker == "AMD")
