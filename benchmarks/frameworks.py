@@ -49,7 +49,7 @@ def _result(job: Job, ends_s: list[float], losses: list[float]) -> dict[str, Any
 # ---------------------------------------------------------------------- lit_lora
 
 
-def lit_lora(job: Job, *, huge_pages: bool = True, **options: Any) -> dict[str, Any]:
+def lit_lora(job: Job, *, huge_pages: bool = True, onednn: bool = True, **options: Any) -> dict[str, Any]:
     if huge_pages:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # what the command line does
     import lightning as L
@@ -65,6 +65,7 @@ def lit_lora(job: Job, *, huge_pages: bool = True, **options: Any) -> dict[str, 
     from lit_lora.data.packing import collate_packed, collate_padded
 
     torch.set_num_threads(job["threads"])
+    torch.backends.mkldnn.enabled = onednn
 
     class FromAdapter(LoRALightningModule):
         """Starts from the job's adapter instead of a random one."""
@@ -252,20 +253,23 @@ def parity(job: Job) -> dict[str, Any]:
     return {"gradient_difference": difference, "largest_gradient": largest}
 
 
-def limit(job: Job) -> dict[str, Any]:
+def limit(job: Job, *, onednn: bool = True) -> dict[str, Any]:
     """The products that no exact step can do without, alone, in the job's shapes.
 
     Base forward and input gradient, the adapters' six narrow products, the head at supervised positions in both
-    directions, and attention per example in both directions. No other work.
+    directions, and attention per example in both directions. No other work. Each by the fastest kernel that is known
+    here: the ones that lit_lora uses, or, without oneDNN, those of any torch program.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
     from torch import nn
-    from torch.nn import functional as F
 
     from lit_lora import load_base_model
+    from lit_lora.attention import SeqLens, packed_attention_forward
+    from lit_lora.products import linear, matmul
 
     torch.set_num_threads(job["threads"])
+    torch.backends.mkldnn.enabled = onednn
     model = load_base_model(job["base"], dtype="float32")
     config = model.config
     layers = [[m.weight.detach() for m in layer.modules() if isinstance(m, nn.Linear)] for layer in model.model.layers]
@@ -279,23 +283,27 @@ def limit(job: Job) -> dict[str, Any]:
         x = {n: torch.randn(sum(lengths), n) for n in widths}
         down = torch.randn(sum(lengths), 8)
         hidden = torch.randn(sum(sum(mask) for _, mask in batch), config.hidden_size)
-        queries = [torch.randn(1, config.num_attention_heads, n, config.head_dim, requires_grad=True) for n in lengths]
-        buffer = torch.empty(512, len(head))
+        query, key, value = (
+            torch.randn(1, num_heads, sum(lengths), config.head_dim, requires_grad=True)
+            for num_heads in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        )
         for weights in layers:
             for weight in weights:
                 out, inner = weight.shape
-                a, b = weight[:8], weight[:, :8]
-                torch.mm(x[inner], weight.t())
-                torch.mm(x[out], weight)
+                a, b = weight[:8], weight[:, :8].contiguous()
+                linear(x[inner], weight)
+                matmul(x[out], weight)
                 for left, right in ((x[inner], a.t()), (down, b.t()), (x[out], b), (down, a)):
-                    torch.mm(left, right)
-                torch.mm(down.t(), x[inner])
-                torch.mm(x[out].t(), down)
-            for query in queries:
-                F.scaled_dot_product_attention(query, query, query, is_causal=True).backward(query.detach())
+                    matmul(left, right)
+                matmul(down.t(), x[inner])
+                matmul(down.t(), x[out])
+            attended, _ = packed_attention_forward(
+                nn.Module(), query, key, value, None, cu_seq_lens_q=torch.zeros(1), seq_lens=SeqLens(lengths)
+            )
+            attended.backward(attended.detach())
         for row in range(0, len(hidden), 512):
-            chunk = hidden[row : row + 512]
-            torch.mm(torch.mm(chunk, head.t(), out=buffer[: len(chunk)]), head)
+            for block in head.split(4096):
+                matmul(linear(hidden[row : row + 512], block), block)
         ends_s.append(time.time())
     return _result(job, ends_s, [0.0])
 
@@ -306,6 +314,7 @@ FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "trl": trl,
     "trl_tuned": lambda job: trl(job, gradient_checkpointing=False),
     "limit": limit,
+    "limit_mkl": lambda job: limit(job, onednn=False),
     "parity": parity,
     "no_packing": lambda job: lit_lora(job, packing=False),
     "no_shared_prefix": lambda job: lit_lora(job, shared_prefix=False),
@@ -314,6 +323,7 @@ FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "no_mlp_recompute": lambda job: lit_lora(job, recompute_mlp=False),
     "compiled": lambda job: lit_lora(job, compile_layers=True),
     "no_huge_pages": lambda job: lit_lora(job, huge_pages=False),
+    "no_onednn": lambda job: lit_lora(job, onednn=False),
     "checkpointing": lambda job: lit_lora(job, gradient_checkpointing=True),
 }
 

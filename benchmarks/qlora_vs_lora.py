@@ -20,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +70,39 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, SFTDataModule
+    from lit_lora.adapters.base_weight import read_weight
     from lit_lora.adapters.peft_format import adapter_state_dict, load_adapter_state_dict
-    from lit_lora.callbacks import MemoryProfiler
+    from lit_lora.memory import MemoryEstimate, estimate_memory
+    from lit_lora.shared_prefix import share_prefix
+    from lit_lora.storage_tracker import StorageTracker
 
-    memory = MemoryProfiler(baseline=True)
+    class TensorPeak(L.Callback):
+        """What is alive at the peak of the third step, and what was predicted for its batch."""
+
+        alive_bytes: int
+        estimate: MemoryEstimate
+
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                batch = share_prefix(batch)
+                rows = batch["seq_lens"]
+                self.estimate = estimate_memory(
+                    module.base, lengths=rows, lora=module.lora, quantization=module.quantization,
+                    supervised=len(batch["target_ids"]) / sum(length - 1 for length in rows),
+                )  # fmt: skip
+                self.tracker = StorageTracker()
+                self.tracker.__enter__()
+                optimizer = trainer.optimizers[0]
+                self.tracker.add([*module.parameters(), *module.buffers()])
+                self.tracker.add(p.grad for p in module.parameters() if p.grad is not None)
+                self.tracker.add(value for state in optimizer.state.values() for value in state.values())
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                self.tracker.__exit__(None, None, None)
+                self.alive_bytes = self.tracker.peak().total
+
+    peak = TensorPeak()
     fields = METHODS[arguments.method]
     L.seed_everything(0)
     module = LoRALightningModule(
@@ -81,7 +112,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         learning_rate=arguments.learning_rate,
     )
     trainer = L.Trainer(
-        max_steps=arguments.steps, gradient_clip_val=1.0, callbacks=[memory], logger=False, enable_checkpointing=False,
+        max_steps=arguments.steps, gradient_clip_val=1.0, callbacks=[peak], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
     with trainer.strategy.root_device:
@@ -98,6 +129,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     trainer.fit(module, data)
     after = trainer.validate(module, data, verbose=False)[0]["val_loss"]
     steps = module.training_metrics.steps
+    layers = [m.base_layer for m in module.modules() if hasattr(m, "base_layer")]
     rates = [step.num_tokens / step.step_time_s for step in steps[2:] if step.step_time_s]
     return {
         "val_loss_start": before,
@@ -107,10 +139,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s": statistics.median(rates) if rates else 0.0,
         "tokens_per_s_spread": max(rates) - min(rates) if rates else 0.0,
         "base_mib": _base_bytes(module) / 2**20,
-        "peak_mib": memory.peak_mib - memory.baseline_mib,
+        "tensors_mib": peak.alive_bytes / 2**20,
+        "estimate_mib": peak.estimate.peak.total / 2**20,
+        "dequantize_s": _seconds(lambda: [read_weight(layer, torch.float32) for layer in layers]) if fields else 0.0,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def _base_bytes(module: Any) -> int:
@@ -145,7 +188,9 @@ def write(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> 
                 "train_loss_drop": round(1 - last / first, 4),
                 "val_loss_drop": round(1 - entry["val_loss_end"] / entry["val_loss_start"], 4),
                 "base_mib": round(entry["base_mib"], 1),
-                "peak_mib": round(entry["peak_mib"], 0),
+                "tensors_mib": round(entry["tensors_mib"], 1),
+                "estimate_mib": round(entry["estimate_mib"], 1),
+                "dequantize_s": round(entry["dequantize_s"], 3),
                 "tokens_per_s": round(entry["tokens_per_s"], 1),
                 "tokens_per_s_spread": round(entry["tokens_per_s_spread"], 1),
             }
@@ -164,8 +209,9 @@ def write(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> 
     lines = [
         f"`python -m benchmarks.qlora_vs_lora {Path(arguments.data).name} {options}`, {datetime.date.today()}, "
         f"{lora['device']}, {lora['threads']} threads, torch {torch.__version__}, Python {platform.python_version()}.",
-        "Peak: resident memory above the interpreter's on a CPU, allocated memory on CUDA. Gap: to LoRA's validation "
-        "loss. Train loss: mean of up to 25 steps at each end.",
+        "Tensors: alive at the peak of the third step, beside the estimate for its batch. Dequantize: the weights of "
+        "all adapted layers, once; a step does it twice. Gap: to LoRA's validation loss. Train loss: mean of up to 25 "
+        "steps at each end.",
         "",
         "| " + " | ".join(rows[0]) + " |",
         "|" + "---|" * len(rows[0]),
@@ -175,6 +221,11 @@ def write(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> 
     stem.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     _plot(stem.with_suffix(".png"), results)
     print("\n".join(lines))
+    for row in rows:
+        off = row["estimate_mib"] / row["tensors_mib"] - 1
+        print(
+            f"{row['method']}: estimate {off:+.1%} of the tensors alive{'' if abs(off) < 0.05 else ' (MORE THAN 5%)'}"
+        )
     for row in rows[1:]:
         shrunk = abs(row["gap_end"]) < abs(row["gap_start"])
         falls = row["val_loss_drop"] >= rows[0]["val_loss_drop"]

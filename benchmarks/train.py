@@ -32,8 +32,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 LORA = ["lit_lora", "peft", "trl", "trl_tuned", "limit"]
 ABLATION = [
-    "lit_lora", "no_packing", "no_shared_prefix", "model_logits", "plain_linear", "no_mlp_recompute", "no_huge_pages",
-    "checkpointing", "limit",
+    "lit_lora", "no_onednn", "no_packing", "no_shared_prefix", "model_logits", "plain_linear", "no_mlp_recompute",
+    "no_huge_pages", "checkpointing", "limit",
 ]  # fmt: skip
 
 

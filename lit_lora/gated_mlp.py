@@ -7,7 +7,7 @@ first two, so the adapted down projection makes them again. That costs two eleme
 
 from __future__ import annotations
 
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def recompute_gated_mlps(model: nn.Module, *, trial: bool = True) -> int:
         if kind not in exact:
             exact[kind] = not trial or _equals_formula(module)
         if exact[kind]:
-            module.forward = partial(_forward, module)
+            module.forward = MethodType(_forward, module)
             changed += 1
     return changed
 

@@ -35,6 +35,7 @@ def _by_amd() -> bool:
     return "AuthenticAMD" in described
 
 
+@torch.compiler.assume_constant_result
 def onednn_is_faster() -> bool:
     """Whether large products go to oneDNN: torch was built with it, and the processor is one by AMD."""
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled) and _by_amd()
@@ -48,9 +49,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: ``(N, K)``.
         bias: ``(N,)``.
     """
-    if _by_onednn(x, weight, len(x) * weight.numel()):
-        return torch.ops.mkldnn._linear_pointwise(x, _dense(weight), bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    if not _onednn_may_serve(x, weight):
+        return F.linear(x, weight, bias)
+    return _opaque_linear(x, weight, bias) if torch.compiler.is_compiling() else _linear_by_size(x, weight, bias)
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -60,20 +61,34 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         left: ``(M, K)``, or a batch ``(B, M, K)``.
         right: ``(K, N)``, or ``(B, K, N)``.
     """
-    if left.ndim == 2 or not _by_onednn(left, right, left[0].numel() * right.shape[-1]):
-        return linear(left, right.t()) if left.ndim == 2 else left @ right
-    return torch.stack([linear(a, b.t()) for a, b in zip(left, right, strict=True)])
+    if left.ndim == 2:
+        return linear(left, right.t())
+    if not _onednn_may_serve(left, right) or left[0].numel() * right.shape[-1] < _SMALL:
+        return left @ right
+    return torch.stack([_onednn_linear(a, b.t()) for a, b in zip(left, right, strict=True)])
 
 
-def _by_onednn(x: Tensor, weight: Tensor, num_products: int) -> bool:
-    return (
-        x.dtype is weight.dtype is torch.float32
-        and x.device.type == "cpu"
-        and num_products >= _SMALL
-        and onednn_is_faster()
-    )
+def _onednn_may_serve(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype is weight.dtype is torch.float32 and x.device.type == "cpu" and onednn_is_faster()
 
 
-def _dense(weight: Tensor) -> Tensor:
-    """As rows or columns without gaps: what lies otherwise, oneDNN multiplies with a slow general kernel."""
-    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+def _linear_by_size(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    small = x.shape[0] * weight.numel() < _SMALL
+    return F.linear(x, weight, bias) if small else _onednn_linear(x, weight, bias)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # with gaps between rows oneDNN takes a slow general kernel
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("lit_lora::linear", mutates_args=())
+def _opaque_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """For compiled graphs, which then need not know its size: inductor (2.13) lowers oneDNN's for one size only."""
+    return _linear_by_size(x, weight, bias)
+
+
+@_opaque_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from lit_lora import causal_lm
+from lit_lora import causal_lm, products
 from lit_lora.activation_budget import measure_activations
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import inject_lora
@@ -23,6 +23,7 @@ from lit_lora.compilation import check_compiler, compile_layers
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed
+from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.module import LoRALightningModule
 from tests.tiny import config, examples, language_model
 
@@ -55,8 +56,9 @@ def no_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def adapted() -> PreTrainedModel:
-    model = language_model(num_hidden_layers=3)
+    model = language_model(num_hidden_layers=10)  # more than what the compiler compiles anew before it gives up
     inject_lora(model, LoRAConfig(r=4))
+    assert recompute_gated_mlps(model) == 10
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -82,13 +84,23 @@ def loss_and_gradients(model: PreTrainedModel, lengths: tuple[int, ...]) -> dict
     return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 
+@pytest.fixture(params=[False, True], ids=["torch's products", "oneDNN's"])
+def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who multiplies, whatever the processor and however small."""
+    monkeypatch.setattr(products, "_by_amd", lambda: request.param)
+    monkeypatch.setattr(products, "_SMALL", 0)
+
+
 @pytest.mark.real_model  # as slow as they are
-@pytest.mark.parametrize("recomputed", [0, 2], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    ("recomputed", "onednn"), [(0, True), (2, False)], ids=["plain, oneDNN", "checkpointed"], indirect=["onednn"]
+)
+@pytest.mark.usefixtures("onednn")
 def test_generated_code_equals_eager_for_batches_of_any_lengths(recomputed: int) -> None:
     _compiled_equals_eager(recomputed)
 
 
-@pytest.mark.usefixtures("no_code_generation")
+@pytest.mark.usefixtures("no_code_generation", "onednn")
 @pytest.mark.parametrize("recomputed", [0, 2], ids=["plain", "checkpointed"])
 def test_graphs_equal_eager_for_batches_of_any_lengths_without_compiling_again(recomputed: int) -> None:
     _compiled_equals_eager(recomputed)

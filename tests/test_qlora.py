@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, SFTDataModule, inject_lora, load_base_model
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters import base_weight
-from lit_lora.adapters.quantize import dequantize_, quantize_
+from lit_lora.adapters.quantize import dequantize_, finish_quantization_, quantize_
 from lit_lora.callbacks import MemoryProfiler
 from lit_lora.callbacks.memory_profiler import MemoryBudgetExceeded
 from lit_lora.checkpoint import AtomicCheckpointIO
@@ -277,6 +277,15 @@ def test_missing_bitsandbytes_says_what_to_do(base, folder, monkeypatch):
 class _Gated(nn.Linear):
     def forward(self, x):
         return super().forward(x).sigmoid()
+
+
+def test_a_layer_that_transformers_passed_over_is_named():
+    model = nn.ModuleDict({"plain": nn.Linear(64, 64)})
+    quantize_(model, QuantizationConfig())
+    model["gate"] = _Gated(64, 64)
+    with pytest.raises(ValueError, match=r"gate is a _Gated, which cannot be quantized.*skip_modules"):
+        finish_quantization_(model, QuantizationConfig())
+    finish_quantization_(model, QuantizationConfig(skip_modules=["gate"]))
 
 
 def test_a_layer_that_cannot_be_quantized_is_named():

@@ -79,7 +79,7 @@ def test_a_failed_tier_is_in_the_table_and_fails_the_command(monkeypatch, tmp_pa
     with pytest.raises(RuntimeError, match="tiers failed: no_such_config"):
         tiers(output=str(tmp_path))
     table = capsys.readouterr().out
-    assert re.search(r"no_such_config  FAILED   \d\.\d min; stopped before it wrote anything", table)
+    assert re.search(r"no_such_config  FAILED   \d\.\d min; random weights; stopped before it wrote anything", table)
     assert "2_convergence   skipped" in table
     with pytest.raises(ValueError, match=r"no tiers \[9\]"):
         tiers(only=[9])

@@ -66,12 +66,12 @@ def quantize_(model: nn.Module, quantization: QuantizationConfig) -> None:
     finish_quantization_(model, quantization)
 
 
-def finish_quantization_(model: nn.Module, quantization: QuantizationConfig) -> None:
+def finish_quantization_(model: Any, quantization: QuantizationConfig) -> None:
     """What is the same whoever quantized the linear layers: embedding and head, and the checks.
 
     Raises:
-        ValueError: if no layer is quantized, blocks run over the ends of rows, or an entry of ``skip_modules`` matches
-            nothing.
+        ValueError: if no layer is quantized, one is passed over, blocks run over the ends of rows, or an entry of
+            ``skip_modules`` matches nothing.
     """
     names = {name for name, _ in model.named_modules()}
     idle = [skip for skip in quantization.skip_modules or [] if not any(_matches(name, skip) for name in names)]
@@ -80,6 +80,11 @@ def finish_quantization_(model: nn.Module, quantization: QuantizationConfig) -> 
     quantized = {name: module for name, module in model.named_modules() if may_be_quantized(module)}
     if not quantized:
         raise ValueError("no layer was quantized: the model has no linear layer apart from the head and skip_modules")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in model.named_modules():
+        plain = is_linear_like(module) and not may_be_quantized(module) and module is not head
+        if plain and not is_left_plain(name, quantization):
+            raise ValueError(_cannot_be_quantized(name, module))
     for name, module in quantized.items():
         prepare_base_layer(name, module)
     if quantization.embedding_bits is not None:
@@ -94,10 +99,7 @@ def quantized_layer(name: str, module: Any, quantization: QuantizationConfig) ->
     """
     bnb = bitsandbytes()
     if type(module) is not nn.Linear and not is_conv1d(module):
-        raise ValueError(
-            f"{name} is a {type(module).__name__}, which cannot be quantized (nn.Linear and Conv1D can): "
-            f"add it to quantization.skip_modules"
-        )
+        raise ValueError(_cannot_be_quantized(name, module))
     weight, has_bias = read_weight(module).detach(), module.bias is not None
     (num_out, num_in), device = weight.shape, weight.device
     layer: Any
@@ -119,6 +121,13 @@ def quantized_layer(name: str, module: Any, quantization: QuantizationConfig) ->
         ).to(device)
     layer.bias = module.bias
     return layer.train(module.training)
+
+
+def _cannot_be_quantized(name: str, module: nn.Module) -> str:
+    return (
+        f"{name} is a {type(module).__name__}, which cannot be quantized (nn.Linear and Conv1D can): "
+        f"add it to quantization.skip_modules"
+    )
 
 
 def _fake_layer(weight: Tensor, quantization: QuantizationConfig) -> Any:

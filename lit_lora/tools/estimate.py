@@ -26,6 +26,10 @@ def estimate(arguments: list[str]) -> None:
     print(found)
     if config.model.get("optimizer") is not None:
         print("traced with AdamW: the state of another optimizer is not known")
+    if config.model.activation_memory is not None:
+        print("traced without model.activation_memory, which recomputes as many layers as its budget needs")
+    if config.model.compile_layers or config.model.liger:
+        print("traced without model.compile_layers and model.liger: what compiled layers and Liger keep is not known")
     fits = options.fits is None or found.fits(options.fits)
     if options.fits is not None:
         print(f"\nfits in {options.fits}: {'yes' if fits else 'no'}")

@@ -62,7 +62,9 @@ def tiers(only: list[int] | None = None, max_minutes: float = 20, output: str = 
         minutes = (time.perf_counter() - started) / 60
         passed = finished.returncode == 0
         failed += [] if passed else [name]
-        rows.append((name, "passed" if passed else "FAILED", f"{minutes:.1f} min; {_results(folder / name)}"))
+        weights = "random weights; " if TIERS[number].fetched is None else ""
+        detail = f"{minutes:.1f} min; {weights}{_results(folder / name)}"
+        rows.append((name, "passed" if passed else "FAILED", detail))
     print("\n" + "\n".join(f"{name:<16}{result:<9}{detail}" for name, result, detail in rows))
     if failed:
         raise RuntimeError(f"tiers failed: {', '.join(failed)}; see {folder}")
