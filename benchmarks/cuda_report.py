@@ -71,16 +71,24 @@ def header(known: Row, command: str) -> str:
     )
 
 
-def write(folder: Path, part: str, rows: Sequence[Row], top: str, notes: Sequence[str]) -> None:
-    """Write ``cuda_PART.csv`` and ``.md``; a column is there if any row has it."""
+def write(folder: Path, name: str, rows: Sequence[Row], top: str, notes: Sequence[str]) -> None:
+    """Write ``cuda_NAME.csv`` and ``.md``; a column is there if any row has it."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with (folder / f"cuda_{part}.csv").open("w", newline="", encoding="utf-8") as file:
+    with (folder / f"cuda_{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({key: _plain(value) for key, value in row.items()} for row in rows)
-    lines = [f"# CUDA suite: {part}", "", top, "", *[line for note in notes for line in (note, "")], table(rows), ""]
-    (folder / f"cuda_{part}.md").write_text("\n".join(lines), encoding="utf-8")
+    lines = [
+        f"# CUDA suite: {name.replace('_', ', ')}",
+        "",
+        top,
+        "",
+        *[line for note in notes for line in (note, "")],
+        table(rows),
+        "",
+    ]
+    (folder / f"cuda_{name}.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:

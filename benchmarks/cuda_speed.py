@@ -3,7 +3,8 @@
 The runners are those of ``frameworks.py``: same tokens in the same order, same base weights (drawn from one seed), same
 initial adapter from one file, same optimizer, clipping and batch. PEFT runs at the defaults (base in the type of its
 checkpoint, which is bfloat16 on CUDA; SDPA; nothing recomputed) and tuned: bf16 autocast, no check of losses for NaN,
-FlashAttention over packed rows where flash-attn is installed, Liger's kernels, and these with torch.compile.
+FlashAttention over packed rows where flash-attn is installed, Liger's kernels, and these with torch.compile. A compiler
+that is still at work after the warm-up steps shows as a mean far below what ``median_step_s`` would give.
 
 The share of the limit is the rate of the work that no exact step can do without (:func:`step_flops`), over the rate of
 a large matrix product in the same type, measured in the same run. Left out: TRL (``benchmarks.train`` has it on a CPU),

@@ -1,7 +1,7 @@
 """One call for a machine with a GPU: correctness, then memory, then speed, in under ten minutes and without a network.
 
     python -m benchmarks.cuda_suite                                          # everything, in 540 s
-    python -m benchmarks.cuda_suite --parts speed --models smollm2-135m --rounds 5
+    python -m benchmarks.cuda_suite --parts speed --models smollm2-135m --rounds 5 --name smollm2
     python -m benchmarks.cuda_suite --device cpu --models tiny --output out  # tries the suite out, measures nothing
 
 **Unverified on hardware**: written and tested where there is no GPU. On a CPU what needs CUDA says so; the rest runs.
@@ -25,7 +25,6 @@ the code does not have yet, so no check compares one with the eager step.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -199,10 +198,10 @@ def _measure(suite: Suite, args: argparse.Namespace, folder: Path, output: Path,
 
         def tell(part: str, rows: list[Row]) -> None:
             finished[part] = cuda_plan.finished(part, rows)
-            cuda_report.write(output, part, finished[part], top, cuda_plan.notes(part, finished[part], args))
+            name = "_".join(filter(None, (part, args.name)))
+            cuda_report.write(output, name, finished[part], top, cuda_plan.notes(part, finished[part], args))
 
         run_part(suite, part, plan, tell, estimates if part == "memory" else {})
-    (output / "cuda_device.json").write_text(json.dumps(facts.values, indent=1) + "\n")
     return finished
 
 
@@ -217,6 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--budget-s", type=float, default=540.0, help="seconds for everything")
     parser.add_argument("--output", help="folder for the results; benchmarks/results by default, on CUDA")
+    parser.add_argument(
+        "--name", default="", help="goes into the file names, so that calls for parts stand side by side"
+    )
     parser.add_argument("--ready", type=int, default=max(1, min((os.cpu_count() or 1) // 2, 8)),
                         help="processes that get ready together")  # fmt: skip
     parser.add_argument("--context-gb", type=float, nargs="+", default=list(cuda_plan.CONTEXT_LIMITS_GB),
