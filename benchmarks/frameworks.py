@@ -1,7 +1,9 @@
 """One framework, one process: ``python -m benchmarks.frameworks NAME job.json`` trains and prints what it measured.
 
 Every runner trains on the job's examples in their order, four to a step, from the job's adapter, with AdamW, a constant
-learning rate and clipping at 1.0. The first step is not counted.
+learning rate and clipping at 1.0. The first steps (``warm_up``, one by default) are not counted.
+
+A job runs on the CPU in float32 unless it says ``device`` and ``dtype``; that part is unverified on hardware.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from benchmarks.step_clock import StepClock
 
 Job = dict[str, Any]
 STARTED_S = psutil.Process().create_time()
@@ -28,7 +33,7 @@ def _examples(job: Job) -> list[tuple[list[int], list[bool]]]:
 
 def _counts(job: Job) -> dict[str, int]:
     """Real and supervised tokens of the counted steps; the same for every framework."""
-    counted = _examples(job)[job["batch_size"] :]
+    counted = _examples(job)[job["batch_size"] * _warm_up(job) :]
     return {
         "num_tokens": sum(len(ids) for ids, _ in counted),
         "num_target_tokens": sum(sum(mask) for _, mask in counted),
@@ -36,14 +41,33 @@ def _counts(job: Job) -> dict[str, int]:
 
 
 def _result(job: Job, ends_s: list[float], losses: list[float]) -> dict[str, Any]:
-    return {
+    result = {
         **_counts(job),
-        "step_times_s": [b - a for a, b in itertools.pairwise(ends_s)],
+        "step_times_s": [b - a for a, b in itertools.pairwise(ends_s[_warm_up(job) - 1 :])],
         "time_to_first_step_s": ends_s[0] - STARTED_S,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "first_loss": losses[0],
         "last_loss": losses[-1],
+        "mean_loss": sum(losses) / len(losses),
     }
+    if _device(job) == "cuda":
+        import torch
+
+        result["peak_allocated_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        result["peak_reserved_mb"] = torch.cuda.memory_reserved() / 1e6  # never given back, so its highest
+    return result
+
+
+def _device(job: Job) -> str:
+    return job.get("device", "cpu")
+
+
+def _warm_up(job: Job) -> int:
+    return job.get("warm_up", 1)
+
+
+def _clock(job: Job) -> StepClock:
+    return StepClock(on_cuda=_device(job) == "cuda", warm_up=_warm_up(job))
 
 
 # ---------------------------------------------------------------------- lit_lora
@@ -78,11 +102,11 @@ def lit_lora(job: Job, *, huge_pages: bool = True, onednn: bool = True, **option
             state = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
             load_adapter_state_dict(self.model, state)
 
-    ends_s: list[float] = []
+    clock = _clock(job)
 
     class Clock(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            ends_s.append(time.time())
+            clock.end()
 
     examples = [
         TokenizedExample(i, np.array(ids, dtype=np.int32), np.array(mask))
@@ -97,26 +121,36 @@ def lit_lora(job: Job, *, huge_pages: bool = True, onednn: bool = True, **option
         warmup_ratio=0.0,
         **options,
     )
+    memory = MemoryProfiler()
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=job["steps"], gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+        accelerator="gpu" if clock.on_cuda else "cpu", devices=1, max_steps=job["steps"], gradient_clip_val=1.0,
+        logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=Path(job["adapter"]).parent,
-        callbacks=[GradientNormLogger(), MemoryProfiler(), GradientFlowAssertion(), ThroughputLogger(), Clock()],
+        callbacks=[GradientNormLogger(), memory, GradientFlowAssertion(), ThroughputLogger(), Clock()],
     )  # fmt: skip
     collate = collate_padded if options.get("packing") is False else collate_packed
     trainer.fit(module, DataLoader(examples, batch_size=job["batch_size"], collate_fn=collate))
-    return _result(job, ends_s, module.flush_metrics().losses)
+    result = _result(job, clock.ends_s(), module.flush_metrics().losses)
+    if clock.on_cuda:
+        result["peak_allocated_mb"] = memory.peak_mib * 1.048576  # it resets the allocator's own peak at every phase
+    return result
 
 
 # ---------------------------------------------------------------------- PEFT and what stands on it
 
 
-def _peft_model(job: Job) -> Any:
+def _peft_model(job: Job, attention: str = "sdpa") -> Any:
     import torch
     from peft import PeftModel
 
-    from lit_lora.models import resolve_base
+    from lit_lora.models import RANDOM, load_base_model, resolve_base
 
     torch.set_num_threads(job["threads"])
+    if job["base"].startswith(RANDOM):
+        assert not job["quantized"], "PEFT's side of a quantized base is read from a folder"
+        model = load_base_model(job["base"], dtype=job.get("dtype", "float32"), device=_device(job))
+        model.set_attn_implementation(attention)
+        return PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": torch.float32}
@@ -144,10 +178,10 @@ def _arguments(job: Job) -> dict[str, Any]:
         "learning_rate": job["learning_rate"],
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,
-        "logging_steps": 1,
+        "logging_steps": 1 if _device(job) == "cpu" else job["steps"],  # each reading waits for the device
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": _device(job) == "cpu",
         "disable_tqdm": True,
     }
 
@@ -156,12 +190,12 @@ def _train(job: Job, make_trainer: Callable[..., Any]) -> dict[str, Any]:
     from torch.utils.data import SequentialSampler
     from transformers import TrainerCallback
 
-    ends_s: list[float] = []
+    clock = _clock(job)
     losses: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends_s.append(time.time())
+            clock.end()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             if logs and "loss" in logs:
@@ -170,24 +204,28 @@ def _train(job: Job, make_trainer: Callable[..., Any]) -> dict[str, Any]:
     trainer = make_trainer(Clock())
     trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
     trainer.train()
-    return _result(job, ends_s, losses)
+    return _result(job, clock.ends_s(), losses)
 
 
-def peft(job: Job) -> dict[str, Any]:
-    """PEFT and transformers' Trainer, at their defaults."""
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+def peft(job: Job, **options: Any) -> dict[str, Any]:
+    """PEFT and transformers' Trainer: at their defaults, unless ``options`` of TrainingArguments say otherwise."""
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
 
     from lit_lora import load_tokenizer
 
-    model = _peft_model(job)
-    collator = DataCollatorForSeq2Seq(load_tokenizer(job["base"]), padding=True)
-    return _train(
+    attention = "sdpa"
+    collator: Any = DataCollatorForSeq2Seq(load_tokenizer(job.get("tokenizer", job["base"])), padding=True)
+    if options and _device(job) == "cuda" and find_spec("flash_attn") is not None:
+        attention, collator = "flash_attention_2", DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    model = _peft_model(job, attention)
+    arguments = TrainingArguments(**{**_arguments(job), **options})
+    result = _train(
         job,
         lambda clock: Trainer(
-            model=model, args=TrainingArguments(**_arguments(job)), train_dataset=_rows(job), data_collator=collator,
-            callbacks=[clock],
+            model=model, args=arguments, train_dataset=_rows(job), data_collator=collator, callbacks=[clock]
         ),
-    )  # fmt: skip
+    )
+    return {**result, "attention": attention}
 
 
 def trl(job: Job, **options: Any) -> dict[str, Any]:
@@ -228,9 +266,12 @@ def parity(job: Job) -> dict[str, Any]:
         job["base"], dtype="float32", quantization=QuantizationConfig() if job["quantized"] else None
     )
     load_adapter(model, job["adapter"], trainable=True)
+    device = torch.device(_device(job))
+    model.to(device)
     batch = collate_packed(
         [TokenizedExample(i, np.array(x, dtype=np.int32), np.array(m)) for i, (x, m) in enumerate(first)]
     )
+    batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     nll_sum = language_model_loss(model, batch, choose_path(model)).nll_sum
     (nll_sum / batch["target_ids"].numel()).backward()
     ours = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -241,6 +282,7 @@ def parity(job: Job) -> dict[str, Any]:
     labels = torch.tensor(
         [[t if k else -100 for t, k in zip(x, m, strict=True)] + [-100] * (length - len(x)) for x, m in first]
     )
+    ids, mask, labels = (rows.to(device) for rows in (ids, mask, labels))
     theirs_model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
     theirs = {
         n.removeprefix("base_model.model.").replace(".default", ""): p.grad
@@ -311,6 +353,10 @@ def limit(job: Job, *, onednn: bool = True) -> dict[str, Any]:
 FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "lit_lora": lit_lora,
     "peft": peft,
+    "peft_liger": lambda job: peft(job, bf16=True, logging_nan_inf_filter=False, use_liger_kernel=True),
+    "peft_tuned": lambda job: peft(
+        job, bf16=True, logging_nan_inf_filter=False, use_liger_kernel=True, torch_compile=True
+    ),
     "trl": trl,
     "trl_tuned": lambda job: trl(job, gradient_checkpointing=False),
     "limit": limit,
@@ -322,6 +368,7 @@ FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "plain_linear": lambda job: lit_lora(job, fused_lora=False),
     "no_mlp_recompute": lambda job: lit_lora(job, recompute_mlp=False),
     "compiled": lambda job: lit_lora(job, compile_layers=True),
+    "liger": lambda job: lit_lora(job, liger=True),
     "no_huge_pages": lambda job: lit_lora(job, huge_pages=False),
     "no_onednn": lambda job: lit_lora(job, onednn=False),
     "checkpointing": lambda job: lit_lora(job, gradient_checkpointing=True),
