@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -38,6 +37,7 @@ from lit_lora.callbacks import (
 )
 from lit_lora.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from lit_lora.config_check import problems_in, problems_of
+from lit_lora.csv_log import PatientCSVLogger
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.module import LoRALightningModule
 from lit_lora.run_record import PredictionWriter, RunRecord
@@ -162,7 +162,7 @@ class LoRACLI(LightningCLI):
         trainer = self._get(self.config_init, "trainer")
         folder = trainer["default_root_dir"]
         if trainer.get("logger") is None:
-            trainer["logger"] = CSVLogger(folder, name="logs") if self.subcommand == "fit" else False
+            trainer["logger"] = PatientCSVLogger(folder, name="logs") if self.subcommand == "fit" else False
         plugins = trainer.get("plugins") or []
         trainer["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         self.record = RunRecord()
