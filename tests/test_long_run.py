@@ -83,4 +83,5 @@ def test_a_poisoned_example_is_named_for_replay(project, packing):
     (path,) = project.glob("non_finite_step_*.json")
     record = json.loads(path.read_text())
     assert record["example_ids_by_rank_and_micro_batch"] == [[[poisoned]]]
+    assert record["source_lines_by_rank_and_micro_batch"] == [[[poisoned + 1]]]
     assert str(record["step"]) in path.name
