@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from lit_lora.atomic import remove_partial_files
+from lit_lora.atomic import make_folder, remove_partial_files
 from lit_lora.callbacks._stop_signals import StopSignals
 from lit_lora.callbacks._trainer import any_rank
 
@@ -94,14 +94,14 @@ class TrainingCheckpoint(Checkpoint):
         """Make the folder; remove what a killed process left half-written.
 
         Raises:
-            OSError: if the folder cannot be made.
+            OSError: if the folder cannot be made or written to.
         """
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
         self.dirpath = str(trainer.strategy.broadcast(str(folder)))
         if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder, option="dirpath (of TrainingCheckpoint)")
             remove_partial_files(folder)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

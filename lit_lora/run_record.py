@@ -15,7 +15,7 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lit_lora.atomic import atomic_write
+from lit_lora.atomic import atomic_write, remove_partial_files
 from lit_lora.callbacks import (
     ConvergenceAssertion,
     GradientFlowAssertion,
@@ -37,6 +37,13 @@ class RunRecord(L.Callback):
         super().__init__()
         self.failure: str | None = None
         """Why the newest metrics are not on disk; None if they are."""
+
+    @rank_zero_only
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Remove what a killed process left half-written."""
+        folder = Path(trainer.default_root_dir)
+        for place in (folder, *folder.glob("logs/version_*")) if stage == "fit" else ():
+            remove_partial_files(place)
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -95,6 +95,8 @@ def record_of(folder):
 def test_a_record_that_fails_for_a_while_is_complete_in_the_end(fit, tmp_path, lost_at):
     expected = fit("whole")
     folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".metrics.json.x.partial").touch()
     actions = {lost_at: lambda: folder_lost(folder), STEPS - 2: lambda: folder_back(folder)}
     with pytest.warns(UserWarning, match="not written") as caught:
         weights = fit("run", At(actions))
@@ -103,6 +105,7 @@ def test_a_record_that_fails_for_a_while_is_complete_in_the_end(fit, tmp_path, l
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
     assert record_of(folder) == record_of(tmp_path / "whole")
     assert json.loads((folder / "verdict.json").read_text()) == []
+    assert not list(folder.rglob("*.partial"))
 
 
 @pytest.fixture
