@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from fault_runs import Project
+from fault_runs import Budget, Project
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -124,29 +124,34 @@ _faulty_keys = st.lists(st.sampled_from(sorted(_FAULTS)), min_size=1, max_size=2
 _faults = _faulty_keys.flatmap(lambda keys: st.fixed_dictionaries({key: _FAULTS[key] for key in keys}))
 
 
-def bad_inputs(project: Project, seed_: int) -> list[tuple[str, int, list[str]]]:
+def bad_inputs(project: Project, seed_: int, budget: Budget) -> list[tuple[str, int, list[str]]]:
     """Name, number of inputs and failures of each kind."""
     work = project.folder / "bad"
     work.mkdir()
-    return [
-        ("generated data file", *_run(_data, EXAMPLES, seed_, lambda data: _read_data(work, data))),
-        ("generated adapter config", *_run(_adapter_config, EXAMPLES, seed_, lambda c: _read_config(work, c))),
-        ("generated adapter weights", *_run(_tensors | _header, EXAMPLES, seed_, lambda t: _read_weights(work, t))),
-        ("generated training config", *_run(_faults, EXAMPLES, seed_, lambda f: _parse_config(project, f))),
-    ]
+    kinds: dict[str, tuple[Any, Callable[[Any], str | None]]] = {
+        "generated data file": (_data, lambda data: _read_data(work, data)),
+        "generated adapter config": (_adapter_config, lambda changes: _read_config(work, changes)),
+        "generated adapter weights": (_tensors | _header, lambda content: _read_weights(work, content)),
+        "generated training config": (_faults, lambda faults: _parse_config(project, faults)),
+    }
+    return [(name, *_run(strategy, seed_, feed, name, budget)) for name, (strategy, feed) in kinds.items()]
 
 
-def _run(strategy: Any, count: int, seed_: int, feed: Callable[[Any], str | None]) -> tuple[int, list[str]]:
+def _run(
+    strategy: Any, seed_: int, feed: Callable[[Any], str | None], name: str, budget: Budget
+) -> tuple[int, list[str]]:
     tried, failures = 0, []
 
     @seed(seed_)
     @settings(
-        max_examples=count, database=None, deadline=None, derandomize=False, phases=[Phase.generate],
+        max_examples=EXAMPLES, database=None, deadline=None, derandomize=False, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(strategy)
     def each(value: Any) -> None:
         nonlocal tried
+        if not budget.allows(name):
+            return
         tried += 1
         try:
             problem = feed(value)

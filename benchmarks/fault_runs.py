@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import signal
@@ -39,12 +40,30 @@ class Tally:
             print(f"FAILED {self.name}: {what}", flush=True)
 
 
+class Budget:
+    """Time for the whole suite: when it is over no new fault is started, and what was left out is counted."""
+
+    def __init__(self, minutes: float) -> None:
+        self.ends_s = time.monotonic() + 60 * minutes
+        self.not_tried: dict[str, int] = {}
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.ends_s
+
+    def allows(self, name: str, count: int = 1) -> bool:
+        if self.is_over:
+            self.not_tried[name] = self.not_tried.get(name, 0) + count
+        return not self.is_over
+
+
 class Process:
     """``lit-lora ARGUMENTS`` in a fork of this process."""
 
     def __init__(self, arguments: list[str], log: Path, prepare: Callable[[], None] | None = None) -> None:
         self.log = log
         self.started_s = time.monotonic()
+        self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             self._child(arguments, prepare)
@@ -76,8 +95,10 @@ class Process:
 
     def poll(self) -> int | None:
         """Exit code; minus the signal that killed it; None while it runs."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        return None if pid == 0 else os.waitstatus_to_exitcode(status)
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = None if pid == 0 else os.waitstatus_to_exitcode(status)
+        return self.code
 
     def wait(self) -> int | None:
         """As :meth:`poll`, but None only for a run that hangs, which is then killed."""
@@ -111,6 +132,7 @@ class Project:
         assert process.wait() == 0, process.text
         self.run_s = time.monotonic() - process.started_s
         self.expected = self.end("whole")
+        self.expected_record = self.record("whole")
 
     def config(self, name: str) -> dict[str, Any]:
         return {
@@ -151,6 +173,22 @@ class Project:
             "schedule": content["lr_schedulers"],
             "metrics": steps,
         }
+
+    def finished(self, name: str) -> list[Path]:
+        """Folders of the runs that came to their end."""
+        return sorted(path.parent for path in (self.folder / name).glob("run*/verdict.json"))
+
+    def record(self, name: str) -> Any:
+        """What the only finished run wrote down beside its checkpoints."""
+        (folder,) = self.finished(name)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        with (folder / "logs" / "version_0" / "metrics.csv").open(newline="") as file:
+            rows = [(row["step"], row["train_loss"], row["val_loss"]) for row in csv.DictReader(file)]
+        return [{**step, "step_time_s": 0} for step in metrics["steps"]], metrics["validation"], rows
+
+    def leftovers(self, name: str) -> list[str]:
+        """Temporary files in the folders of finished runs."""
+        return [str(path) for folder in self.finished(name) for path in folder.rglob("*.partial")]
 
     def broken_files(self, name: str) -> list[str]:
         """Files under a final name that are not whole."""

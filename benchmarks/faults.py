@@ -4,8 +4,9 @@
     python benchmarks/faults.py --kills 200     # longer
 
 A fault is survived if no run was lost (the resumed one ends with the weights of the undisturbed one, bit for bit), no
-wrong weights were loaded, a message stood where one belongs instead of a traceback, and nothing hung. Every run is a
-process of its own, forked from one that has imported everything, in a session of its own and with a time limit.
+wrong weights were loaded, a message stood where one belongs instead of a traceback, nothing half-written was left, and
+nothing hung. Every run is a process of its own, forked from one that has imported everything, in a session of its own
+and with a time limit.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from fault_runs import LIMIT_S, Project, Tally, same
+from fault_runs import LIMIT_S, Budget, Process, Project, Tally, same
 
 from lit_lora.checkpoint import newest_checkpoint, read_checkpoint
 
@@ -36,20 +37,19 @@ def partial_files(folder: Path) -> bool:
     return any(folder.glob("run*/*/.*.partial"))
 
 
-def kills(project: Project, rng: random.Random, count: int) -> list[Tally]:
+def kills(project: Project, rng: random.Random, budget: Budget, count: int) -> list[Tally]:
     """Kill -9 at random moments, and in the middle of writing a file; at most ten times a run."""
     anywhere, writing = Tally("kill -9 at a random moment"), Tally("kill -9 while a file is written")
     signals = Tally("SIGTERM and Ctrl-C")
     done = number = 0
-    while done < count:
+    while done < count and budget.allows("kill -9", count - done):
         name = f"kill{number}"
         number += 1
         attempts = 0
         while True:
             process = project.fit(name, name, "--ckpt_path", "last")
-            kind = (
-                rng.choice([*["anywhere", "writing"] * 5, "term", "int"]) if attempts < 10 and done < count else "none"
-            )
+            more = attempts < 10 and done < count and not budget.is_over
+            kind = rng.choice([*["anywhere", "writing"] * 5, "term", "int"]) if more else "none"
             tally = {"anywhere": anywhere, "writing": writing}.get(kind, signals)
             sent = None
             wait_s = rng.uniform(0, 1.1 * project.run_s)
@@ -81,18 +81,61 @@ def kills(project: Project, rng: random.Random, count: int) -> list[Tally]:
             if sent is None:
                 tally.check(False, f"{name}: exit {code} without a fault, see {process.log}")
                 break
-        result = project.end(name)
-        if not same(project.expected, result):
+        leftovers = project.leftovers(name)
+        if leftovers or not same(project.expected, project.end(name)):
+            what = f"{name}: left {leftovers}" if leftovers else f"{name}: the end differs from the undisturbed run's"
             for tally in (anywhere, writing):
-                tally.failures.append(f"{name}: the end differs from the undisturbed run's")
-            print(f"FAILED {name}: the end differs", flush=True)
+                tally.failures.append(what)
+            print(f"FAILED {what}", flush=True)
         else:
             shutil.rmtree(project.folder / name)
     return [anywhere, writing, signals]
 
 
-def disks(project: Project, rng: random.Random) -> list[Tally]:
-    """Writes that fail: a file size limit as a stand-in for quota, a full file system, a folder gone."""
+@contextlib.contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[bool]:
+    """Mount an empty file system of that size; tells whether that is allowed here."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        print(f"no permission to mount a small disk: {folder.name} was not tried")
+        folder.rmdir()
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Take all the space that is left, by a file called filler."""
+    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def free(folder: Path) -> None:
+    (folder / "filler").unlink()
+
+
+def replace_by_file(folder: Path) -> None:
+    folder.rename(folder.with_name(f"kept-{folder.name}"))
+    folder.write_text("in the way")
+
+
+def restore(folder: Path) -> None:
+    folder.unlink()
+    folder.with_name(f"kept-{folder.name}").rename(folder)
+
+
+def wait_for_a_checkpoint(process: Process, folder: Path) -> None:
+    while not list(folder.glob("*.ckpt")) and process.poll() is None:
+        time.sleep(0.005)
+
+
+def disks(project: Project, rng: random.Random, budget: Budget) -> list[Tally]:
+    """Writes that fail to the end: a file size limit as a stand-in for quota, a full file system, a folder gone."""
     full, gone = Tally("full disk"), Tally("folder lost while training")
     size = max(path.stat().st_size for path in (project.folder / "whole").rglob("*.ckpt"))
 
@@ -108,46 +151,74 @@ def disks(project: Project, rng: random.Random) -> list[Tally]:
         fine = code == 1 and told and "Traceback" not in text and not project.broken_files(name)
         full.check(fine, f"{name}: exit {code}, see {process.log}")
 
-    def goes_on(name: str) -> None:
+    def goes_on(tally: Tally, name: str) -> None:
         process = project.fit(name, f"{name}-resumed", "--ckpt_path", "last")
         code = process.wait()
-        full.check(code == 0 and same(project.expected, project.end(name)), f"{name} resumed: exit {code}")
+        left = project.leftovers(name)
+        fine = code == 0 and not left and same(project.expected, project.end(name))
+        tally.check(fine, f"{name} resumed: exit {code}, left {left}")
 
-    run_out("limit", limited)
-    goes_on("limit")
+    if budget.allows(full.name, 2):
+        run_out("limit", limited)
+        goes_on(full, "limit")
     for number in range(3):
         name = f"disk{number}"
-        mount = project.folder / name
-        mount.mkdir()
-        bytes_ = int(size * rng.uniform(0.5, 4))
-        command = ["mount", "-t", "tmpfs", "-o", f"size={bytes_ // 1024}k", "tmpfs", str(mount)]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            print("no permission to mount a small disk: only the file size limit was tried")
-            mount.rmdir()
-            break
-        try:
-            run_out(name)
-            subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
-            goes_on(name)
-        finally:
-            subprocess.run(["umount", "-l", str(mount)], check=True)
+        kib = int(size * rng.uniform(0.5, 4)) // 1024
+        if not budget.allows(full.name, 2):
+            continue
+        with small_disk(project.folder / name, kib) as mounted:
+            if mounted:
+                run_out(name)
+                subprocess.run(["mount", "-o", "remount,size=64m", str(project.folder / name)], check=True)
+                goes_on(full, name)
     for number in range(4):
+        if not budget.allows(gone.name, 2):
+            continue
         name = f"gone{number}"
         process = project.fit(name, name)
         folder = project.folder / name / "run" / "checkpoints"
-        while not list(folder.glob("*.ckpt")) and process.poll() is None:
-            time.sleep(0.005)
+        wait_for_a_checkpoint(process, folder)
         time.sleep(rng.uniform(0, 0.1))
-        folder.rename(folder.with_name("kept"))
-        folder.write_text("in the way")
+        replace_by_file(folder)
         code = process.wait()
         fine = code == 1 and "not saved" in process.text and "Traceback" not in process.text
         gone.check(fine, f"{name}: exit {code}, see {process.log}")
-        folder.unlink()
-        folder.with_name("kept").rename(folder)
-        process = project.fit(name, f"{name}-resumed", "--ckpt_path", "last")
+        restore(folder)
+        goes_on(gone, name)
+    return [full, gone]
+
+
+def disks_for_a_while(project: Project, rng: random.Random, budget: Budget) -> list[Tally]:
+    """Writes that fail for some saves: the same run goes on, and ends as if nothing had been."""
+    full, gone = Tally("disk full for a while"), Tally("run folder lost for a while")
+
+    def disturb(
+        tally: Tally, name: str, place: Path, lose: Callable[[Path], None], give_back: Callable[[Path], None]
+    ) -> None:
+        num_saves = rng.randint(1, 6)  # of the dozen that a run makes
+        process = project.fit(name, name)
+        wait_for_a_checkpoint(process, project.folder / name / "run" / "checkpoints")
+        lose(place)
+        while process.text.count("not saved") < num_saves and process.poll() is None:
+            time.sleep(0.005)
+        give_back(place)
         code = process.wait()
-        gone.check(code == 0 and same(project.expected, project.end(name)), f"{name} resumed: exit {code}")
+        text = process.text
+        fine = code == 0 and "not saved" in text and "Traceback" not in text and not project.broken_files(name)
+        fine = fine and not project.leftovers(name) and same(project.expected, project.end(name))
+        fine = fine and same(project.expected_record, project.record(name))
+        tally.check(fine, f"{name}: exit {code} after {num_saves} failed saves, see {process.log}")
+
+    for number in range(3):
+        place = project.folder / f"filled{number}"
+        if budget.allows(full.name):
+            with small_disk(place, 8192) as mounted:
+                if mounted:
+                    disturb(full, place.name, place, fill, free)
+    for number in range(3):
+        place = project.folder / f"away{number}" / "run"
+        if budget.allows(gone.name):
+            disturb(gone, place.parent.name, place, replace_by_file, restore)
     return [full, gone]
 
 
@@ -169,7 +240,7 @@ def corrupt(path: Path, rng: random.Random) -> str:
     return f"{kind} at {place}"
 
 
-def corruptions(project: Project, rng: random.Random, count: int) -> list[Tally]:
+def corruptions(project: Project, rng: random.Random, budget: Budget, count: int) -> list[Tally]:
     """What is read back is what was written, or an error that names the file."""
     from lit_lora.adapters.peft_format import adapter_state_dict, load_adapter
     from lit_lora.checkpoint import DamagedCheckpointError
@@ -181,6 +252,8 @@ def corruptions(project: Project, rng: random.Random, count: int) -> list[Tally]
     content, whole = read_checkpoint(original), original.read_bytes()
     checkpoints, adapters = Tally("corrupted checkpoint"), Tally("corrupted adapter")
     for number in range(count):
+        if not budget.allows(checkpoints.name):
+            continue
         path = folder / "checkpoints" / original.name
         path.write_bytes(whole)
         how = corrupt(path, rng)
@@ -194,7 +267,7 @@ def corruptions(project: Project, rng: random.Random, count: int) -> list[Tally]
             checkpoints.check(False, f"{number}: {how}: {error!r}")
         else:
             checkpoints.check(same(content, read), f"{number}: {how}: other content")
-    path.write_bytes(whole)
+    original.write_bytes(whole)
 
     base = f"random:{project.folder / 'base'}"
     files = sorted((folder / "adapter").glob("adapter_*"))
@@ -205,6 +278,8 @@ def corruptions(project: Project, rng: random.Random, count: int) -> list[Tally]
     inputs = torch.arange(12)[None]
     logits = model.eval()(inputs).logits.detach()
     for number in range(count):
+        if not budget.allows(adapters.name):
+            continue
         for path, data in saved.items():
             path.write_bytes(data)
         path = rng.choice(files)
@@ -226,6 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--corruptions", type=int, default=60, help="of checkpoints, and as many of adapters")
+    parser.add_argument("--max_minutes", type=float, default=15, help="after these no new fault is started")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="leave the working folder")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "faults.md")
@@ -238,15 +314,17 @@ def main() -> None:
 
     rng = random.Random(options.seed)
     started = time.monotonic()
+    budget = Budget(options.max_minutes)
     work = Path(tempfile.mkdtemp(prefix="lit-lora-faults."))
     project = Project(work)
     print(f"the undisturbed run takes {project.run_s:.1f} s; work in {work}", flush=True)
     tallies: list[Tally] = []
     stages: list[Callable[[], list[Tally]]] = [
-        lambda: kills(project, rng, options.kills),
-        lambda: disks(project, rng),
-        lambda: corruptions(project, rng, options.corruptions),
-        lambda: [Tally(*entry) for entry in bad_inputs(project, options.seed)],
+        lambda: kills(project, rng, budget, options.kills),
+        lambda: disks(project, rng, budget),
+        lambda: disks_for_a_while(project, rng, budget),
+        lambda: corruptions(project, rng, budget, options.corruptions),
+        lambda: [Tally(*entry) for entry in bad_inputs(project, options.seed, budget)],
     ]
     for stage in stages:
         tallies += stage()
@@ -264,12 +342,16 @@ def main() -> None:
         "| --- | ---: | ---: |",
         *(f"| {tally.name} | {tally.tried} | {max(0, tally.tried - len(tally.failures))} |" for tally in tallies),
     ]
+    if budget.not_tried:
+        left_out = ", ".join(f"{name} {count}" for name, count in budget.not_tried.items())
+        total = sum(budget.not_tried.values())
+        lines += ["", f"The {options.max_minutes:g} minutes were over: {total} faults were not tried ({left_out})."]
     options.output.parent.mkdir(exist_ok=True)
     options.output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     if not options.keep:
         shutil.rmtree(work)
-    if any(tally.failures for tally in tallies):
+    if budget.not_tried or any(tally.failures for tally in tallies):
         raise SystemExit(1)
 
 

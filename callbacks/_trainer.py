@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -14,6 +14,15 @@ from torch import Tensor
 from lit_lora.atomic import atomic_write
 
 _DEFAULT_INTERVAL = 50  # steps; Trainer's own default, for a Trainer that never logs (barebones)
+
+
+@runtime_checkable
+class KnowsSourceLines(Protocol):
+    """A data module that can tell where its training examples come from."""
+
+    def source_lines(self, example_ids: Sequence[int]) -> list[int]:
+        """The line of each example in its source; negative ids, which are fillers, give -1."""
+        ...
 
 
 def log_interval(trainer: pl.Trainer) -> int:

@@ -26,7 +26,7 @@ from torch import nn
 
 from lit_lora.adapters.model_card import model_card
 from lit_lora.adapters.peft_format import CARD_NAME, CONFIG_NAME, adapter_state_dict, from_peft_config, save_adapter
-from lit_lora.atomic import atomic_write
+from lit_lora.atomic import atomic_write, remove_partial_files
 from lit_lora.callbacks._trainer import writes_files
 from lit_lora.callbacks.verdict import Verdict
 
@@ -99,9 +99,12 @@ class HFAdapterExport(pl.Callback):
         return self._generate_state_key(monitor=self.monitor, mode=self.mode, model_attr=self.model_attr)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a run that would have nothing to export."""
+        """Refuse a run that would have nothing to export; remove what a killed process left half-written."""
         self.verdict = None
         self._failed.clear()
+        if writes_files(trainer):
+            for folder in (self._folder(trainer), self._best_folder(trainer)):
+                remove_partial_files(folder)
         model = self._model(pl_module)
         if adapter_state_dict(model):
             return
@@ -124,7 +127,7 @@ class HFAdapterExport(pl.Callback):
             return
         self._last_step = step
         if step % self.every_n_steps == 0:
-            self._save(trainer, pl_module, self.folder or Path(trainer.default_root_dir) / "adapter")
+            self._save(trainer, pl_module, self._folder(trainer))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the best adapter if this is it."""
@@ -139,13 +142,12 @@ class HFAdapterExport(pl.Callback):
         better = self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score)
         if not math.isfinite(score) or not better:
             return
-        folder = self.best_folder or Path(trainer.default_root_dir) / "adapter-best"
-        if self._save(trainer, pl_module, folder):
+        if self._save(trainer, pl_module, self._best_folder(trainer)):
             self.best_score, self.best_step = score, trainer.global_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last adapter and give the verdict."""
-        folder = self.folder or Path(trainer.default_root_dir) / "adapter"
+        folder = self._folder(trainer)
         self._save(trainer, pl_module, folder)
         best = ""
         if self.best_score is not None:
@@ -180,6 +182,12 @@ class HFAdapterExport(pl.Callback):
         """The inverse of :meth:`state_dict`; without one, the first validation is the best."""
         self.best_score = state_dict.get("best_score")
         self.best_step = state_dict.get("best_step")
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return self.folder or Path(trainer.default_root_dir) / "adapter"
+
+    def _best_folder(self, trainer: pl.Trainer) -> Path:
+        return self.best_folder or Path(trainer.default_root_dir) / "adapter-best"
 
     def _model(self, pl_module: pl.LightningModule) -> nn.Module:
         if not self.model_attr:

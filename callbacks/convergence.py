@@ -67,6 +67,7 @@ class ConvergenceAssertion(pl.Callback):
         self.monitor = monitor
         self.on_failure = on_failure
         self.verdict: Verdict | None = None
+        self._failure: str | None = None
         self.worst_rise = 0.0
         """Largest relative rise of the running mean above its lowest value so far."""
         self._step_loss = StepLoss(monitor)
@@ -90,7 +91,7 @@ class ConvergenceAssertion(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on with, the record."""
-        self.verdict = None
+        self.verdict = self._failure = None
         self._step_loss.start(trainer)
 
     def on_train_batch_end(
@@ -111,6 +112,8 @@ class ConvergenceAssertion(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise after every callback has saved what it has."""
+        if self._failure is not None:
+            raise OSError(f"the verdict on convergence could not be written: {self._failure}")
         if self.verdict is not None and self.verdict.passed is False and self.on_failure == "raise":
             raise ConvergenceError(self.verdict.detail)
 
@@ -212,4 +215,8 @@ class ConvergenceAssertion(pl.Callback):
             "max_rise": self.max_rise,
             "loss_source": self.monitor if self._step_loss.source == "monitor" else "training_step",
         }
-        write_json(Path(trainer.default_root_dir) / "convergence.json", content)
+        try:
+            write_json(Path(trainer.default_root_dir) / "convergence.json", content)
+        except OSError as error:  # raised at the end of fit, and never in place of what ended the run
+            self._failure = str(error)
+            rank_zero_warn(f"The verdict on convergence was not written: {error}")

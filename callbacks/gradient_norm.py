@@ -27,7 +27,14 @@ from torch.optim import Optimizer
 from lit_lora.callbacks._names import adapter_half, layer_group, listed
 from lit_lora.callbacks._spikes import MIN_HISTORY, SpikeWatch
 from lit_lora.callbacks._step_loss import StepLoss
-from lit_lora.callbacks._trainer import is_logging_step, is_reading_step, log_details, log_metrics, write_json
+from lit_lora.callbacks._trainer import (
+    KnowsSourceLines,
+    is_logging_step,
+    is_reading_step,
+    log_details,
+    log_metrics,
+    write_json,
+)
 from lit_lora.callbacks.verdict import Verdict
 
 
@@ -51,9 +58,10 @@ class _Step:
 class GradientNormLogger(pl.Callback):
     """Logs gradient norms and stops, or skips the step, at the first loss or gradient that is not finite.
 
-    The failing step is written to ``<default_root_dir>/non_finite_step_<n>.json``: parameters, losses, and, where
-    batches are dicts with ``example_ids``, the ids of all examples of the step, for replay. Loss spikes and gradient
-    explosions are reported as warnings with their step.
+    The failing or skipped step is written to ``<default_root_dir>/non_finite_step_<n>.json``: parameters, losses, and,
+    where batches are dicts with ``example_ids``, the ids of all examples of the step, for replay (with their lines in
+    the source where the data module has a method ``source_lines``). Loss spikes and gradient explosions are reported as
+    warnings with their step.
 
     Under fp16 mixed precision an overflow is how the loss scale finds its level: such steps are counted, not an error,
     until the scale falls below ``min_loss_scale``.
@@ -269,7 +277,7 @@ class GradientNormLogger(pl.Callback):
             if self.on_non_finite == "stop" or optimizer is None or self.num_non_finite > self.max_skips:
                 skipped = f" ({self.num_non_finite - 1} steps were skipped before)" if self.num_non_finite > 1 else ""
                 self._stop(trainer, record, self._reason(record) + skipped)
-            rank_zero_warn(f"skipped the update of step {record.step}: {self._reason(record)}")
+            self._skip(trainer, record, "on_non_finite='skip'")
             optimizer.zero_grad(set_to_none=True)
 
     def _read_scaled(self, trainer: pl.Trainer, scale: float) -> None:
@@ -278,7 +286,7 @@ class GradientNormLogger(pl.Callback):
                 self.num_non_finite += 1
                 if self.on_non_finite == "stop" or self.num_non_finite > self.max_skips:
                     self._stop(trainer, record, self._reason(record))
-                rank_zero_warn(f"the loss scale skipped the update of step {record.step}: {self._reason(record)}")
+                self._skip(trainer, record, "the loss scale")
             elif bad_gradient:
                 self.num_non_finite += 1
                 if scale < self.min_loss_scale:
@@ -316,13 +324,27 @@ class GradientNormLogger(pl.Callback):
         return f"the gradient of step {record.step} is not finite in {len(names)} parameters: {listed(names)}"
 
     def _stop(self, trainer: pl.Trainer, record: _Step, reason: str) -> NoReturn:
+        where = self._write(trainer, record, reason)
+        self.verdict = Verdict("gradients", False, reason)
+        raise NonFiniteError(
+            f"{reason}. {where}; look there for empty or extreme examples, then lower the learning rate, clip "
+            "gradients, or use on_non_finite='skip'"
+        )
+
+    def _skip(self, trainer: pl.Trainer, record: _Step, who: str) -> None:
+        reason = self._reason(record)
+        where = self._write(trainer, record, reason)
+        rank_zero_warn(f"{who} skipped the update of step {record.step}: {reason}. {where}")
+
+    def _write(self, trainer: pl.Trainer, record: _Step, reason: str) -> str:
+        """Write the step down for replay; every rank must call it. Tells where it is."""
         ids = [batch.tolist() for batch in record.example_ids]
+        gathered: list[Any] = [ids]
         if trainer.world_size > 1 and torch.distributed.is_initialized():
-            gathered: list[Any] = [None] * trainer.world_size
+            gathered = [None] * trainer.world_size
             torch.distributed.all_gather_object(gathered, ids)
-        else:
-            gathered = [ids]
         path = Path(trainer.default_root_dir) / f"non_finite_step_{record.step}.json"
+        failure = ""
         if trainer.is_global_zero:
             content = {
                 "step": record.step,
@@ -332,15 +354,16 @@ class GradientNormLogger(pl.Callback):
                 "grad_norms": dict(zip(record.names, record.norms.tolist(), strict=True)),
                 "example_ids_by_rank_and_micro_batch": gathered,
             }
+            data = trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
+            if isinstance(data, KnowsSourceLines):
+                content["source_lines_by_rank_and_micro_batch"] = [[*map(data.source_lines, rank)] for rank in gathered]
             try:
                 write_json(path, content)
             except OSError as error:
-                reason += f"; {path} could not be written: {error}"
-        self.verdict = Verdict("gradients", False, reason)
-        raise NonFiniteError(
-            f"{reason}. The step's examples and norms are in {path}; look there for empty or extreme examples, then "
-            "lower the learning rate, clip gradients, or use on_non_finite='skip'"
-        )
+                failure = f" (could not be written: {error})"
+        known = [str(example) for rank in gathered for batch in rank for example in batch]
+        examples = f"Its examples are {listed(known)}; all" if known else "Its losses"
+        return f"{examples} and norms are in {path}{failure}"
 
     def _watch_losses(self) -> None:
         if self._step_loss.restarted:

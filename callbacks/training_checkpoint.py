@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from lit_lora.atomic import remove_partial_files
+from lit_lora.atomic import make_folder, remove_partial_files
 from lit_lora.callbacks._stop_signals import StopSignals
 from lit_lora.callbacks._trainer import any_rank
 
@@ -71,6 +71,7 @@ class TrainingCheckpoint(Checkpoint):
         self.last_error: str | None = None
         """Why the newest state is not on disk; None if it is."""
         self._scores: dict[str, float] = {}
+        self._damaged: set[Path] = set()
         self._last_step = 0
         self._saved_batches = 0
         self._saved_at_s = 0.0
@@ -91,18 +92,19 @@ class TrainingCheckpoint(Checkpoint):
     # ------------------------------------------------------------------ when to save
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Make the folder; remove what a killed process left half-written.
+        """Make the folder; remove what a killed process left half-written; find out what is damaged.
 
         Raises:
-            OSError: if the folder cannot be made.
+            OSError: if the folder cannot be made or written to.
         """
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
         self.dirpath = str(trainer.strategy.broadcast(str(folder)))
         if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder, option="dirpath (of TrainingCheckpoint)")
             remove_partial_files(folder)
+            self._damaged = {path for path in folder.glob("step=*.ckpt") if not _is_readable(trainer, path)}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and let signals wait for the end of the running batch."""
@@ -234,8 +236,16 @@ class TrainingCheckpoint(Checkpoint):
             self._forget(path)
 
     def _forget(self, written: Path) -> None:
-        """Delete all but the newest and the best. By time, not by step: a run may go on from an older checkpoint."""
-        files = sorted(written.parent.glob("step=*.ckpt"), key=lambda path: (path == written, path.stat().st_mtime_ns))
+        """Delete all but the newest and the best. By time, not by step: a run may go on from an older checkpoint.
+
+        What was damaged at the start goes first, so that it takes no undamaged one's place.
+        """
+        self._damaged.discard(written)
+
+        def age(path: Path) -> tuple[bool, bool, int]:
+            return path == written, path not in self._damaged, path.stat().st_mtime_ns
+
+        files = sorted(written.parent.glob("step=*.ckpt"), key=age)
         kept = {str(path) for path in files[-self.keep_last :]} | self._scores.keys()
         for path in files:
             if str(path) not in kept:
@@ -258,6 +268,15 @@ class TrainingCheckpoint(Checkpoint):
         last_path = state_dict.get("last_path")
         self.last_path = Path(last_path) if last_path and Path(last_path).is_file() else None
         self._scores = {path: score for path, score in state_dict.get("scores", {}).items() if Path(path).is_file()}
+
+
+def _is_readable(trainer: pl.Trainer, path: Path) -> bool:
+    try:
+        trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu")
+    except Exception as error:  # each CheckpointIO has its own for a damaged file
+        rank_zero_warn(f"The checkpoint {path} does not count as one to keep: {error}")
+        return False
+    return True
 
 
 def _batches(trainer: pl.Trainer) -> int:

@@ -7,7 +7,9 @@ to disk, and then takes the target's name. A full disk or a killed process leave
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -74,18 +76,52 @@ def atomic_write_all(files: Sequence[FileToWrite]) -> None:
         _sync_folder(folder)
 
 
-def remove_partial_files(folder: str | Path) -> list[Path]:
-    """Delete what killed processes left behind in a folder.
+def make_folder(folder: str | Path, *, option: str) -> None:
+    """Make a folder that can be written to.
 
     Args:
-        folder: where to look, not below it. No other process may be writing there.
+        folder: may be there already.
+        option: the setting that names it, for the message.
+
+    Raises:
+        OSError: if it cannot be made or written to; says what to set.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        message = f"cannot write into the folder {folder}: {reason}; set {option} to a folder that can be written to"
+        raise OSError(error.errno, message) from error
+
+
+def remove_partial_files(folder: str | Path, *, older_than_s: float = 0.0) -> list[Path]:
+    """Delete what killed processes left behind in a folder: temporary files, and temporary folders with their content.
+
+    What cannot be deleted stays; it does no harm.
+
+    Args:
+        folder: where to look, not below it. It need not be there.
+        older_than_s: seconds since the last change that leave no doubt that nobody is writing any more; 0 where no
+            other process may write.
 
     Returns:
-        The files that were deleted.
+        What was deleted.
     """
-    leftovers = sorted(path for path in Path(folder).glob(f".*{PARTIAL_SUFFIX}") if path.is_file())
-    _remove(leftovers)
-    return leftovers
+    removed = []
+    for path in sorted(Path(folder).glob(f".*{PARTIAL_SUFFIX}")):
+        try:
+            if older_than_s and time.time() - path.stat().st_mtime < older_than_s:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError:
+            continue
+        removed.append(path)
+    return removed
 
 
 def _write_temporary(file: FileToWrite) -> Path:

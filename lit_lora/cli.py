@@ -21,11 +21,10 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_lora.atomic import atomic_write, remove_partial_files
+from lit_lora.atomic import atomic_write, make_folder
 from lit_lora.callbacks import (
     ConvergenceAssertion,
     GradientFlowAssertion,
@@ -38,6 +37,7 @@ from lit_lora.callbacks import (
 )
 from lit_lora.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from lit_lora.config_check import problems_in, problems_of
+from lit_lora.csv_log import PatientCSVLogger
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.module import LoRALightningModule
 from lit_lora.run_record import PredictionWriter, RunRecord
@@ -162,7 +162,7 @@ class LoRACLI(LightningCLI):
         trainer = self._get(self.config_init, "trainer")
         folder = trainer["default_root_dir"]
         if trainer.get("logger") is None:
-            trainer["logger"] = CSVLogger(folder, name="logs") if self.subcommand == "fit" else False
+            trainer["logger"] = PatientCSVLogger(folder, name="logs") if self.subcommand == "fit" else False
         plugins = trainer.get("plugins") or []
         trainer["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         self.record = RunRecord()
@@ -188,7 +188,7 @@ class LoRACLI(LightningCLI):
     def _write_config(self, folder: Path) -> None:
         self._dump_config()
         text = _yaml(self.config_dump)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, option="trainer.default_root_dir")
         path = folder / "config.yaml"
         if path.exists() and path.read_text(encoding="utf-8") != text:
             earlier = len(list(folder.glob("config.*.yaml"))) + 1
@@ -328,7 +328,7 @@ def _listed(folders: Sequence[Path]) -> str:
 
 
 def _run_folder(folder: str, ckpt_path: str | None) -> str:
-    """The folder of the run that is resumed, else the next free one; cleaned of what a killed run left half-written."""
+    """The folder of the run that is resumed, else the next free one."""
     if chosen := os.environ.get(RUN_FOLDER_VARIABLE):
         return chosen
     path = Path(folder)
@@ -343,7 +343,5 @@ def _run_folder(folder: str, ckpt_path: str | None) -> str:
         resumed = Path(ckpt_path).parent.parent
         if resumed.parent == path.parent and resumed.name.startswith(f"{path.name}-"):
             path = resumed
-        for inner in (path, path / "adapter", path / "adapter-best"):
-            remove_partial_files(inner)
     os.environ[RUN_FOLDER_VARIABLE] = str(path)
     return str(path)

@@ -1,4 +1,8 @@
-"""The record of a run in its folder, and its closing words: what was proved, how fast, where the adapter is."""
+"""The record of a run in its folder, and its closing words: what was proved, how fast, where the adapter is.
+
+A record that cannot be written (full disk, permission lost) is a warning while training goes on, and tried again at the
+next save; only at the end of the run is it an error.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lit_lora.atomic import atomic_write
+from lit_lora.atomic import atomic_write, remove_partial_files
 from lit_lora.callbacks import (
     ConvergenceAssertion,
     GradientFlowAssertion,
@@ -20,6 +24,7 @@ from lit_lora.callbacks import (
     MemoryProfiler,
     Verdict,
 )
+from lit_lora.csv_log import PatientCSVLogger
 from lit_lora.module import LoRALightningModule
 
 PROVING = (ConvergenceAssertion, GradientFlowAssertion, GradientNormLogger, MemoryProfiler, HFAdapterExport)
@@ -27,6 +32,18 @@ PROVING = (ConvergenceAssertion, GradientFlowAssertion, GradientNormLogger, Memo
 
 class RunRecord(L.Callback):
     """Shows the adapters at the start; keeps ``metrics.json`` and ``metrics.csv`` up to date; prints the verdict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure: str | None = None
+        """Why the newest metrics are not on disk; None if they are."""
+
+    @rank_zero_only
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Remove what a killed process left half-written."""
+        folder = Path(trainer.default_root_dir)
+        for place in (folder, *folder.glob("logs/version_*")) if stage == "fit" else ():
+            remove_partial_files(place)
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -44,25 +61,44 @@ class RunRecord(L.Callback):
         self.save(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write what there is."""
-        if trainer.state.fn == "fit":
+        """Write what there is; what ended the run is the error to show, so this never raises."""
+        if trainer.state.fn != "fit":
+            return
+        try:
             self.save(trainer, pl_module)
+        except Exception as error:  # metrics may wait for a device that has failed
+            rank_zero_warn(f"The record was not written after the exception: {error!r}")
 
     @rank_zero_only
     def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the metrics so far."""
+        """Write the metrics so far; a failed write is a warning, the first of several in a row."""
         if not isinstance(pl_module, LoRALightningModule) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         metrics = pl_module.flush_metrics()
         profilers = [c for c in trainer.callbacks if isinstance(c, MemoryProfiler)]  # type: ignore[attr-defined]
         if profilers:
             metrics.peak_memory_mib = max(profiler.peak_mib for profiler in profilers)
-        if metrics.steps:
+        if not metrics.steps:
+            return
+        try:
             metrics.save(Path(trainer.default_root_dir) / "metrics.json")
+        except OSError as error:
+            if self.failure is None:
+                rank_zero_warn(
+                    f"The record of step {trainer.global_step} was not written: {error}. Training goes on and tries "
+                    "again at the next save."
+                )
+            self.failure = str(error)
+        else:
+            self.failure = None
 
     @rank_zero_only
     def conclude(self, trainer: L.Trainer) -> None:
-        """Print the verdict and write it to ``verdict.json``."""
+        """Print the verdict and write it to ``verdict.json``.
+
+        Raises:
+            OSError: if a part of the record could not be written, after all of it was tried.
+        """
         module = trainer.lightning_module
         verdicts = [
             callback.verdict
@@ -75,7 +111,18 @@ class RunRecord(L.Callback):
             return
         record = json.dumps([verdict._asdict() for verdict in verdicts], indent=1)
         folder = Path(trainer.default_root_dir)
-        atomic_write(folder / "verdict.json", lambda file: file.write(record.encode()))
+        if self.failure is not None:
+            self.save(trainer, module)
+        logs = [logger for logger in trainer.loggers if isinstance(logger, PatientCSVLogger)]
+        for log in logs:
+            log.save()
+        failures = [failure for failure in (self.failure, *(log.failure for log in logs)) if failure is not None]
+        try:
+            atomic_write(folder / "verdict.json", lambda file: file.write(record.encode()))
+        except OSError as error:
+            failures.append(str(error))
+        if failures:
+            raise OSError(f"the record of the run could not be written: {'; '.join(failures)}")
         print(f"  {'run folder':<16}{folder}")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 import pytest
 
-from lit_lora.atomic import FileToWrite, atomic_write, atomic_write_all, remove_partial_files
+from lit_lora.atomic import FileToWrite, atomic_write, atomic_write_all, make_folder, remove_partial_files
 
 
 def test_a_file_is_made_and_replaced(tmp_path):
@@ -79,8 +80,29 @@ def test_files_of_a_set_are_replaced_together_or_not_at_all(tmp_path):
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     kept = tmp_path / "weights.partial.txt"
-    leftover = tmp_path / ".weights.abc123.partial"
-    for path in (kept, leftover):
+    file, folder = tmp_path / ".weights.abc123.partial", tmp_path / ".xyz.partial"
+    for path in (kept, file):
         path.touch()
-    assert remove_partial_files(tmp_path) == [leftover]
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").touch()
+    assert remove_partial_files(tmp_path) == [file, folder]
     assert os.listdir(tmp_path) == [kept.name]
+    assert remove_partial_files(tmp_path / "missing") == []
+
+
+def test_in_a_shared_folder_only_old_leftovers_are_removed(tmp_path):
+    old, new = tmp_path / ".old.partial", tmp_path / ".new.partial"
+    for path in (old, new):
+        path.touch()
+    hours_ago = time.time() - 7200
+    os.utime(old, (hours_ago, hours_ago))
+    assert remove_partial_files(tmp_path, older_than_s=3600) == [old]
+    assert os.listdir(tmp_path) == [new.name]
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_that_names_the_option(tmp_path):
+    make_folder(tmp_path / "a" / "b", option="x")
+    assert os.listdir(tmp_path / "a" / "b") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"folder .*file/run: Not a directory; set trainer.default_root_dir to"):
+        make_folder(tmp_path / "file" / "run", option="trainer.default_root_dir")

@@ -94,6 +94,14 @@ def test_fit_writes_a_run_folder_and_never_into_an_earlier_one(command, fit, tmp
     assert (tmp_path / "runs" / "tiny-2" / "verdict.json").is_file()
 
 
+def test_a_run_folder_that_cannot_be_written_to_is_named_with_its_option(command, fit, tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    with pytest.raises(SystemExit):
+        command("fit", *fit)
+    folder = tmp_path / "runs" / "tiny"
+    assert f"folder {folder}: Not a directory; set trainer.default_root_dir to" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_says_how_to_resume_and_has_its_exit_code(fit, tmp_path, signum, code):
     checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"

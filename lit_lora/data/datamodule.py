@@ -6,28 +6,29 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_lora.atomic import remove_partial_files
 from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, default_cache_dir, tokenizer_digest
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
 from lit_lora.data.resume import check_fingerprint, rank_batches_consumed
-from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, permutation
+from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, split_indices
 from lit_lora.data.sources import source_digest
 from lit_lora.data.summary import DataSummary, summarize
 from lit_lora.data.tokenize import format_prompt
 
 DEFAULT_BATCH_SIZE = 4
+ABANDONED_S = 3600.0
+"""Age at which no process can be writing a temporary file of the cache any more."""
 
 
 class ResumableDataLoader(DataLoader):
@@ -168,7 +169,8 @@ class SFTDataModule(pl.LightningDataModule):
         return self._tokenizer
 
     def prepare_data(self) -> None:
-        """Tokenize every source into the cache, on one process a machine."""
+        """Tokenize every source into the cache, on one process a machine; other runs may be writing there, too."""
+        remove_partial_files(self.cache_dir, older_than_s=ABANDONED_S)
         for source in (self.train_source, self.validation_source, self.test_source):
             if source is not None:
                 self._tokenized(source)
@@ -243,6 +245,11 @@ class SFTDataModule(pl.LightningDataModule):
         if data is None:
             raise ValueError("there is no test data: set data.test, data.validation or data.validation_fraction")
         return self._evaluation_loader(data)
+
+    def source_lines(self, example_ids: Sequence[int]) -> list[int]:
+        """The lines in the source of training examples; negative ids, which are fillers, give -1."""
+        assert self.train_data is not None, "setup() comes before source_lines()"
+        return [-1 if number < 0 else int(self.train_data.lines[number]) for number in example_ids]
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts with reference answers, one at a time: ``prompt_ids`` (1, L), ``reference``, ``example_ids`` (1,).
@@ -376,22 +383,6 @@ class SFTDataModule(pl.LightningDataModule):
         model = getattr(module, "model", None)
         if isinstance(model, PreTrainedModel):
             check_vocabulary(data, model.config.get_text_config().vocab_size)
-
-
-def split_indices(num_examples: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide examples into training and validation, each in the data's order.
-
-    Raises:
-        ValueError: if either would be empty.
-    """
-    num_validation = round(num_examples * fraction)
-    if not 0 < num_validation < num_examples:
-        raise ValueError(
-            f"validation_fraction={fraction} of {num_examples} examples is {num_validation}: "
-            "both parts need at least one"
-        )
-    order = permutation(num_examples, seed)
-    return np.sort(order[num_validation:]), np.sort(order[:num_validation])
 
 
 def _only(batch: list[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -89,6 +89,22 @@ def permutation(count: int, *seeds: int) -> NDArray[np.int64]:
     return np.argsort(np.random.PCG64([count, *seeds]).random_raw(count), kind="stable")
 
 
+def split_indices(num_examples: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Divide examples into training and validation, each in the data's order.
+
+    Raises:
+        ValueError: if either would be empty.
+    """
+    num_validation = round(num_examples * fraction)
+    if not 0 < num_validation < num_examples:
+        raise ValueError(
+            f"validation_fraction={fraction} of {num_examples} examples is {num_validation}: "
+            "both parts need at least one"
+        )
+    order = permutation(num_examples, seed)
+    return np.sort(order[num_validation:]), np.sort(order[:num_validation])
+
+
 def _fill(lengths: NDArray[np.int64], settings: BatchSettings, epoch: int) -> list[list[int]]:
     order = permutation(len(lengths), settings.seed, epoch) if settings.shuffle else np.arange(len(lengths))
     grouped = settings.padded and settings.shuffle and settings.max_tokens is not None

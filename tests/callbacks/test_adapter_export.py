@@ -160,6 +160,17 @@ def test_failed_write_is_logged_keeps_the_earlier_adapter_and_is_tried_again(mak
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_leftovers_of_a_killed_process_are_removed_at_the_start(make_trainer, tmp_path):
+    folder = tmp_path / "mine"
+    left = [folder / ".xyz.partial" / "adapter_model.safetensors", tmp_path / "adapter-best" / ".README.md.x.partial"]
+    for path in left:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    make_trainer(HFAdapterExport(folder)).fit(Foreign(with_lit_lora()))
+    assert not any(path.exists() for path in left)
+    assert not list(folder.glob(".*"))
+
+
 def test_failure_at_the_end_of_fit_raises(make_trainer, tmp_path):
     (tmp_path / "adapter").write_text("a file where the folder belongs")
     callback = HFAdapterExport(monitor=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from plain_projects import PlainModel
@@ -59,6 +60,21 @@ def test_loss_that_does_not_fall_fails_after_everything_is_saved(make_trainer, t
         make_trainer(callback, max_steps=6).fit(Scripted(losses))
     assert callback.verdict.passed is False
     assert json.loads((tmp_path / "convergence.json").read_text())["passed"] is False
+
+
+@pytest.mark.filterwarnings("ignore:The verdict on convergence was not written")
+def test_a_verdict_that_cannot_be_written_is_an_error_once_the_others_have_saved(make_trainer, tmp_path):
+    (tmp_path / "convergence.json").mkdir()
+    (tmp_path / "convergence.json" / "in the way").touch()
+    ended = []
+
+    class After(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            ended.append(trainer.global_step)
+
+    with pytest.raises(OSError, match="verdict on convergence could not be written"):
+        make_trainer(ConvergenceAssertion(0.3, 2), After(), max_steps=6).fit(Scripted([4.0, 4.0, 3.0, 2.0, 2.0, 2.0]))
+    assert ended == [6]
 
 
 def test_warns_by_default(make_trainer):

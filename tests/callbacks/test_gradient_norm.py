@@ -96,7 +96,7 @@ def test_infinite_loss_stops(make_trainer):
         make_trainer(GradientNormLogger()).fit(BadLoss())
 
 
-def test_skip_moves_nothing_under_adamw_and_goes_on(make_trainer):
+def test_skip_moves_nothing_under_adamw_goes_on_and_names_the_examples(make_trainer, tmp_path):
     model = Poisoned(3)
     before: dict[str, torch.Tensor] = {}
     moved: list[bool] = []
@@ -109,14 +109,19 @@ def test_skip_moves_nothing_under_adamw_and_goes_on(make_trainer):
             moved.append(any(not torch.equal(before[name], p) for name, p in pl_module.named_parameters()))
 
     callback = GradientNormLogger(on_non_finite="skip")
-    with pytest.warns(UserWarning, match="skipped the update of step 4"):
+    told = r"skipped the update of step 4: .* Its examples are 12, 13, 14.*non_finite_step_4\.json"
+    with pytest.warns(UserWarning, match=told):
         make_trainer(callback, Watch()).fit(model)
+    record = json.loads((tmp_path / "non_finite_step_4.json").read_text())
+    assert record["example_ids_by_rank_and_micro_batch"] == [[[12, 13, 14, 15]]]
+    assert record["grad_norms"]["layers.1.lora_B.weight"] == "nan"
+    assert len(list(tmp_path.glob("non_finite_step_*.json"))) == 1
     assert moved == [True, True, True, False, True, True, True, True]
     assert callback.num_non_finite == 1
     assert callback.verdict.passed
 
 
-@pytest.mark.filterwarnings("ignore:skipped the update")
+@pytest.mark.filterwarnings("ignore:.*skipped the update")
 def test_too_many_skips_stop(make_trainer):
     with pytest.raises(NonFiniteError, match=r"step 4 .*2 steps were skipped before"):
         make_trainer(GradientNormLogger(on_non_finite="skip", max_skips=2)).fit(Poisoned(1, 2, 3))

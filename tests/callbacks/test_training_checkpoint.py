@@ -117,6 +117,16 @@ def test_going_on_from_an_older_one_does_not_delete_what_it_writes(fit, tmp_path
     assert steps(tmp_path / "checkpoints") == [3]
 
 
+def test_a_damaged_one_takes_no_undamaged_ones_place(fit, tmp_path):
+    folder = tmp_path / "checkpoints"
+    fit(TrainingCheckpoint(every_n_steps=1, keep_last=3), max_steps=4)
+    newest = folder / "step=00000004.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"step=00000004\.ckpt does not count as one to keep"):
+        fit(TrainingCheckpoint(every_n_steps=5), ckpt_path=folder / "step=00000003.ckpt", max_steps=5)
+    assert steps(folder) == [3, 5]
+
+
 @pytest.mark.parametrize(("signum", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SIGTERMException)])
 def test_a_signal_saves_after_the_batch_and_stops(fit, tmp_path, signum, kind):
     handler = signal.getsignal(signum)

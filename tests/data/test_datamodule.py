@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import types
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_lora.data import prepare
 from lit_lora.data.byte_tokenizer import byte_tokenizer
-from lit_lora.data.datamodule import SFTDataModule, split_indices
+from lit_lora.data.datamodule import SFTDataModule
+from lit_lora.data.sampler import split_indices
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 ROWS = [{"prompt": f"question {i}", "completion": "answer " * (1 + i % 4) + str(i)} for i in range(20)]
@@ -122,6 +124,24 @@ def test_a_damaged_cache_is_built_again(file) -> None:
         again = ready(file).train_data
     assert again.ids.tolist() == first.ids.tolist()
     assert ready(file).train_data.ids.tolist() == first.ids.tolist(), "without a warning"
+
+
+def test_what_killed_runs_left_in_the_cache_is_removed_but_not_what_another_run_writes(file) -> None:
+    cache = file.parent / "cache"
+    cache.mkdir()
+    old, new = cache / ".a.safetensors.x.partial", cache / ".a.safetensors.y.partial"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    ready(file)
+    assert list(cache.glob(".*")) == [new]
+
+
+def test_source_lines_of_a_split(file) -> None:
+    data = ready(file, validation_fraction=0.25)
+    lines = data.source_lines([*range(len(data.train_data)), -1])
+    assert lines == [*data.train_data.lines.tolist(), -1]
+    assert lines[:-1] != list(range(1, 16))
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(file) -> None:

@@ -1,0 +1,76 @@
+"""Lightning's CSV log, for a disk that may be full for a while.
+
+Lightning's own writer lets an OSError end the run, empties the file before it writes a longer header, and after a
+failure leaves half a row or a header that lacks columns. Here a failed write leaves the file as it was and keeps its
+rows for the next save.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from lit_lora.atomic import atomic_write
+
+
+class PatientCSVLogger(CSVLogger):
+    """A CSVLogger whose failed writes are warnings, tried again at the next save."""
+
+    failure: str | None = None
+    """Why the newest rows are not on disk; None if they are."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the rows that are not in the file yet."""
+        try:
+            writer = self.experiment
+            if writer.metrics:
+                _add_rows(Path(writer.metrics_file_path), writer.metrics)
+                writer.metrics = []
+        except OSError as error:
+            if self.failure is None:
+                rank_zero_warn(f"The CSV log was not written: {error}. Training goes on and tries again.")
+            self.failure = str(error)
+        else:
+            self.failure = None
+
+
+def _add_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append; or replace the file where the rows have columns that it lacks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known: list[str] = []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            known = next(csv.reader(file), [])
+    columns = sorted(set(known).union(*rows))
+    if columns != known:
+        earlier: list[dict[str, str]] = []
+        if known:
+            with path.open(newline="", encoding="utf-8") as file:
+                earlier = list(csv.DictReader(file))
+        data = _text(columns, [*earlier, *rows], header=True).encode()
+        atomic_write(path, lambda file: file.write(data))
+        return
+    size = path.stat().st_size
+    try:
+        with path.open("ab") as log:
+            log.write(_text(columns, rows, header=False).encode())
+    except OSError:
+        os.truncate(path, size)
+        raise
+
+
+def _text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue()
