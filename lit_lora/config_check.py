@@ -135,6 +135,9 @@ def _settings(arguments: Sequence[str], known: set[str], found: list[str]) -> It
         key = flag.removeprefix("--")
         inside = next((k for k in _parents(key) if k in known and k not in _GROUPS), None)
         if key not in known and inside is not None:  # --model.lora.r 4 is part of the value of model.lora
+            field = key.removeprefix(f"{inside}.")
+            if inside in _BUILT_FROM_DICTS and "." not in field and field not in ("class_path", "init_args"):
+                yield Setting(inside, {field: value}, "command line")
             continue
         yield Setting(key, value, "command line")
 

@@ -127,6 +127,15 @@ def test_refused_values_are_in_the_report_of_the_parsers_mistakes_too(fit):
         assert expected in error
 
 
+def test_fields_of_nested_settings_on_the_command_line_are_in_the_report(fit):
+    wrong = ["--model.lora.r", "0", "--model.lora.lora_dropout", "2", "--model.quantization.bit", "4"]
+    code, error = fit({"data": {"train": "train.jsonl"}}, *wrong, "--trainer.max_steps", "x", "--data.batch_sz", "3")
+    assert code == 2
+    assert "5 problems" in error
+    for expected in ["model.lora.r:", "model.lora.lora_dropout:", "model.quantization.bit", "max_steps", "batch_sz"]:
+        assert expected in error
+
+
 @pytest.mark.parametrize(
     ("config", "arguments", "code", "message"),
     [

@@ -174,6 +174,23 @@ def test_cuda_settings_are_traced_without_cuda(tmp_path: Path) -> None:
     assert again == cpu, "tracing for CUDA left something behind"
 
 
+@pytest.mark.parametrize(
+    ("model", "lengths", "checkpointing", "bound"),
+    [
+        ("smollm2-135m", (512,), True, "512MB"),
+        ("tinyllama-1.1b", (512,) * 4, True, "2GB"),
+        ("llama-2-7b", (512,) * 4, True, "8GB"),
+        ("llama-2-7b", (512,) * 2, False, "12GB"),
+    ],
+)
+def test_qlora_stays_within_the_bounds_that_the_readme_gives(model, lengths, checkpointing, bound) -> None:
+    estimate = estimate_memory(
+        f"random:{model}", lengths=lengths, lora=LoRAConfig(r=16), quantization=NF4,
+        gradient_checkpointing=checkpointing, device="cuda",
+    )  # fmt: skip
+    assert estimate.fits(bound)
+
+
 def test_no_memory_is_taken_by_a_trace() -> None:
     import psutil
 

@@ -24,6 +24,7 @@ from lit_lora.callbacks.memory_profiler import MemoryBudgetExceeded
 from lit_lora.checkpoint import AtomicCheckpointIO
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed
+from lit_lora.gated_mlp import recompute_gated_mlps
 from tests.large_tensors import LargeTensors
 from tests.tiny import config, examples, language_model
 
@@ -192,10 +193,13 @@ def test_five_hundred_steps_are_stable(base, tmp_path, double_quant):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_one_weight_at_a_time_is_dequantized(bits, checkpointing, capability):
+@pytest.mark.parametrize("recompute_mlp", [False, True])
+def test_one_weight_at_a_time_is_dequantized(recompute_mlp, bits, checkpointing, capability):
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4, "vocab_size": 32}
     model = _quantized(QuantizationConfig(bits=bits), **sizes)
     inject_lora(model, LoRAConfig(r=2))
+    if recompute_mlp:
+        recompute_gated_mlps(model)
     if checkpointing:
         checkpoint_layers(model)
     ids = torch.arange(3, 8)[None]
