@@ -15,6 +15,7 @@ def evaluate(
     adapter: str,
     base: str | None = None,
     quantization: QuantizationConfig | None = None,
+    full_precision: bool = False,
     limit: int | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 25,
@@ -31,7 +32,8 @@ def evaluate(
         data: file of held-out examples, in any format that training reads.
         adapter: folder of an adapter in PEFT's format.
         base: base model, as in --model.base; by default the one that the adapter names.
-        quantization: how to quantize the base, for example --quantization.bits 4; full precision by default.
+        quantization: how to quantize the base, such as --quantization.bits 4; by default as the adapter was trained.
+        full_precision: leave the base unquantized whatever the adapter was trained on.
         limit: examples to measure on; all if not given.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts at a time.
@@ -45,7 +47,13 @@ def evaluate(
     from lit_lora.tools.inference import generate_all, load_for_inference
 
     prompts, expected = _conversations(data, limit)
-    model, tokenizer = load_for_inference(base, adapter, quantization=quantization, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_for_inference(
+        base,
+        adapter,
+        quantization=quantization,
+        full_precision=full_precision,
+        trust_remote_code=trust_remote_code,
+    )
     prompt_ids = [format_prompt(tokenizer, messages) for messages in prompts]
 
     def answers(name: str) -> list[str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,22 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_lora.adapters.peft_format import load_adapter
 from lit_lora.config import QuantizationConfig
 from lit_lora.models import load_base_model, load_tokenizer
-
-
-def base_of_adapter(adapter: str) -> str:
-    """The base model that an adapter names.
-
-    Raises:
-        ValueError: if it names none.
-        FileNotFoundError: if the folder has no ``adapter_config.json``.
-    """
-    config = Path(adapter) / "adapter_config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"no adapter in {adapter}: expected {config}")
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{config} names no base model: give --base")
-    return base
+from lit_lora.tools.adapter_folder import base_of_adapter, default_quantization, warn_of_another_base
 
 
 def load_for_inference(
@@ -35,6 +19,7 @@ def load_for_inference(
     adapter: str | None,
     *,
     quantization: QuantizationConfig | None = None,
+    full_precision: bool = False,
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -43,18 +28,31 @@ def load_for_inference(
     Args:
         base: as in ``--model.base``; None for the base that the adapter names.
         adapter: folder in PEFT's format.
-        quantization: how to quantize the base; None for full precision.
+        quantization: how to quantize the base; None for as the adapter was trained.
+        full_precision: leave the base unquantized whatever the adapter was trained on.
         dtype: of the base's weights.
         trust_remote_code: run code that comes with the base.
 
     Raises:
-        ValueError: if neither tells the base.
+        ValueError: if neither tells the base, or the adapter's files cannot be read.
         FileNotFoundError: if the adapter folder has no ``adapter_config.json``.
     """
     if base is None:
         if adapter is None:
             raise ValueError("which model? Give --base, or --adapter whose config names its base")
         base = base_of_adapter(adapter)
+    elif adapter is not None:
+        warn_of_another_base(adapter, base)
+    if full_precision and quantization is not None:
+        raise ValueError("full_precision and quantization exclude each other: give one of them")
+    if adapter is not None and quantization is None and not full_precision:
+        quantization, source = default_quantization(adapter, base)
+        if quantization is not None:
+            print(
+                f"the base is quantized to {quantization.bits} bits, as the adapter was trained ({source}); "
+                "--full_precision leaves it as it is",
+                file=sys.stderr,
+            )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_base_model(
         base, dtype=dtype, quantization=quantization, device=device, trust_remote_code=trust_remote_code
