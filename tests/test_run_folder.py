@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_lora import QuantizationConfig
 from lit_lora.__main__ import main
+from lit_lora.tools.adapter_folder import trained_on
 from tests.tiny import config
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
@@ -64,6 +66,15 @@ def test_a_refused_resume_leaves_config_and_verdicts_of_the_run_and_no_advice(ch
     assert [path.read_bytes() for path in kept] == before
     assert not list(Path("run").glob("config.*.yaml"))
     assert "There is no checkpoint to resume from" not in "".join(capfd.readouterr())
+
+
+def test_the_exported_adapter_says_how_its_base_was_quantized_after_a_refused_resume_too(fit):
+    quantized = {"model__quantization__bits": 4, "model__quantization__block_size": 32}
+    fit(**quantized)
+    with pytest.raises(SystemExit):
+        fit(ckpt_path="last")
+    assert trained_on("run/adapter").quantization == QuantizationConfig(block_size=32)
+    assert "block_size: 32" in Path("run/config.yaml").read_text()
 
 
 def test_a_resume_that_is_accepted_keeps_the_earlier_config_beside_its_own(fit):

@@ -1,15 +1,23 @@
-"""Load a base with an adapter for generation, and generate: what ``generate`` and ``evaluate`` share."""
+"""Load a base with an adapter, generate, and measure the loss: what ``generate`` and ``evaluate`` share."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.adapters.peft_format import load_adapter
+from lit_lora.causal_lm import choose_path, language_model_loss
 from lit_lora.config import QuantizationConfig
+from lit_lora.data.dataset import TokenizedExample
+from lit_lora.data.formats import Examples
+from lit_lora.data.packing import collate_packed
+from lit_lora.data.tokenize import encode_examples
 from lit_lora.models import load_base_model, load_tokenizer
 from lit_lora.tools.adapter_folder import base_of_adapter, default_quantization, warn_of_another_base
 
@@ -104,3 +112,44 @@ def generate_all(
         if progress is not None:
             progress(start + len(indices))
     return completions
+
+
+@torch.no_grad()
+def mean_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    *,
+    max_length: int,
+    batch_size: int = 16,
+) -> float:
+    """Mean negative log-likelihood of the target tokens of all examples, in nats; as validation measures it.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        examples: conversations and texts.
+        max_length: tokens of an example, the rest is cut off.
+        batch_size: examples at a time.
+
+    Raises:
+        ValueError: if no target is left within ``max_length``.
+    """
+    encoded = encode_examples(tokenizer, examples.items, examples.problems, max_length=max_length)
+    tokenized = [
+        TokenizedExample(index, np.array(example.ids, np.int32), np.array(example.mask, np.bool_))
+        for index, example in enumerate(encoded)
+        if any(example.mask)
+    ]
+    if not tokenized:
+        raise ValueError(f"none of the {len(encoded)} examples has a target token among its first {max_length}")
+    path = choose_path(model)
+    nll_sum, num_targets = 0.0, 0
+    for start in range(0, len(tokenized), batch_size):
+        batch: dict[str, Any] = {
+            name: value.to(model.device) if isinstance(value, Tensor) else value
+            for name, value in collate_packed(tokenized[start : start + batch_size]).items()
+        }
+        nll_sum += float(language_model_loss(model, batch, path).nll_sum)
+        num_targets += batch["target_ids"].numel()
+    return nll_sum / num_targets
