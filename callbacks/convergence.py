@@ -76,6 +76,7 @@ class ConvergenceAssertion(pl.Callback):
         self._last: deque[float] = deque(maxlen=window)
         self._num_losses = 0
         self._best_mean: float | None = None
+        self._started = False
 
     @property
     def state_key(self) -> str:
@@ -92,6 +93,7 @@ class ConvergenceAssertion(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on with, the record."""
         self.verdict = self._failure = None
+        self._started = True
         self._step_loss.start(trainer)
 
     def on_train_batch_end(
@@ -122,7 +124,7 @@ class ConvergenceAssertion(pl.Callback):
         if self.verdict is None:
             self._read()
             self.verdict = Verdict("convergence", None, f"the run ended early: {type(exception).__name__}: {exception}")
-            if writes_files(trainer):
+            if self._started and writes_files(trainer):  # a resume that is refused leaves the file of its run
                 self._write(trainer, {})
 
     def state_dict(self) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class TrainingCheckpoint(Checkpoint):
         self._saved_at_s = 0.0
         self._due = False
         self._signals = StopSignals()
+        self._started = False
 
     @property
     def state_key(self) -> str:
@@ -97,6 +98,7 @@ class TrainingCheckpoint(Checkpoint):
         Raises:
             OSError: if the folder cannot be made or written to.
         """
+        self._started = False
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
@@ -112,6 +114,7 @@ class TrainingCheckpoint(Checkpoint):
         self._saved_batches = _batches(trainer)
         self._saved_at_s = time.monotonic()
         self.last_error = None
+        self._started = True
         self._signals.install()
 
     def on_train_batch_end(
@@ -167,9 +170,9 @@ class TrainingCheckpoint(Checkpoint):
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save what is whole, and say how to resume."""
+        """Save what is whole, and say how to resume; nothing of a run that was refused before it trained."""
         self._signals.restore()
-        if trainer.state.fn != "fit" or trainer.fast_dev_run or self.dirpath is None:  # type: ignore[attr-defined]
+        if trainer.state.fn != "fit" or trainer.fast_dev_run or not self._started:  # type: ignore[attr-defined]
             return
         # Saving takes all ranks, and an exception may be one rank's alone: what all of them stop for is saved before.
         if trainer.world_size == 1 and _batches(trainer) > self._saved_batches:

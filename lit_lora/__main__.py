@@ -20,7 +20,7 @@ TRAINER_VERBS = {
 TOOLS = {
     "fetch": "bring a small base model to this machine",
     "generate": "prompt in, text out, with and without an adapter",
-    "evaluate": "exact match on held-out examples, before and after",
+    "evaluate": "exact match and loss on held-out examples, before and after",
     "estimate": "peak memory of a fit, and whether it fits",
     "merge": "fold an adapter into its base: a folder for plain transformers",
     "export": "an adapter from a checkpoint or folder, for readers of any kind",

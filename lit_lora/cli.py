@@ -14,12 +14,12 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -75,7 +75,7 @@ def run(arguments: Sequence[str]) -> None:
         SIGTERMException: for a termination.
     """
     _leave_out_noise()
-    sys.argv = ["lit-lora", *_with_shipped_configs(arguments)]
+    sys.argv = [sys.argv[0], *_with_shipped_configs(arguments)]  # Lightning starts other ranks with this script
     inherited = {name: os.environ.get(name) for name in (RUN_FOLDER_VARIABLE, CHECKPOINT_VARIABLE)}
     try:
         _run()
@@ -93,7 +93,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def parse_fit(arguments: Sequence[str]) -> Any:
     """The settings of a ``fit`` with these arguments, config files read and defaults filled in. Nothing is run."""
-    sys.argv = ["lit-lora", "fit", *_with_shipped_configs(arguments)]
+    sys.argv = [sys.argv[0], "fit", *_with_shipped_configs(arguments)]
     try:
         _run(_ParsingCLI)
     except _Parsed as parsed:
@@ -166,15 +166,13 @@ class LoRACLI(LightningCLI):
         plugins = trainer.get("plugins") or []
         trainer["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         self.record = RunRecord()
-        extra: list[Callback] = [RankMonitor(), *([self.record] if self.subcommand == "fit" else [])]
+        extra: list[Callback] = [RankMonitor()]
+        if self.subcommand == "fit":
+            extra += [self.record, ConfigWriter(self._write_config)]
         if self.subcommand == "predict":
             extra.append(PredictionWriter())
         trainer["callbacks"] = [*(trainer.get("callbacks") or []), *extra]
         return super().instantiate_trainer(**kwargs)
-
-    def before_fit(self) -> None:
-        """Write the resolved config into the run folder."""
-        self._write_config(Path(self.trainer.default_root_dir))
 
     def after_fit(self) -> None:
         """Validate where training did not end with it, then say what the run proved, and where its results are."""
@@ -182,6 +180,7 @@ class LoRACLI(LightningCLI):
         if self.datamodule.validation_data is not None and self.trainer.global_step not in validated:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             self.record.save(self.trainer, self.model)
+        self._write_config(Path(self.trainer.default_root_dir))  # where no step was left to take, none is there yet
         self.record.conclude(self.trainer)
 
     @rank_zero_only
@@ -194,6 +193,26 @@ class LoRACLI(LightningCLI):
             earlier = len(list(folder.glob("config.*.yaml"))) + 1
             path.rename(folder / f"config.{earlier}.yaml")
         atomic_write(path, lambda file: file.write(text.encode()))
+
+
+class ConfigWriter(Callback):
+    """Writes the config into the run folder, and so takes the folder, once data and checkpoint are accepted.
+
+    A new run has nothing more to be refused for when its fit starts. A resumed one does until its training starts: the
+    state of the optimizer is loaded late.
+    """
+
+    def __init__(self, write: Callable[[Path], None]) -> None:
+        self._write = write
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write that of a new run: before its first validation, which may take minutes."""
+        if trainer.ckpt_path is None:
+            self._write(Path(trainer.default_root_dir))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write that of a resumed run."""
+        self._write(Path(trainer.default_root_dir))
 
 
 class _Parsed(Exception):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Literal
 
 
@@ -104,7 +105,17 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
-            raise ValueError(f"bits must be 4 or 8, got {self.bits}")
+            raise ValueError(f"bits must be 4 or 8, got {self.bits!r}")
+        for name, known in (
+            ("quant_type", ("nf4", "fp4")),
+            ("double_quant", (True, False)),
+            ("compute_dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("embedding_bits", (None, 8)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+        if not isinstance(self.skip_modules, (list, NoneType)):
+            raise ValueError(f"skip_modules must be a list of names, got {self.skip_modules!r}")
         if not 32 <= self.block_size <= 4096 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two from 32 to 4096, got {self.block_size}")
         if self.bits == 8 and (self.quant_type != "nf4" or not self.double_quant or self.block_size != 64):

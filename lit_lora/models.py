@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lit_lora.adapters import quantize
 from lit_lora.adapters.base_weight import is_linear_like
+from lit_lora.adapters.trained_on import note_quantization
 from lit_lora.config import QuantizationConfig
 from lit_lora.whole_model import load_whole, readable
 
@@ -133,6 +134,7 @@ def load_base_model(
     if quantization is not None:
         finish = quantize.quantize_ if in_transformers is None else quantize.finish_quantization_
         finish(model, quantization)
+    note_quantization(model, quantization)
     return model.train()
 
 
@@ -229,6 +231,7 @@ def _random_model(
     model.config.name_or_path = base
     if quantization is not None:
         quantize.finish_quantization_(model, quantization)
+    note_quantization(model, quantization)
     return model.train()
 
 
@@ -246,9 +249,21 @@ def _fill(
     owner._init_weights(module)
 
 
-def _check_not_quantized(location: str, revision: str | None) -> None:
+def is_quantized_already(base: str) -> bool:
+    """Whether a base is stored with quantized weights, and loaded as it is."""
+    if base.startswith(RANDOM):
+        return False
+    location, gguf_file = resolve_base(base)
+    return not gguf_file and bool(_saved_quantization(location, None))
+
+
+def _saved_quantization(location: str, revision: str | None) -> Any:
     fields, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
-    saved = fields.get("quantization_config")
+    return fields.get("quantization_config")
+
+
+def _check_not_quantized(location: str, revision: str | None) -> None:
+    saved = _saved_quantization(location, revision)
     if saved:
         method = saved.get("quant_method", "unknown") if isinstance(saved, dict) else saved
         raise ValueError(f"{location} is quantized already ({method}) and is loaded as it is: leave out quantization")

@@ -40,12 +40,17 @@ def adapter_checksum(tensors: Mapping[str, Tensor], config: LoRAConfig) -> str:
     return digest.hexdigest()
 
 
-def serialize(tensors: dict[str, Tensor], config: LoRAConfig) -> bytes:
+def serialize(tensors: dict[str, Tensor], config: LoRAConfig, metadata: Mapping[str, str]) -> bytes:
     """A safetensors file with the checksum; equal content gives equal bytes.
 
     Safetensors writes metadata in random order, so the header is put in order here.
+
+    Args:
+        tensors: as they are to be in the file.
+        config: as it is read from the file beside it.
+        metadata: what else the header says.
     """
-    data = save(tensors, metadata={"format": "pt", METADATA_KEY: adapter_checksum(tensors, config)})
+    data = save(tensors, metadata={"format": "pt", **metadata, METADATA_KEY: adapter_checksum(tensors, config)})
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

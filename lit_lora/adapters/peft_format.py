@@ -26,6 +26,7 @@ from lit_lora.adapters.inject import InjectionReport, apply_plan, plan_injection
 from lit_lora.adapters.layers import LoRALayer, LoRALinear, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
 from lit_lora.adapters.peft_config import from_peft_config, to_peft_config
+from lit_lora.adapters.trained_on import noted_metadata
 from lit_lora.atomic import FileToWrite, atomic_write_all
 from lit_lora.config import LoRAConfig
 
@@ -115,7 +116,7 @@ def save_adapter(
         fan_in_fan_out=any(base_weight.is_conv1d(layer.base_layer) for _, layer in lora_layers(model)),
     )
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    data = serialize(tensors, from_peft_config(content))
+    data = serialize(tensors, from_peft_config(content), noted_metadata(model))
 
     def check_weights(path: Path) -> None:
         written = _read_tensors(path)

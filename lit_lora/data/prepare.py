@@ -133,7 +133,7 @@ def _check_problems(examples: Examples, settings: SourceSettings) -> None:
     if problems.count and settings.on_bad_rows == "error":
         raise ValueError(
             f"{problems.source}: {problems.count} bad rows ({usable} are good):\n{problems}\n"
-            "Correct them, or set on_bad_rows='drop' to train without them"
+            "Correct them, or set on_bad_rows='drop' to go on without them"
         )
     if not usable:
         detail = f"; all {problems.count} rows are bad:\n{problems}" if problems.count else ""

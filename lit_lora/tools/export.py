@@ -34,12 +34,20 @@ def export(
     else:
         if Path(source).resolve() == Path(output).resolve():
             raise ValueError(f"output {output} is the adapter itself: give another folder")
+        from lit_lora.adapters.trained_on import forget_note, note_quantization
         from lit_lora.models import load_base_model
-        from lit_lora.tools.inference import base_of_adapter
+        from lit_lora.tools.adapter_folder import base_of_adapter, trained_on, warn_of_another_base
 
-        base = base or base_of_adapter(source)
+        if base is None:
+            base = base_of_adapter(source)
+        else:
+            warn_of_another_base(source, base)
+        trained = trained_on(source)
         model = load_base_model(base, device="cpu", trust_remote_code=trust_remote_code)
         load_adapter(model, source)
+        forget_note(model)  # that this base is unquantized says nothing about the training
+        if trained.source:
+            note_quantization(model, trained.quantization)
     folder = save_adapter(model, output, base_model_name=base, portable=portable)
     print(f"adapter for {base} in {folder}")
     return folder

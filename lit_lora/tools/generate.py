@@ -12,6 +12,7 @@ def generate(
     base: str | None = None,
     adapter: str | None = None,
     quantization: QuantizationConfig | None = None,
+    full_precision: bool = False,
     system: str | None = None,
     compare: bool = False,
     max_new_tokens: int = 256,
@@ -27,7 +28,8 @@ def generate(
         prompt: the user's message; "-" reads it from standard input.
         base: base model, as in --model.base; by default the one that the adapter names.
         adapter: folder of an adapter in PEFT's format.
-        quantization: how to quantize the base, for example --quantization.bits 4; full precision by default.
+        quantization: how to quantize the base, such as --quantization.bits 4; by default as the adapter was trained.
+        full_precision: leave the base unquantized whatever the adapter was trained on.
         system: system message before the prompt.
         compare: show the answer without the adapter first.
         max_new_tokens: longest answer, in tokens.
@@ -54,7 +56,13 @@ def generate(
     from lit_lora.data.tokenize import format_prompt
     from lit_lora.tools.inference import load_for_inference
 
-    model, tokenizer = load_for_inference(base, adapter, quantization=quantization, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_for_inference(
+        base,
+        adapter,
+        quantization=quantization,
+        full_precision=full_precision,
+        trust_remote_code=trust_remote_code,
+    )
     messages = [{"role": "system", "content": system}] if system else []
     prompt_ids = torch.tensor([format_prompt(tokenizer, [*messages, {"role": "user", "content": text}])])
     prompt_ids = prompt_ids.to(model.device)

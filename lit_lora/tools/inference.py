@@ -1,33 +1,25 @@
-"""Load a base with an adapter for generation, and generate: what ``generate`` and ``evaluate`` share."""
+"""Load a base with an adapter, generate, and measure the loss: what ``generate`` and ``evaluate`` share."""
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.adapters.peft_format import load_adapter
+from lit_lora.causal_lm import choose_path, language_model_loss
 from lit_lora.config import QuantizationConfig
+from lit_lora.data.dataset import TokenizedExample
+from lit_lora.data.formats import Examples
+from lit_lora.data.packing import collate_packed
+from lit_lora.data.tokenize import encode_examples
 from lit_lora.models import load_base_model, load_tokenizer
-
-
-def base_of_adapter(adapter: str) -> str:
-    """The base model that an adapter names.
-
-    Raises:
-        ValueError: if it names none.
-        FileNotFoundError: if the folder has no ``adapter_config.json``.
-    """
-    config = Path(adapter) / "adapter_config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"no adapter in {adapter}: expected {config}")
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{config} names no base model: give --base")
-    return base
+from lit_lora.tools.adapter_folder import base_of_adapter, default_quantization, warn_of_another_base
 
 
 def load_for_inference(
@@ -35,6 +27,7 @@ def load_for_inference(
     adapter: str | None,
     *,
     quantization: QuantizationConfig | None = None,
+    full_precision: bool = False,
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -43,18 +36,31 @@ def load_for_inference(
     Args:
         base: as in ``--model.base``; None for the base that the adapter names.
         adapter: folder in PEFT's format.
-        quantization: how to quantize the base; None for full precision.
+        quantization: how to quantize the base; None for as the adapter was trained.
+        full_precision: leave the base unquantized whatever the adapter was trained on.
         dtype: of the base's weights.
         trust_remote_code: run code that comes with the base.
 
     Raises:
-        ValueError: if neither tells the base.
+        ValueError: if neither tells the base, or the adapter's files cannot be read.
         FileNotFoundError: if the adapter folder has no ``adapter_config.json``.
     """
     if base is None:
         if adapter is None:
             raise ValueError("which model? Give --base, or --adapter whose config names its base")
         base = base_of_adapter(adapter)
+    elif adapter is not None:
+        warn_of_another_base(adapter, base)
+    if full_precision and quantization is not None:
+        raise ValueError("full_precision and quantization exclude each other: give one of them")
+    if adapter is not None and quantization is None and not full_precision:
+        quantization, source = default_quantization(adapter, base)
+        if quantization is not None:
+            print(
+                f"the base is quantized to {quantization.bits} bits, as the adapter was trained ({source}); "
+                "--full_precision leaves it as it is",
+                file=sys.stderr,
+            )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_base_model(
         base, dtype=dtype, quantization=quantization, device=device, trust_remote_code=trust_remote_code
@@ -106,3 +112,44 @@ def generate_all(
         if progress is not None:
             progress(start + len(indices))
     return completions
+
+
+@torch.no_grad()
+def mean_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    *,
+    max_length: int,
+    batch_size: int = 16,
+) -> float:
+    """Mean negative log-likelihood of the target tokens of all examples, in nats; as validation measures it.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        examples: conversations and texts.
+        max_length: tokens of an example, the rest is cut off.
+        batch_size: examples at a time.
+
+    Raises:
+        ValueError: if no target is left within ``max_length``.
+    """
+    encoded = encode_examples(tokenizer, examples.items, examples.problems, max_length=max_length)
+    tokenized = [
+        TokenizedExample(index, np.array(example.ids, np.int32), np.array(example.mask, np.bool_))
+        for index, example in enumerate(encoded)
+        if any(example.mask)
+    ]
+    if not tokenized:
+        raise ValueError(f"none of the {len(encoded)} examples has a target token among its first {max_length}")
+    path = choose_path(model)
+    nll_sum, num_targets = 0.0, 0
+    for start in range(0, len(tokenized), batch_size):
+        batch: dict[str, Any] = {
+            name: value.to(model.device) if isinstance(value, Tensor) else value
+            for name, value in collate_packed(tokenized[start : start + batch_size]).items()
+        }
+        nll_sum += float(language_model_loss(model, batch, path).nll_sum)
+        num_targets += batch["target_ids"].numel()
+    return nll_sum / num_targets

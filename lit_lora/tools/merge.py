@@ -35,7 +35,7 @@ def merge(
         base: base model, as in --model.base; by default the one that the adapter names.
         into: "base" merges into the weights as they were before quantization; "dequantized" into those that a
             quantized base computes with; "4bit" does that and quantizes the result again, which loses precision.
-        quantization: how the base was quantized in training; by default as in the config.yaml of the adapter's run.
+        quantization: how the base was quantized in training; by default as the adapter says, or its run's config.yaml.
         dtype: of the merged weights; auto is bfloat16 on CUDA and float32 on a CPU.
         sample: file of texts to measure the drift on, in any format that training reads; by default one that ships.
         num_samples: how many of its texts.
@@ -44,13 +44,16 @@ def merge(
     Returns:
         The drift of the merged model's logits, by what it is compared with.
     """
-    from lit_lora.tools.inference import base_of_adapter
+    from lit_lora.tools.adapter_folder import base_of_adapter, default_quantization, warn_of_another_base
 
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already: give a new or empty folder as output")
-    base = base or base_of_adapter(adapter)
-    quantization = quantization or quantization_of_run(adapter)
+    if base is None:
+        base = base_of_adapter(adapter)
+    else:
+        warn_of_another_base(adapter, base)
+    quantization = quantization or default_quantization(adapter, base).quantization
     if into == "4bit":
         again = quantization or QuantizationConfig()
         if again.bits != 4 or again.embedding_bits or again.block_size != 64:
@@ -114,18 +117,6 @@ def merge(
     for name, drift in drifts.items():
         print(f"  against {name}: {drift}")
     return drifts
-
-
-def quantization_of_run(adapter: str | Path) -> QuantizationConfig | None:
-    """How the base was quantized in the run that wrote an adapter, from the run folder's config; None if not."""
-    import yaml
-
-    path = Path(adapter).resolve().parent / "config.yaml"
-    if not path.is_file():
-        return None
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    fields = config.get("model", {}).get("quantization") if isinstance(config, dict) else None
-    return QuantizationConfig(**fields) if fields else None
 
 
 def _texts(sample: str | None, tokenizer: Any, num_samples: int) -> list[list[int]]:

@@ -331,8 +331,8 @@ def test_what_was_written_is_read_back_before_it_replaces_anything(folder, monke
     before = (folder / WEIGHTS).read_bytes()
     real = peft_format.serialize
 
-    def corrupt(tensors, config):
-        data = bytearray(real(tensors, config))
+    def corrupt(tensors, config, metadata):
+        data = bytearray(real(tensors, config, metadata))
         data[-1] ^= 1
         return bytes(data)
 

@@ -22,6 +22,7 @@ from lit_lora import (
 from lit_lora.adapters import base_weight
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.adapters.merge import merge_lora
+from lit_lora.adapters.trained_on import forget_note
 from lit_lora.data.byte_tokenizer import byte_tokenizer
 from lit_lora.tools.export import export
 from lit_lora.tools.merge import merge
@@ -42,12 +43,13 @@ def base(tmp_path: Path) -> str:
 
 @pytest.fixture
 def adapter(base: str, tmp_path: Path) -> str:
-    """In a run folder whose config says that the base was quantized."""
+    """Without a note on its base, in a run folder whose config says that this was quantized."""
     folder = tmp_path / "run" / "adapter"
     model = load_base_model(base)
     inject_lora(model, LoRAConfig(r=4, rank_pattern={"q_proj": 2}, use_rslora=True, init_lora_weights=False))
     for _, layer in lora_layers(model):
         layer.factors()[1].data.mul_(0.3)
+    forget_note(model)
     save_adapter(model, folder)
     (tmp_path / "run" / "config.yaml").write_text("model: {quantization: {bits: 4}}\n")
     return str(folder)
@@ -111,9 +113,13 @@ def test_a_prequantized_base_can_be_merged_into_dequantized(base, adapter, tmp_p
     (tmp_path / "run" / "config.yaml").unlink()
     load_base_model(base, quantization=QuantizationConfig()).save_pretrained(tmp_path / "base4")
     byte_tokenizer().save_pretrained(tmp_path / "base4")
-    with pytest.raises(ValueError, match=r"quantized weights.*`lit-lora merge`"):
+    with (
+        pytest.raises(ValueError, match=r"quantized weights.*`lit-lora merge`"),
+        pytest.warns(UserWarning, match="was trained on"),
+    ):
         merge(adapter, str(tmp_path / "merged"), base=str(tmp_path / "base4"))
-    (drift,) = merge(adapter, str(tmp_path / "merged"), base=str(tmp_path / "base4"), into="dequantized").values()
+    with pytest.warns(UserWarning, match="was trained on"):
+        (drift,) = merge(adapter, str(tmp_path / "merged"), base=str(tmp_path / "base4"), into="dequantized").values()
     assert drift.max_abs < 1e-3
 
 

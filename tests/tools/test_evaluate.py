@@ -1,0 +1,83 @@
+"""``lit-lora evaluate`` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lit_lora import LoRAConfig, LoRALightningModule, inject_lora, load_adapter, load_base_model, save_adapter
+from lit_lora.__main__ import main
+from lit_lora.adapters.layers import lora_layers
+from lit_lora.data.byte_tokenizer import byte_tokenizer
+from lit_lora.data.datamodule import SFTDataModule
+from tests.tiny import config
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config("Llama", vocab_size=260)).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    model = load_base_model(str(tmp_path / "base"))
+    inject_lora(model, LoRAConfig(r=4, init_lora_weights=False))
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [json.dumps({"prompt": f"say {i}", "completion": "it is " + "x" * i}) for i in range(7)]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_the_loss_before_and_after_is_that_of_a_validation(adapter, data, tmp_path, capsys):
+    main(
+        [
+            "evaluate",
+            str(data),
+            str(adapter),
+            "--max_new_tokens=2",
+            "--batch_size=3",
+            f"--output={tmp_path / 'out.json'}",
+        ]
+    )
+    losses = json.loads((tmp_path / "out.json").read_text())["mean_loss"]
+    assert (
+        f"mean loss per target token: {losses['before']:.3f} before, {losses['after']:.3f} after"
+        in capsys.readouterr().out
+    )
+    assert losses["before"] != losses["after"]
+    assert losses == pytest.approx({"before": _val_loss(None, data), "after": _val_loss(adapter, data)}, rel=1e-5)
+
+
+def _val_loss(adapter: Path | None, data: Path) -> float:
+    module = LoRALightningModule(str(data.parent / "base"), lora=LoRAConfig(r=4))
+    module.configure_model()
+    if adapter is not None:
+        source = load_base_model(str(data.parent / "base"))
+        load_adapter(source, adapter)
+        for (_, target), (_, layer) in zip(lora_layers(module), lora_layers(source), strict=True):
+            for own, loaded in zip(target.factors(), layer.factors(), strict=True):
+                own.data.copy_(loaded)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    datamodule = SFTDataModule(
+        train=str(data), validation=str(data), cache_dir=str(data.parent / "cache"), batch_size=3
+    )
+    return trainer.validate(module, datamodule=datamodule, verbose=False)[0]["val_loss"]
+
+
+def test_bad_rows_can_be_left_out(adapter, data, capsys):
+    data.write_text(data.read_text() + '{"nothing": "known"}\n')
+    arguments = ["evaluate", str(data), str(adapter), "--max_new_tokens=1"]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "on_bad_rows='drop'" in capsys.readouterr().err
+    main([*arguments, "--on_bad_rows=drop"])
+    assert "on 7 held-out examples" in capsys.readouterr().out
