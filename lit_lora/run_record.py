@@ -37,6 +37,7 @@ class RunRecord(L.Callback):
         super().__init__()
         self.failure: str | None = None
         """Why the newest metrics are not on disk; None if they are."""
+        self._started = False
 
     @rank_zero_only
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -51,6 +52,10 @@ class RunRecord(L.Callback):
         if isinstance(pl_module, LoRALightningModule) and pl_module.injection_report is not None:
             print(pl_module.injection_report.table())
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on there is something to record."""
+        self._started = True
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the metrics so far."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
@@ -62,7 +67,7 @@ class RunRecord(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write what there is; what ended the run is the error to show, so this never raises."""
-        if trainer.state.fn != "fit":
+        if not self._started:  # a refused resume leaves the record as it was
             return
         try:
             self.save(trainer, pl_module)

@@ -292,6 +292,14 @@ def test_a_layer_that_transformers_passed_over_is_named():
     finish_quantization_(model, QuantizationConfig(skip_modules=["gate"]))
 
 
+def test_experts_that_stay_in_full_precision_are_told():
+    model = nn.ModuleDict({"plain": nn.Linear(64, 64), "experts": nn.Module()})
+    model["experts"].gate_up_proj = nn.Parameter(torch.zeros(4, 64, 64))
+    with pytest.warns(UserWarning, match=r"fused experts \(experts.gate_up_proj, ...\) are not quantized: 9\d% of"):
+        quantize_(model, QuantizationConfig())
+    finish_quantization_(model, QuantizationConfig(skip_modules=["experts"]))
+
+
 def test_a_layer_that_cannot_be_quantized_is_named():
     model = nn.ModuleDict({"plain": nn.Linear(64, 64), "gate": _Gated(64, 64)})
     with pytest.raises(ValueError, match=r"gate is a _Gated, which cannot be quantized.*skip_modules"):

@@ -58,7 +58,7 @@ def fit(tmp_path, monkeypatch):
 )
 def test_a_refused_resume_leaves_config_and_verdicts_of_the_run_and_no_advice(changed, fit, capfd):
     fit()
-    kept = [Path("run") / name for name in ("config.yaml", "convergence.json", "verdict.json")]
+    kept = [Path("run") / name for name in ("config.yaml", "convergence.json", "metrics.json", "verdict.json")]
     before = [path.read_bytes() for path in kept]
     capfd.readouterr()
     with pytest.raises(SystemExit):

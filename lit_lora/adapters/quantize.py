@@ -6,6 +6,7 @@ The quantized weight is frozen: nothing here is differentiated. What computes wi
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -85,10 +86,24 @@ def finish_quantization_(model: Any, quantization: QuantizationConfig) -> None:
         plain = is_linear_like(module) and not may_be_quantized(module) and module is not head
         if plain and not is_left_plain(name, quantization):
             raise ValueError(_cannot_be_quantized(name, module))
+    _warn_of_experts(model, quantization)
     for name, module in quantized.items():
         prepare_base_layer(name, module)
     if quantization.embedding_bits is not None:
         quantize_embeddings_(model)
+
+
+def _warn_of_experts(model: nn.Module, quantization: QuantizationConfig) -> None:
+    """Experts fused into one parameter stay as they are, and can be most of a model."""
+    parameters = dict(model.named_parameters())
+    fused = {name: p for name, p in parameters.items() if p.ndim == 3 and not is_left_plain(name, quantization)}
+    share = sum(p.nbytes for p in fused.values()) / sum(p.nbytes for p in parameters.values())
+    if share > 0.05:  # less is a convolution
+        warnings.warn(
+            f"{len(fused)} parameters of fused experts ({next(iter(fused))}, ...) are not quantized: {share:.0%} of the "
+            "base's bytes stay in full precision. skip_modules with their name takes this warning away",
+            stacklevel=3,
+        )
 
 
 def quantized_layer(name: str, module: Any, quantization: QuantizationConfig) -> nn.Module:
