@@ -100,8 +100,8 @@ def _warn_of_experts(model: nn.Module, quantization: QuantizationConfig) -> None
     share = sum(p.nbytes for p in fused.values()) / sum(p.nbytes for p in parameters.values())
     if share > 0.05:  # less is a convolution
         warnings.warn(
-            f"{len(fused)} parameters of fused experts ({next(iter(fused))}, ...) are not quantized: {share:.0%} of the "
-            "base's bytes stay in full precision. skip_modules with their name takes this warning away",
+            f"{len(fused)} parameters of fused experts ({next(iter(fused))}, ...) are not quantized: {share:.0%} of "
+            "the bytes stay in full precision. skip_modules with their name takes this warning away",
             stacklevel=3,
         )
 
