@@ -40,7 +40,7 @@ class Slow(AdapterModel):
         return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch, batch_idx):
-        time.sleep(0.5)
+        time.sleep(2)  # two thirds of a second for each of three steps, if it were counted
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -57,7 +57,7 @@ def test_rates_are_real_and_leave_validation_out(make_trainer, logger, accumulat
     ).fit(Slow())
     times = logger.values("throughput/step_time_s")
     assert len(times) == 2  # steps 3 and 6; the first step is not timed
-    assert all(0.02 * accumulate <= t < 0.02 * accumulate + 0.1 for t in times), times
+    assert all(0.02 * accumulate <= t < 0.02 * accumulate + 0.6 for t in times), times
     tokens = 128 * accumulate
     assert logger.values("throughput/tokens_per_s") == pytest.approx([tokens / t for t in times])
     assert logger.values("throughput/target_tokens_per_s") == pytest.approx([tokens / 4 / t for t in times])
