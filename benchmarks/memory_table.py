@@ -57,7 +57,7 @@ def rows() -> list[dict[str, Any]]:
     made = []
     for setup in SETUPS:
         targets: Any = setup.targets if setup.targets == "all-linear" else setup.targets.split()
-        lora_allocated = single_base = None
+        lora = single_base = None
         for method in setup.methods:
             start = time.perf_counter()
             found: MemoryEstimate = estimate_memory(
@@ -69,7 +69,7 @@ def rows() -> list[dict[str, Any]]:
                 device="cuda",
             )
             base = found.phases["forward"].by_category["base"]
-            lora_allocated = lora_allocated or found.cuda.allocated
+            lora = lora or found.cuda
             single_base = base if method == "QLoRA, NF4" else single_base
             bound = setup.bounds.get(method)
             made.append(
@@ -87,7 +87,8 @@ def rows() -> list[dict[str, Any]]:
                     "activations_mb": mb(found.phases["forward"].by_category["activations"]),
                     "allocated_mb": mb(found.cuda.allocated),
                     "reserved_mb": mb(found.cuda.reserved),
-                    "of_lora": round(found.cuda.allocated / lora_allocated, 3),
+                    "allocated_of_lora": round(found.cuda.allocated / lora.allocated, 3),
+                    "reserved_of_lora": round(found.cuda.reserved / lora.reserved, 3),
                     "saved_by_double_quant_mb": mb(single_base - base) if single_base and method == DQ else "",
                     "bound_mb": mb(bound) if bound else "",
                     "holds": found.fits(bound) if bound else "",
@@ -106,15 +107,16 @@ def mb(num_bytes: int) -> float:
 
 def markdown(table: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | batch | recomputed | adapters | method | base | peak allocated | reserved | of LoRA | bound |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | batch | recomputed | adapters | method | base | peak allocated | of LoRA's | reserved | of LoRA's "
+        "| bound |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in table:
         bound = f"{row['bound_mb']:,.0f} {'held' if row['holds'] else 'exceeded'}" if row["bound_mb"] else ""
         lines.append(
             f"| {row['model']} | {row['examples']} x {row['tokens_each']} | {row['recomputed']} "
             f"| r={row['r']}, {row['targets']} | {row['method']} | {row['base_mb']:,.0f} | {row['allocated_mb']:,.0f} "
-            f"| {row['reserved_mb']:,.0f} | {row['of_lora']:.0%} | {bound} |"
+            f"| {row['allocated_of_lora']:.0%} | {row['reserved_mb']:,.0f} | {row['reserved_of_lora']:.0%} | {bound} |"
         )
     return "\n".join(lines)
 

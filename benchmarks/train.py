@@ -70,7 +70,8 @@ def main() -> None:
                     f"round {round_number + 1}/{args.rounds} {framework}: {measured['tokens_per_s']:.0f} tokens/s",
                     flush=True,
                 )
-    _write(name, rows, args, parity)
+            _write(name, rows, args, parity)  # after each round: a run that is stopped keeps those it had
+    print((RESULTS / f"{name}.md").read_text())
 
 
 def _prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def _write(name: str, rows: list[dict[str, Any]], args: argparse.Namespace, pari
         "",
         f"{date.today()}, {_processor()}, {args.threads} threads; "
         + ", ".join(f"{package} {version}" for package, version in versions.items())
-        + f". Median of {args.rounds} rounds [lowest, highest]. "
+        + f". Median of {len(set(row['round'] for row in rows))} rounds [lowest, highest]. "
         f"Adapter gradients equal PEFT's within {parity['gradient_difference']:.1e} "
         f"(the largest is {parity['largest_gradient']:.2f}).",
         "",
@@ -191,9 +192,7 @@ def _write(name: str, rows: list[dict[str, Any]], args: argparse.Namespace, pari
             f"| {median('median_step_s'):.2f} | {median('peak_rss_mib'):.0f} | {median('time_to_first_step_s'):.1f} "
             f"| {median('first_loss'):.4f}, {median('last_loss'):.4f} |"
         )
-    text = "\n".join(lines) + "\n"
-    (RESULTS / f"{name}.md").write_text(text)
-    print("\n" + text)
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
 def _processor() -> str:
