@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lit_lora.atomic import atomic_write
+from lit_lora.atomic import atomic_write, make_folder
 
 
 class PatientCSVLogger(CSVLogger):
@@ -25,6 +26,14 @@ class PatientCSVLogger(CSVLogger):
 
     failure: str | None = None
     """Why the newest rows are not on disk; None if they are."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Lightning's writer. Asked for before any callback, so it is what finds a folder that cannot be written to."""
+        if self._experiment is None:
+            make_folder(self.save_dir, option="trainer.default_root_dir")
+        return super().experiment
 
     @rank_zero_only
     def save(self) -> None:

@@ -15,7 +15,7 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lit_lora.atomic import atomic_write, remove_partial_files
+from lit_lora.atomic import atomic_write, make_folder, remove_partial_files
 from lit_lora.callbacks import (
     ConvergenceAssertion,
     GradientFlowAssertion,
@@ -41,9 +41,16 @@ class RunRecord(L.Callback):
 
     @rank_zero_only
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remove what a killed process left half-written."""
+        """Make the run folder, and remove what a killed process left half-written in it.
+
+        Raises:
+            OSError: if it cannot be made or written to.
+        """
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         folder = Path(trainer.default_root_dir)
-        for place in (folder, *folder.glob("logs/version_*")) if stage == "fit" else ():
+        make_folder(folder, option="trainer.default_root_dir")
+        for place in (folder, *folder.glob("logs/version_*")):
             remove_partial_files(place)
 
     @rank_zero_only
