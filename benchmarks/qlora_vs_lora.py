@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "base_mib": _base_bytes(module) / 2**20,
         "tensors_mib": peak.alive_bytes / 2**20,
         "estimate_mib": peak.estimate.peak.total / 2**20,
-        "dequantize_s": _seconds(lambda: [read_weight(layer, torch.float32) for layer in layers]) if fields else 0.0,
+        "dequantize_s": 0.0 if fields is None else _seconds(lambda: [read_weight(x, torch.float32) for x in layers]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "threads": torch.get_num_threads(),
     }
