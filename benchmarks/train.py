@@ -115,7 +115,8 @@ def _prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _parity(job: dict[str, Any], folder: Path) -> dict[str, float]:
     """Largest difference of the adapter gradients of the mean loss to PEFT's, on the first batch."""
     measured = _run("parity", job, folder)
-    assert measured is not None
+    if measured is None:
+        raise SystemExit("no parity, no numbers: the comparison with PEFT did not run")
     if not measured["gradient_difference"] < 1e-5:
         raise SystemExit(
             f"no parity, no numbers: gradients differ from PEFT's by {measured['gradient_difference']:.1e}"
@@ -135,7 +136,8 @@ def _run(framework: str, job: dict[str, Any], folder: Path) -> dict[str, Any] | 
         capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent, check=False,
     )  # fmt: skip
     if process.returncode:
-        print(f"{framework} did not run: {process.stderr.strip().splitlines()[-1]}", flush=True)
+        said = process.stderr.strip().splitlines()
+        print(f"{framework} did not run (exit code {process.returncode}): {said[-1] if said else ''}", flush=True)
         return None
     result: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
     if "step_times_s" in result:
