@@ -29,11 +29,6 @@ class Int8Rows(nn.Module):
         self.scales = scales
         self.dtype = dtype
 
-    @property
-    def num_rows(self) -> int:
-        """V."""
-        return len(self.weight)
-
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of these tokens, dequantized, ``(..., D)``."""
         return dequantize_rows(self.weight[ids], self.scales[ids], dtype)
