@@ -1,7 +1,9 @@
-"""What tests of several folders share: the real model and real text, each skipped with a reason where it is missing."""
+"""What tests of several folders share: the real model and real text (skipped where missing), an environment each."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,19 @@ import pytest
 from lit_lora.tools.fetch import model_folder
 
 REAL_MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """What a test leaves in ``os.environ`` ends with it.
+
+    A Trainer with a ddp strategy leaves ``LOCAL_RANK``, and a later one then waits for ranks that nobody starts.
+    """
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
