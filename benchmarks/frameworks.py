@@ -275,8 +275,11 @@ def parity(job: Job) -> dict[str, Any]:
     nll_sum = language_model_loss(model, batch, choose_path(model)).nll_sum
     (nll_sum / batch["target_ids"].numel()).backward()
     ours = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    del model, batch, nll_sum
     theirs_model = _peft_model(job).train()  # in evaluation bitsandbytes may compute in bfloat16 on a CPU
     length = max(len(ids) for ids, _ in first)
+    if length * len(first) > 4096:  # the same gradients, in a memory that holds them
+        theirs_model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.tensor([x + [0] * (length - len(x)) for x, _ in first])
     mask = torch.tensor([[1] * len(x) + [0] * (length - len(x)) for x, _ in first])
     labels = torch.tensor(
