@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_lora.__main__ import ALLOCATION_VARIABLES
+
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 MEASURES: dict[str, str] = {
@@ -157,7 +159,7 @@ def _python_path() -> list[str]:
 
 
 def main() -> None:
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # what the command line of lit_lora does
+    os.environ.update(ALLOCATION_VARIABLES)  # what the command line does
     for name in ("torch", "lightning", "transformers", "lit_lora"):  # nothing that starts CUDA
         importlib.import_module(name)
     importlib.import_module("transformers.models.llama.modeling_llama")

@@ -74,8 +74,11 @@ def _clock(job: Job) -> StepClock:
 
 
 def lit_lora(job: Job, *, huge_pages: bool = True, onednn: bool = True, **options: Any) -> dict[str, Any]:
-    if huge_pages:
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # what the command line does
+    from lit_lora.__main__ import ALLOCATION_VARIABLES
+
+    os.environ.update(ALLOCATION_VARIABLES)  # what the command line does
+    if not huge_pages:
+        del os.environ["THP_MEM_ALLOC_ENABLE"]
     import lightning as L
     import numpy as np
     import torch
@@ -320,7 +323,7 @@ def limit(job: Job, *, onednn: bool = True) -> dict[str, Any]:
     layers = [[m.weight.detach() for m in layer.modules() if isinstance(m, nn.Linear)] for layer in model.model.layers]
     head = model.get_output_embeddings().weight.detach()
     examples, size = _examples(job), job["batch_size"]
-    ends_s = []
+    ends_s, attention_s = [], []
     widths = {n for weights in layers for w in weights for n in w.shape}
     for start in range(0, len(examples), size):
         batch = examples[start : start + size]
@@ -332,6 +335,7 @@ def limit(job: Job, *, onednn: bool = True) -> dict[str, Any]:
             torch.randn(1, num_heads, sum(lengths), config.head_dim, requires_grad=True)
             for num_heads in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         )
+        attention_s.append(0.0)
         for weights in layers:
             for weight in weights:
                 out, inner = weight.shape
@@ -342,15 +346,17 @@ def limit(job: Job, *, onednn: bool = True) -> dict[str, Any]:
                     matmul(left, right)
                 matmul(down.t(), x[inner])
                 matmul(down.t(), x[out])
+            began_s = time.time()
             attended, _ = packed_attention_forward(
                 nn.Module(), query, key, value, None, cu_seq_lens_q=torch.zeros(1), seq_lens=SeqLens(lengths)
             )
             attended.backward(attended.detach())
+            attention_s[-1] += time.time() - began_s
         for row in range(0, len(hidden), 512):
             for block in head.split(4096):
                 matmul(linear(hidden[row : row + 512], block), block)
         ends_s.append(time.time())
-    return _result(job, ends_s, [0.0])
+    return {**_result(job, ends_s, [0.0]), "attention_s": attention_s[_warm_up(job) :]}
 
 
 FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {

@@ -8,6 +8,7 @@ Left out: which tensors are alive; use ``torch.cuda.memory._record_memory_histor
 
 from __future__ import annotations
 
+import statistics
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,7 +20,7 @@ from lit_lora.callbacks._memory_meters import CudaMeter, MemoryMeter, ResidentMe
 from lit_lora.callbacks._trainer import any_rank, is_logging_step, is_reading_step, log_details, log_metrics
 from lit_lora.callbacks.verdict import Verdict
 
-_MIN_GROWTH_SAMPLES = 20
+_MIN_GROWTH_SAMPLES, _MAX_GROWTH_SAMPLES = 20, 2048
 _ADVICE = {
     "load": "load a smaller or a quantized base (4 bits), or in bfloat16",
     "forward": "lower the batch size, max_length or max_tokens_per_batch, or turn gradient checkpointing on",
@@ -34,24 +35,36 @@ class MemoryBudgetExceeded(RuntimeError):
     """A phase used more memory than the budget, or memory grew over the run by more than allowed."""
 
 
-class _Slope:
-    """Least-squares slope of a stream of points, in constant memory."""
+class _Growth:
+    """Least-squares slope of the later half of a stream of points.
+
+    A leak goes on; what an allocator takes until it has seen the largest batches comes to an end, and is not counted.
+    At most ``_MAX_GROWTH_SAMPLES`` points are kept: at that number every second one goes, as does every second to come.
+    """
 
     def __init__(self) -> None:
-        self.num = 0
-        self._mean_x = self._mean_y = self._sxx = self._sxy = 0.0
+        self._points: list[tuple[float, float]] = []
+        self._stride, self._num_seen = 1, 0
 
     def add(self, x: float, y: float) -> None:
-        self.num += 1
-        dx, dy = x - self._mean_x, y - self._mean_y
-        self._mean_x += dx / self.num
-        self._mean_y += dy / self.num
-        self._sxx += dx * (x - self._mean_x)
-        self._sxy += dx * (y - self._mean_y)
+        if self._num_seen % self._stride == 0:
+            self._points.append((x, y))
+        self._num_seen += 1
+        if len(self._points) == _MAX_GROWTH_SAMPLES:
+            self._points = self._points[::2]
+            self._stride *= 2
 
     @property
-    def value(self) -> float:
-        return self._sxy / self._sxx if self._sxx > 0 else 0.0
+    def later_half(self) -> list[tuple[float, float]]:
+        return self._points[len(self._points) // 2 :]
+
+    @property
+    def slope(self) -> float | None:
+        """None for too few points."""
+        points = self.later_half
+        if len(points) < _MIN_GROWTH_SAMPLES:
+            return None
+        return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 class MemoryProfiler(pl.Callback):
@@ -68,7 +81,8 @@ class MemoryProfiler(pl.Callback):
     - ``memory/allocated_mib``, ``memory/reserved_mib``: on CUDA, after the step.
     - ``memory/resident_mib``: elsewhere, after the step.
     - ``memory/peak_above_baseline_mib``: with ``baseline``, the highest of the run above the start.
-    - ``memory/growth_mib_per_1000_steps``: least-squares slope since the warm-up.
+    - ``memory/growth_mib_per_1000_steps``: least-squares slope over the later half of the steps since the
+      warm-up.
 
     Args:
         budget_mib: most that any phase may use; None sets no budget. With ``baseline``, most above the baseline.
@@ -112,7 +126,7 @@ class MemoryProfiler(pl.Callback):
         self._recent_mib: dict[str, float] = {}
         self._exceeded: dict[str, float] = {}
         """Phases over the budget, and by how much they were at most."""
-        self._slope = _Slope()
+        self._growth = _Growth()
         self._first_step = self._last_step = 0
 
     @property
@@ -127,8 +141,9 @@ class MemoryProfiler(pl.Callback):
 
     @property
     def growth_mib_per_1000_steps(self) -> float | None:
-        """Slope of the memory after each step since the warm-up; None for too few steps."""
-        return self._slope.value * 1000 if self._slope.num >= _MIN_GROWTH_SAMPLES else None
+        """Slope of the memory after each step, over the later half since the warm-up; None for too few steps."""
+        slope = self._growth.slope
+        return None if slope is None else slope * 1000
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Choose the meter and enter the load phase."""
@@ -148,7 +163,7 @@ class MemoryProfiler(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start to measure growth. It belongs to one process: a resumed run measures anew."""
-        self._slope = _Slope()
+        self._growth = _Growth()
         self._first_step = self._last_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -178,7 +193,7 @@ class MemoryProfiler(pl.Callback):
         self._last_step = step
         current = self._meter.current_mib()
         if step - self._first_step > self.warmup_steps:
-            self._slope.add(step, current)
+            self._growth.add(step, current)
         if trainer.world_size > 1 and is_reading_step(trainer, step):
             self._check(trainer)
         if is_logging_step(trainer, step):
@@ -204,7 +219,7 @@ class MemoryProfiler(pl.Callback):
         if self.budget_mib is not None:
             parts.append(f"budget {self.budget_mib:g} MiB")
             parts += [self._excess()] if self._exceeded else []
-        parts.append("growth not measured: too few steps" if growth is None else f"growth {growth:.2f} MiB/1000 steps")
+        parts.append(self._growth_said())
         if allowed is not None:
             parts.append(f"allowed {allowed:g}")
             if growth is not None and growth > allowed:
@@ -273,6 +288,14 @@ class MemoryProfiler(pl.Callback):
         worst = max(self._exceeded, key=lambda phase: self._exceeded[phase])
         others = ", ".join(phase for phase in self._exceeded if phase != worst)
         return self._message(worst) + (f"; also over it: {others}" if others else "")
+
+    def _growth_said(self) -> str:
+        growth = self.growth_mib_per_1000_steps
+        if growth is None:
+            return "growth not measured: too few steps"
+        steps = [step for step, _ in self._growth.later_half]
+        num_steps = steps[-1] - steps[0]
+        return f"grew {growth * num_steps / 1000:.1f} MiB in the last {num_steps} steps ({growth:.1f} MiB/1000 steps)"
 
     def _message(self, phase: str) -> str:
         above = " above the baseline" if self.baseline_mib else ""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from lit_lora import products
+from lit_lora.__main__ import ALLOCATION_VARIABLES
 
 ROWS, INNER, COLUMNS = 160, 96, 128  # above the size from which oneDNN is asked
 
@@ -76,3 +82,42 @@ def test_large_products_on_amd_go_to_onednn_unless_it_is_switched_off(maker, one
     products.linear(x, weight)
     assert not products.onednn_is_faster()
     assert len(onednn_calls) == 3 * (maker == "AMD")
+
+
+NEW_SHAPES = """
+import ctypes, torch
+from lit_lora import products
+
+class HeapInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c mapped d e in_use free f".split()]
+
+heap_info = ctypes.CDLL(None).mallinfo2
+heap_info.restype = HeapInfo
+products._by_amd = lambda: True
+weight, rows = torch.randn(576, 576), torch.randn(1200, 576)
+for num_rows in range(500, 1200):
+    products.linear(rows[:num_rows], weight)
+    if num_rows in (799, 1199):
+        print((heap_info().in_use + heap_info().mapped) / 2**20)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library does not say what its heap holds"
+)
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="kernels for AVX512 take half a MB each"
+)
+def test_kernels_for_ever_new_shapes_do_not_pile_up_under_the_command_line():
+    """Seven hundred shapes, the last four hundred of which would take 200 MiB."""
+
+    def growth_mib(**variables: str) -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", NEW_SHAPES], capture_output=True, text=True, check=True, timeout=300,
+            env={**os.environ, **ALLOCATION_VARIABLES, **variables},
+        )  # fmt: skip
+        middle, end = map(float, done.stdout.split())
+        return end - middle
+
+    assert growth_mib() < 30
+    assert growth_mib(LRU_CACHE_CAPACITY="1024", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024") > 100  # so it can fail

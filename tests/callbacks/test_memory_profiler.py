@@ -10,6 +10,7 @@ from plain_projects import AdapterModel
 
 from lit_lora.callbacks import MemoryBudgetExceeded, MemoryProfiler
 from lit_lora.callbacks._memory_meters import MIB, ResidentMeter
+from lit_lora.callbacks.memory_profiler import _Growth
 
 BIG_MIB = 256
 
@@ -101,12 +102,30 @@ def test_growth_is_measured_and_a_leak_fails(make_trainer, logger):
     settings = {"max_growth_mib_per_1000_steps": 1000.0, "warmup_steps": 5, "on_exceeded": "stop"}
     callback = MemoryProfiler(**settings)
     with pytest.raises(MemoryBudgetExceeded, match="memory leaks"):
-        make_trainer(callback, logger=logger, max_steps=40).fit(Leaky())
+        make_trainer(callback, logger=logger, max_steps=50).fit(Leaky())
     assert callback.growth_mib_per_1000_steps == pytest.approx(2000, rel=0.15)
     assert logger.values("memory/growth_mib_per_1000_steps")
     steady = MemoryProfiler(**settings)
-    make_trainer(steady, max_steps=40).fit(AdapterModel())
+    make_trainer(steady, max_steps=50).fit(AdapterModel())
     assert steady.verdict.passed
+
+
+def test_memory_that_an_allocator_takes_at_first_is_no_growth_and_a_leak_is():
+    filling, leaking = _Growth(), _Growth()
+    for step in range(200):
+        filling.add(step, min(step, 90) * 5.0)
+        leaking.add(step, min(step, 90) * 5.0 + step * 0.25)
+    assert filling.slope == pytest.approx(0, abs=1e-9)
+    assert leaking.slope == pytest.approx(0.25)
+
+
+def test_growth_of_a_long_run_is_kept_in_little_memory():
+    growth = _Growth()
+    for step in range(20_000):
+        growth.add(step, 0.5 * step)
+    assert len(growth.later_half) < 2048
+    assert growth.later_half[0][0] == pytest.approx(10_000, rel=0.05)
+    assert growth.slope == pytest.approx(0.5)
 
 
 def test_short_run_has_no_growth(make_trainer):
