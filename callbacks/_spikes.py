@@ -21,7 +21,9 @@ class SpikeWatch:
     Args:
         window: steps that a value is measured against.
         spike_std: standard deviations above the window's mean at which a loss is a spike.
-        explosion_factor: multiple of the window's median at which a gradient norm is an explosion.
+        explosion_factor: multiple of the window's median at which a gradient norm is an explosion, if it is also above
+            the median of the run's first steps: a model that has learned its data has norms near zero, and an example
+            that it does not know yet is then no explosion.
     """
 
     def __init__(self, window: int, spike_std: float, explosion_factor: float) -> None:
@@ -29,6 +31,7 @@ class SpikeWatch:
         self.explosion_factor = explosion_factor
         self.losses: deque[float] = deque(maxlen=window)
         self.norms: deque[float] = deque(maxlen=window)
+        self.first_norms: list[float] = []
         self.num_spikes = 0
         self.num_explosions = 0
         self.max_norm = 0.0
@@ -54,16 +57,19 @@ class SpikeWatch:
             self.max_norm, self.max_norm_step = norm, step
         if len(self.norms) >= MIN_HISTORY:
             median = statistics.median(self.norms)
-            if norm > self.explosion_factor * median > 0:
+            if norm > self.explosion_factor * median > 0 and norm > statistics.median(self.first_norms):
                 self.num_explosions += 1
                 rank_zero_warn(f"gradient explosion at step {step}: norm {norm:.4g}, running median {median:.4g}")
         self.norms.append(norm)
+        if len(self.first_norms) < MIN_HISTORY:
+            self.first_norms.append(norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Windows and counts as plain types."""
         return {
             "losses": list(self.losses),
             "norms": list(self.norms),
+            "first_norms": list(self.first_norms),
             "num_spikes": self.num_spikes,
             "num_explosions": self.num_explosions,
             "max_norm": self.max_norm,
@@ -74,6 +80,7 @@ class SpikeWatch:
         """The inverse of :meth:`state_dict`; what an older state lacks starts empty."""
         self.losses.extend(state_dict.get("losses", []))
         self.norms.extend(state_dict.get("norms", []))
+        self.first_norms = list(state_dict.get("first_norms", self.norms))[:MIN_HISTORY]
         self.num_spikes = state_dict.get("num_spikes", 0)
         self.num_explosions = state_dict.get("num_explosions", 0)
         self.max_norm = state_dict.get("max_norm", 0.0)

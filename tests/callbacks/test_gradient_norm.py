@@ -201,6 +201,16 @@ def test_a_ripple_on_a_flat_loss_is_no_spike():
     assert watch.num_spikes == 0
 
 
+def test_a_gradient_as_large_as_the_first_ones_is_no_explosion_however_small_they_became():
+    watch = SpikeWatch(window=20, spike_std=6.0, explosion_factor=10.0)
+    for step in range(60):
+        watch.add_norm(step, 2.0 if step < 15 else 0.01)
+    watch.add_norm(60, 0.5)  # an example not yet learned; a warning would fail the test
+    with pytest.warns(UserWarning, match="gradient explosion at step 61"):
+        watch.add_norm(61, 3.0)
+    assert watch.num_explosions == 1
+
+
 def test_spikes_are_measured_against_the_window_before_a_resume():
     watch, resumed = (SpikeWatch(window=20, spike_std=6.0, explosion_factor=10.0) for _ in range(2))
     for step in range(12):
