@@ -64,7 +64,10 @@ def readable(location: str, load: Callable[[], T]) -> T:
     except Exception as error:  # a broken file reaches us as any of a dozen types
         reason = (str(error).strip().splitlines() or [""])[0]
         if "trust_remote_code" in str(error):
-            reason = "it comes with code of its own, which runs only with --model.trust_remote_code true"
+            reason = (
+                "it comes with code of its own, which runs only with trust_remote_code: --model.trust_remote_code true "
+                "for fit, validate, test and predict, --trust_remote_code for the other verbs"
+            )
         raise ValueError(f"cannot load {location}: {type(error).__name__}: {reason}") from error
 
 

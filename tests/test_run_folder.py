@@ -85,6 +85,21 @@ def test_a_resume_that_is_accepted_keeps_the_earlier_config_beside_its_own(fit):
     assert "max_steps: 5" in Path("run/config.yaml").read_text()
 
 
+def test_last_passes_over_a_damaged_checkpoint_and_says_so(fit, capfd):
+    def losses() -> list[float]:
+        return [step["loss"] for step in json.loads(Path("run/metrics.json").read_text())["steps"]]
+
+    every_step = {"checkpoint__every_n_steps": 1, "trainer__max_steps": 4}
+    fit(**every_step)
+    whole = losses()
+    *_, before, newest = sorted(Path("run/checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:-200])
+    with pytest.warns(UserWarning, match=newest.name):
+        fit(**every_step, ckpt_path="last")
+    assert f"Going on from {before}" in "".join(capfd.readouterr())
+    assert losses() == whole
+
+
 def test_refused_data_takes_no_folder(fit):
     Path("bad.jsonl").write_text('{"nothing": "known"}\n')
     for _ in range(2):

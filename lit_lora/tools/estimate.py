@@ -34,7 +34,7 @@ def estimate(arguments: list[str]) -> None:
     if options.fits is not None:
         print(f"\nfits in {options.fits}: {'yes' if fits else 'no'}")
     if options.suggest or not fits:
-        print("\nto take less, each traced:")
+        print("\nto take less (tracing each change, about as long as the estimate took):", flush=True)
         for suggestion in suggest(found, options.fits):
             enough = options.fits is not None and suggestion.estimate.fits(options.fits)
             print(f"  {suggestion}{' (fits)' if enough else ''}")
