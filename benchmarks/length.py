@@ -38,12 +38,13 @@ def main() -> None:
     args = parser.parse_args()
     args.workload, args.batch_size, args.quantized = "long", 1, False
     rows: list[list[str]] = []
-    for args.length in args.lengths:
+    for length in args.lengths:
+        args.length = length
         with tempfile.TemporaryDirectory() as folder:
             job = _prepare(args, Path(folder))
             parity = _parity(job, Path(folder))
             rounds = [(_measure("lit_lora", job, folder), _measure("limit", job, folder)) for _ in range(args.rounds)]
-        rows.append(_row(args.length, rounds, parity))
+        rows.append(_row(length, rounds, parity))
         _write(rows, args)
         print("  ".join(rows[-1]), flush=True)
 
@@ -72,8 +73,8 @@ def _write(rows: list[list[str]], args: argparse.Namespace) -> None:
     table = [COLUMNS, ["---"] * len(COLUMNS), *rows]
     text = (
         f"# One example, longer and longer\n\n`{' '.join(['python -m benchmarks.length', *sys.argv[1:]])}`\n\n"
-        f"{date.today()}, {_processor()}, {args.threads} threads; {versions}. {args.base}, float32, r = 8 on all linear "
-        f"layers, all tokens supervised. Median of {args.rounds} rounds of {args.steps} steps.\n\n"
+        f"{date.today()}, {_processor()}, {args.threads} threads; {versions}. {args.base}, float32, r = 8 on all "
+        f"linear layers, all tokens supervised. Median of {args.rounds} rounds of {args.steps} steps.\n\n"
         + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
     )
     (RESULTS / "length.md").write_text(text, encoding="utf-8")

@@ -28,6 +28,9 @@ _LONG = 768
 _BLOCK = 128
 """Queries of a block: fewer waste less of the diagonal block, more make larger products."""
 
+_ONE_BY_ONE = 512
+"""Keys from which on the key heads of a block are computed one after the other."""
+
 
 def is_faster(longest: int) -> bool:
     """Than torch's kernel, for examples of at most so many tokens."""
@@ -95,8 +98,11 @@ class _BlockwiseAttention(torch.autograd.Function):
             keys, values = example.gather(key[0]), example.gather(value[0])
             for rows, num_seen in example.blocks():
                 stacked = _stack(query[0, :, rows], len(keys), scaling)
-                weights = _weights(stacked, keys[:, :num_seen], rows)
-                _unstack_(out_THE[rows], products.matmul(weights, values[:, :num_seen]))
+                out = torch.empty_like(stacked)
+                for heads in _together(len(keys), num_seen):
+                    weights = _weights(stacked[heads], keys[heads, :num_seen], rows)
+                    out[heads] = products.matmul(weights, values[heads, :num_seen])
+                _unstack_(out_THE[rows], out)
         ctx.save_for_backward(query, key, value)
         ctx.options = seq_lens, shared_prefix, scaling
         return out_THE[None]
@@ -118,16 +124,26 @@ class _BlockwiseAttention(torch.autograd.Function):
             dkeys_KEC, dvalues_KEC = (torch.zeros_like(x.transpose(1, 2).contiguous()) for x in (keys, values))
             for rows, num_seen in example.blocks():
                 stacked, dout = _stack(query[:, rows], num_key_heads, scaling), _stack(grad_HTE[:, rows], num_key_heads)
-                seen = keys[:, :num_seen]
-                weights = _weights(stacked, seen, rows)
-                dweights = products.matmul(dout, values[:, :num_seen].transpose(1, 2))
-                dvalues_KEC[..., :num_seen] += products.matmul(dout.transpose(1, 2), weights)
-                dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-                _unstack_(dquery_THE[rows], products.matmul(dscores, seen).mul_(scaling))
-                dkeys_KEC[..., :num_seen] += products.matmul(stacked.transpose(1, 2), dscores)
+                dquery = torch.empty_like(stacked)
+                for heads in _together(num_key_heads, num_seen):
+                    seen = keys[heads, :num_seen]
+                    weights = _weights(stacked[heads], seen, rows)
+                    dweights = products.matmul(dout[heads], values[heads, :num_seen].transpose(1, 2))
+                    dvalues_KEC[heads, :, :num_seen] += products.matmul(dout[heads].transpose(1, 2), weights)
+                    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+                    dquery[heads] = products.matmul(dscores, seen)
+                    dkeys_KEC[heads, :, :num_seen] += products.matmul(stacked[heads].transpose(1, 2), dscores)
+                _unstack_(dquery_THE[rows], dquery.mul_(scaling))
             example.add_(dkey, dkeys_KEC.transpose(1, 2))
             example.add_(dvalue, dvalues_KEC.transpose(1, 2))
         return dquery_THE.transpose(0, 1)[None], dkey[None], dvalue[None], None, None, None
+
+
+def _together(num_key_heads: int, num_seen: int) -> Iterator[slice]:
+    """Key heads in one go: all, or one where a block's weights are large, so that they stay in the cache."""
+    size = num_key_heads if num_seen < _ONE_BY_ONE else 1
+    for first in range(0, num_key_heads, size):
+        yield slice(first, first + size)
 
 
 def _stack(x_HBE: Tensor, num_key_heads: int, scaling: float = 1.0) -> Tensor:

@@ -65,6 +65,8 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         return linear(left, right.t())
     if not _onednn_may_serve(left, right) or left[0].numel() * right.shape[-1] < _SMALL:
         return left @ right
+    if len(left) == 1:
+        return _onednn_linear(left[0], right[0].t())[None]
     return torch.stack([_onednn_linear(a, b.t()) for a, b in zip(left, right, strict=True)])
 
 

@@ -7,7 +7,7 @@ from lit_lora import attention, products
 from lit_lora.attention import _per_example
 from lit_lora.blockwise_attention import blockwise_attention
 
-LENGTHS = [[1], [7, 1, 20], [128], [129, 3], [300, 127, 1]]
+LENGTHS = [[1], [7, 1, 20], [128], [129, 3], [300, 127, 1], [5, 700]]  # from 512 keys on, head by head
 
 
 def _attention_and_gradients(function, lengths, shared_prefix, *, heads=6, key_heads=2, dtype=torch.float64):
@@ -41,7 +41,7 @@ def test_values_and_gradients_equal_the_reference(lengths, key_heads):
         torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("lengths", [[5, 3, 9], [130, 1, 200, 40]], ids=str)
+@pytest.mark.parametrize("lengths", [[5, 3, 9], [130, 1, 200, 40], [150, 450, 2]], ids=str)
 def test_a_shared_prefix_is_seen_by_every_example(lengths):
     got = _attention_and_gradients(_blockwise, lengths, lengths[0])
     expected = _attention_and_gradients(_reference, lengths, lengths[0])

@@ -55,7 +55,7 @@ def test_linear_is_the_product_in_any_layout(maker, layout, bias):
     _close(products.linear(x, weight, offset), exact.float())
 
 
-@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("batch", [(), (1,), (3,)])
 def test_matmul_is_the_product_also_of_transposed_operands(maker, batch):
     torch.manual_seed(0)
     left, right = torch.randn(*batch, INNER, ROWS).transpose(-1, -2), torch.randn(*batch, COLUMNS, INNER)
