@@ -98,11 +98,9 @@ class _BlockwiseAttention(torch.autograd.Function):
             keys, values = example.gather(key[0]), example.gather(value[0])
             for rows, num_seen in example.blocks():
                 stacked = _stack(query[0, :, rows], len(keys), scaling)
-                out = torch.empty_like(stacked)
                 for heads in _together(len(keys), num_seen):
                     weights = _weights(stacked[heads], keys[heads, :num_seen], rows)
-                    out[heads] = products.matmul(weights, values[heads, :num_seen])
-                _unstack_(out_THE[rows], out)
+                    _unstack_(out_THE[rows], heads, products.matmul(weights, values[heads, :num_seen]))
         ctx.save_for_backward(query, key, value)
         ctx.options = seq_lens, shared_prefix, scaling
         return out_THE[None]
@@ -124,16 +122,14 @@ class _BlockwiseAttention(torch.autograd.Function):
             dkeys_KEC, dvalues_KEC = (torch.zeros_like(x.transpose(1, 2).contiguous()) for x in (keys, values))
             for rows, num_seen in example.blocks():
                 stacked, dout = _stack(query[:, rows], num_key_heads, scaling), _stack(grad_HTE[:, rows], num_key_heads)
-                dquery = torch.empty_like(stacked)
                 for heads in _together(num_key_heads, num_seen):
                     seen = keys[heads, :num_seen]
                     weights = _weights(stacked[heads], seen, rows)
                     dweights = products.matmul(dout[heads], values[heads, :num_seen].transpose(1, 2))
                     dvalues_KEC[heads, :, :num_seen] += products.matmul(dout[heads].transpose(1, 2), weights)
                     dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-                    dquery[heads] = products.matmul(dscores, seen)
+                    _unstack_(dquery_THE[rows], heads, products.matmul(dscores, seen).mul_(scaling))
                     dkeys_KEC[heads, :, :num_seen] += products.matmul(stacked[heads].transpose(1, 2), dscores)
-                _unstack_(dquery_THE[rows], dquery.mul_(scaling))
             example.add_(dkey, dkeys_KEC.transpose(1, 2))
             example.add_(dvalue, dvalues_KEC.transpose(1, 2))
         return dquery_THE.transpose(0, 1)[None], dkey[None], dvalue[None], None, None, None
@@ -153,9 +149,13 @@ def _stack(x_HBE: Tensor, num_key_heads: int, scaling: float = 1.0) -> Tensor:
     return stacked.view(num_key_heads, -1, stacked.shape[-1])
 
 
-def _unstack_(out_BHE: Tensor, stacked: Tensor) -> None:
-    _, num_heads, width = out_BHE.shape
-    out_BHE.copy_(stacked.view(num_heads, -1, width).transpose(0, 1))
+def _unstack_(out_BHE: Tensor, key_heads: slice, stacked: Tensor) -> None:
+    """Give the query heads of some key heads their rows: the reverse of ``_stack``."""
+    size, _, width = out_BHE.shape
+    own = stacked.view(-1, size, width)
+    group = len(own) // len(stacked)
+    first = key_heads.start * group
+    out_BHE[:, first : first + len(own)].copy_(own.transpose(0, 1))
 
 
 def _weights(stacked: Tensor, keys_KCE: Tensor, rows: slice) -> Tensor:
