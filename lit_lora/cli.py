@@ -19,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -89,6 +90,9 @@ def run(arguments: Sequence[str]) -> None:
         for name, value in inherited.items():
             if value is None:
                 os.environ.pop(name, None)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Lightning does so for NCCL only. At the interpreter's end gloo's threads now and then abort the process.
+            torch.distributed.destroy_process_group()
 
 
 def parse_fit(arguments: Sequence[str]) -> Any:

@@ -109,3 +109,5 @@ if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
     result = run(**settings)
     torch.save(result, Path(settings["folder"]) / f"result.rank{os.environ.get('LOCAL_RANK', '0')}.pt")
+    if torch.distributed.is_initialized():  # left to the interpreter's end, gloo's threads may abort the process
+        torch.distributed.destroy_process_group()

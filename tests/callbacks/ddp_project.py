@@ -87,6 +87,7 @@ def main() -> None:
     except MemoryBudgetExceeded as error:
         found["exceeded"] = str(error)
     (ROOT / f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()  # left to the interpreter's end, gloo's threads may abort the process
 
 
 if __name__ == "__main__":

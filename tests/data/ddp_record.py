@@ -60,3 +60,5 @@ def fit(*, train: str, cache_dir: str, devices: int, steps: int, save: str, resu
 
 if __name__ == "__main__":
     fit(**json.loads(sys.argv[1]))
+    if torch.distributed.is_initialized():  # left to the interpreter's end, gloo's threads may abort the process
+        torch.distributed.destroy_process_group()
