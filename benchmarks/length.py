@@ -14,12 +14,10 @@ import os
 import statistics
 import sys
 import tempfile
-from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train import RESULTS, _parity, _prepare, _processor, _run
+from benchmarks.train import RESULTS, _parity, _prepare, _run, machine
 
 COLUMNS = [
     "tokens", "step (s)", "products and attention alone (s)", "share", "attention alone (s)",
@@ -69,11 +67,10 @@ def _row(length: int, rounds: list[tuple[dict[str, Any], dict[str, Any]]], parit
 
 
 def _write(rows: list[list[str]], args: argparse.Namespace) -> None:
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft", "lightning"))
     table = [COLUMNS, ["---"] * len(COLUMNS), *rows]
     text = (
         f"# One example, longer and longer\n\n`{' '.join(['python -m benchmarks.length', *sys.argv[1:]])}`\n\n"
-        f"{date.today()}, {_processor()}, {args.threads} threads; {versions}. {args.base}, float32, r = 8 on all "
+        f"{machine(args.threads)}. {args.base}, float32, r = 8 on all "
         f"linear layers, all tokens supervised. Median of {args.rounds} rounds of {args.steps} steps.\n\n"
         + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
     )

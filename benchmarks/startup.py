@@ -16,10 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
-from importlib import metadata
 
-from benchmarks.train import RESULTS, _processor
+from benchmarks.train import RESULTS, machine
 
 FLOOR = """
 import torch, lightning.pytorch, transformers
@@ -57,10 +55,9 @@ def main() -> None:
         ]
     floor, cached, helps = (sorted(column) for column in zip(*runs, strict=True))
     ratio = statistics.median(fitted / least for least, fitted, _ in runs)
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "lightning"))
     command = " ".join(["python -m benchmarks.startup", *sys.argv[1:]])
     text = (
-        f"# Start of a run\n\n`{command}`\n\n{date.today()}, {_processor()}, {os.cpu_count()} threads; {versions}. "
+        f"# Start of a run\n\n`{command}`\n\n{machine(os.cpu_count() or 1)}. "
         f"Median of {args.rounds} rounds [lowest, highest], seconds.\n"
         "\n| | s | of the imports and weights |\n|---|---|---|"
         f"\n| importing torch, lightning and transformers, and loading the weights | {_row(floor)} | 1.00 |"

@@ -162,15 +162,12 @@ def _write(name: str, rows: list[dict[str, Any]], args: argparse.Namespace, pari
     reference = "peft" if "peft" in order else order[0]
     baseline = {row["round"]: row["tokens_per_s"] for row in rows if row["framework"] == reference}
     limit = {row["round"]: row["tokens_per_s"] for row in rows if row["framework"] == "limit"}
-    versions = {package: metadata.version(package) for package in ("torch", "transformers", "peft", "lightning")}
     lines = [
         f"# {name}",
         "",
         f"`{' '.join(['python -m benchmarks.train', *sys.argv[1:]])}`",
         "",
-        f"{date.today()}, {_processor()}, {args.threads} threads; "
-        + ", ".join(f"{package} {version}" for package, version in versions.items())
-        + f". Median of {len(set(row['round'] for row in rows))} rounds [lowest, highest]. "
+        f"{machine(args.threads)}. Median of {len(set(row['round'] for row in rows))} rounds [lowest, highest]. "
         f"Adapter gradients equal PEFT's within {parity['gradient_difference']:.1e} "
         f"(the largest is {parity['largest_gradient']:.2f}).",
         "",
@@ -195,6 +192,13 @@ def _write(name: str, rows: list[dict[str, Any]], args: argparse.Namespace, pari
             f"| {median('first_loss'):.4f}, {median('last_loss'):.4f} |"
         )
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
+def machine(num_threads: int) -> str:
+    """Date, processor and versions, for the head of a table."""
+    packages = ("torch", "transformers", "peft", "lightning")
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+    return f"{date.today()}, {_processor()}, {num_threads} threads; {versions}"
 
 
 def _processor() -> str:

@@ -81,8 +81,7 @@ class GradientNormLogger(pl.Callback):
         monitor: logged metric to watch for spikes; the returned loss where there is no such metric.
         window: optimizer steps that spikes and explosions are measured against.
         spike_std: standard deviations above the window's mean at which a loss is a spike.
-        explosion_factor: multiple of the window's median at which a gradient norm is an explosion, if it is also above
-            the median of the first steps.
+        explosion_factor: multiple of the window's median at which a norm above the first steps' is an explosion.
         min_loss_scale: smallest fp16 loss scale that is not an underflow.
     """
 
