@@ -4,6 +4,9 @@ Two sources. A metric that the module logs (``train_loss``) is the right one whe
 ``training_step`` returns may be a sum, scaled for accumulation, or otherwise not comparable between steps. Without the
 metric, the returned losses are averaged over the micro-batches of the step. The source is chosen once: the two are
 never mixed in one record.
+
+A step that had nothing to learn from (every label masked, or its update skipped) has no loss, whatever number stands
+there. Where the module logs ``train_targets``, how many targets a step learned from, steps with none are left out.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+
+TARGETS = "train_targets"
 
 
 class StepLoss:
@@ -32,6 +37,7 @@ class StepLoss:
         self._last_step = 0
         self._micro_losses: list[Tensor] = []
         self._pending: list[tuple[int, Tensor]] = []
+        """Step, and on the device its loss and its number of targets, ``(2,)``."""
 
     def start(self, trainer: pl.Trainer) -> None:
         """Call in ``on_train_start``."""
@@ -56,12 +62,13 @@ class StepLoss:
         if not self._pending:
             return []
         steps = [step for step, _ in self._pending]
-        losses = torch.stack([loss for _, loss in self._pending]).tolist()
+        values = torch.stack([value for _, value in self._pending]).tolist()
         self._pending.clear()
-        return list(zip(steps, losses, strict=True))
+        return [(step, loss) for step, (loss, targets) in zip(steps, values, strict=True) if targets]
 
     def _record(self, trainer: pl.Trainer) -> None:
-        logged = trainer.callback_metrics.get(self.monitor) if self.monitor is not None else None
+        metrics = trainer.callback_metrics
+        logged = metrics.get(self.monitor) if self.monitor is not None else None
         if self.source is None:
             self.source = "output" if logged is None else "monitor"
         elif self.source == "output" and logged is not None and self._num_recorded == 1:
@@ -71,6 +78,10 @@ class StepLoss:
             self._pending.clear()
         self._num_recorded += 1
         if self.source == "monitor" and logged is not None:
-            self._pending.append((self._last_step, logged.detach().float().reshape(()).clone()))
+            loss = logged.detach().float().reshape(())
         elif self.source == "output" and self._micro_losses:
-            self._pending.append((self._last_step, torch.stack(self._micro_losses).mean()))
+            loss = torch.stack(self._micro_losses).mean()
+        else:
+            return
+        count = metrics[TARGETS].detach().to(loss).reshape(()) if TARGETS in metrics else torch.ones_like(loss)
+        self._pending.append((self._last_step, torch.stack([loss, count])))

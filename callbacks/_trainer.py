@@ -63,6 +63,16 @@ def log_details(trainer: pl.Trainer, step: int, metrics: Mapping[str, float]) ->
         logger.log_metrics(dict(metrics), step=step - 1)  # Lightning counts the steps it logs from 0
 
 
+def why_past_its_end(trainer: pl.Trainer) -> str:
+    """Why a resumed run neither trained nor came to its end: it was past ``max_steps``. Else empty.
+
+    Of a checkpoint past ``max_epochs`` Lightning makes an error.
+    """
+    if not 0 <= trainer.max_steps < trainer.global_step:
+        return ""
+    return f"the checkpoint is at step {trainer.global_step}, max_steps is {trainer.max_steps}"
+
+
 def any_rank(trainer: pl.Trainer, flag: bool) -> bool:
     """Whether the flag is set on any rank; every rank must call it. Waits for the device where there are several."""
     return trainer.strategy.reduce_boolean_decision(flag, all=False) if trainer.world_size > 1 else flag

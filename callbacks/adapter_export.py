@@ -16,30 +16,40 @@ import math
 import operator
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lit_lora.adapters.model_card import model_card
-from lit_lora.adapters.peft_format import CARD_NAME, CONFIG_NAME, adapter_state_dict, from_peft_config, save_adapter
+from lit_lora.adapters.peft_format import (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    adapter_state_dict,
+    from_peft_config,
+    save_adapter,
+)
 from lit_lora.atomic import atomic_write, remove_partial_files
 from lit_lora.callbacks._trainer import writes_files
-from lit_lora.callbacks.verdict import Verdict
+from lit_lora.callbacks.training_checkpoint import TrainingCheckpoint
+from lit_lora.callbacks.verdict import Check, Verdict
 
 log = logging.getLogger(__name__)
 
 
-class HFAdapterExport(pl.Callback):
+class HFAdapterExport(Check):
     """Writes the adapter in PEFT's format, with a model card.
 
     The last adapter goes to ``<default_root_dir>/adapter`` at the end of fit (and every ``every_n_steps``), the best
     one to ``<default_root_dir>/adapter-best`` after each validation that improves ``monitor``. A write that fails (full
     disk, missing permission) is logged with its folder and tried again at the next save; the earlier adapter is kept.
-    Only a failure at the end of fit raises.
+    Only a failure at the end of fit raises. A resumed run that has no step left writes what is missing or not of its
+    last state; the best adapter comes back from its checkpoint, if a :class:`TrainingCheckpoint` kept it.
 
     The first process writes; all wait for it. Logs no metrics.
 
@@ -55,6 +65,8 @@ class HFAdapterExport(pl.Callback):
         data: what was trained on, for the model card; the datamodule's name and settings if None.
         portable: fold scales into the weights, for readers that know no rank patterns; see ``save_adapter``.
     """
+
+    name = "adapter export"
 
     def __init__(
         self,
@@ -87,10 +99,10 @@ class HFAdapterExport(pl.Callback):
         self.portable = portable
         self.best_score: float | None = None
         self.best_step: int | None = None
-        self.verdict: Verdict | None = None
         self._failed: dict[str, str] = {}
         """Folders whose last write failed, and why."""
         self._last_step = 0
+        self._started = False
         self._validated_without_monitor = False
 
     @property
@@ -100,8 +112,9 @@ class HFAdapterExport(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a run that would have nothing to export; remove what a killed process left half-written."""
-        self.verdict = None
+        super().on_fit_start(trainer, pl_module)
         self._failed.clear()
+        self._started = False
         if writes_files(trainer):
             for folder in (self._folder(trainer), self._best_folder(trainer)):
                 remove_partial_files(folder)
@@ -119,6 +132,7 @@ class HFAdapterExport(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count steps from here."""
         self._last_step = trainer.global_step
+        self._started = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save the last adapter where its interval is over."""
@@ -145,34 +159,37 @@ class HFAdapterExport(pl.Callback):
         if self._save(trainer, pl_module, self._best_folder(trainer)):
             self.best_score, self.best_step = score, trainer.global_step
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last adapter and give the verdict."""
+    def judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Verdict:
+        """Save the last adapter, and see that the best one is there."""
+        name = self.name
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # public, set outside of the class
+            return Verdict(name, None, "a trial run writes nothing")
+        if trainer.global_step == 0:
+            return Verdict(name, None, "no optimizer step was taken, so there is nothing to export")
         folder = self._folder(trainer)
-        self._save(trainer, pl_module, folder)
+        if self._started or not trainer.strategy.broadcast(self._is_current(trainer, pl_module, folder)):
+            self._save(trainer, pl_module, folder)
         best = ""
         if self.best_score is not None:
             best = f"; best {self.monitor} {self.best_score:.6g} at step {self.best_step}"
+            if missing := self._bring_back_best(trainer, pl_module):
+                return Verdict(name, False, f"{folder}{best}, but {missing}")
         elif self._validated_without_monitor:
             known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             rank_zero_warn(f"no best adapter was saved: {self.monitor} was never logged in validation; logged: {known}")
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # public, set outside of the class
-            self.verdict = Verdict("adapter export", None, "a trial run writes nothing")
-        elif self._failed:
-            reasons = "; ".join(self._failed.values())
-            self.verdict = Verdict("adapter export", False, reasons)
-        else:
-            self.verdict = Verdict("adapter export", True, f"{folder}{best}")
-            rank_zero_info(f"adapter written to {folder}{best}")
+        if self._failed:
+            return Verdict(name, False, "; ".join(self._failed.values()))
+        rank_zero_info(f"adapter written to {folder}{best}")
+        return Verdict(name, True, f"{folder}{best}")
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise after every callback has saved what it has."""
+    def raise_failure(self) -> None:
+        """Raise for an adapter that is not on disk."""
         if self._failed:
             raise OSError(f"the adapter could not be written: {'; '.join(self._failed.values())}")
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give a verdict for a run that ended early."""
-        if self.verdict is None:
-            self.verdict = Verdict("adapter export", None, f"ended early after step {trainer.global_step}")
+    def judge_early(self, trainer: pl.Trainer, exception: BaseException) -> Verdict:
+        """No answer."""
+        return Verdict(self.name, None, f"ended early after step {trainer.global_step}")
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far, as plain types."""
@@ -204,6 +221,35 @@ class HFAdapterExport(pl.Callback):
             raise ValueError(f"model_attr={self.model_attr!r} is a {type(model).__name__}, expected an nn.Module")
         return model
 
+    def _is_current(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> bool:
+        """Whether the folder holds the adapter as it is: equal ones make equal files. PEFT's own is not compared."""
+        model = self._model(pl_module)
+        if not trainer.is_global_zero or not adapter_state_dict(model):
+            return False
+        with tempfile.TemporaryDirectory() as written:
+            save_adapter(model, written, base_model_name=self.base_model_name, portable=self.portable)
+            pairs = [(folder / name, Path(written) / name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+            return all(there.is_file() and there.read_bytes() == new.read_bytes() for there, new in pairs)
+
+    def _bring_back_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        """Write the best adapter again where it is gone; why that cannot be done, or empty."""
+        folder = self._best_folder(trainer)
+        if trainer.strategy.broadcast((folder / CONFIG_NAME).is_file()):
+            return ""
+        paths = [c.best_path for c in trainer.callbacks if isinstance(c, TrainingCheckpoint)]  # type: ignore[attr-defined]
+        path = next(filter(None, paths), None)
+        read: dict[str, Any] = trainer.strategy.checkpoint_io.load_checkpoint(path) if path is not None else {}
+        if read.get("global_step") != self.best_step:
+            return f"{folder} is no longer there, and neither is its checkpoint"
+        own = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        last = {name: p.detach().clone() for name, p in own.items()}
+        try:
+            _copy(read["state_dict"], own)
+            self._save(trainer, pl_module, folder)
+        finally:
+            _copy(last, own)
+        return ""
+
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> bool:
         """Write on the first process; every process learns how it went, which is also the barrier."""
         outcome: tuple[str, str] | None = None
@@ -220,7 +266,7 @@ class HFAdapterExport(pl.Callback):
             return True
         kind, reason = outcome
         if kind == "ValueError":
-            self.verdict = Verdict("adapter export", False, reason)
+            self.verdict = Verdict(self.name, False, reason)
             raise ValueError(f"the adapter of step {trainer.global_step} cannot be written: {reason}")
         self._failed[str(folder)] = reason
         log.error(f"the adapter of step {trainer.global_step} was not written; the earlier one is kept: {reason}")
@@ -245,6 +291,12 @@ class HFAdapterExport(pl.Callback):
             results=_results(trainer),
         )
         atomic_write(folder / CARD_NAME, lambda stream: stream.write(card.encode()))
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 def _is_peft_model(model: nn.Module) -> bool:

@@ -7,6 +7,7 @@ grow with the run. Losses are read from the device on logging steps.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from pathlib import Path
 from typing import Any, Literal
@@ -17,20 +18,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_lora.callbacks._step_loss import StepLoss
 from lit_lora.callbacks._trainer import is_reading_step, write_json, writes_files
-from lit_lora.callbacks.verdict import Verdict
+from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 from lit_lora.metrics import window_means
 
+_MAX_NAMED = 5
 
-class ConvergenceError(RuntimeError):
+
+class ConvergenceError(NotProvedError):
     """The loss did not fall as far as asked, or rose again."""
 
 
-class ConvergenceAssertion(pl.Callback):
+class ConvergenceAssertion(Check):
     """Asserts at the end of fit that the training loss fell, and writes the verdict to a file.
 
     The file ``<default_root_dir>/convergence.json`` holds ``passed``, ``detail`` and the numbers behind them. Runs with
-    fewer than two windows are judged on half of their steps at each end; a run of fewer than two steps gets no verdict.
-    With several processes the means over all of them are judged. A resumed run goes on with the record it saved.
+    fewer than two windows are judged on half of their steps at each end; a run of fewer than two steps is not judged.
+    Steps without a target (where the module logs ``train_targets``) do not count. A loss that is not finite fails the
+    run. With several processes the means over all of them are judged. A resumed run goes on with the record it saved.
 
     Logs nothing.
 
@@ -42,6 +46,8 @@ class ConvergenceAssertion(pl.Callback):
             loss that ``training_step`` returns, averaged over the accumulation window.
         on_failure: "raise" a :class:`ConvergenceError` once fit has ended and everything is saved, or "warn".
     """
+
+    name = "convergence"
 
     def __init__(
         self,
@@ -66,7 +72,6 @@ class ConvergenceAssertion(pl.Callback):
         self.max_rise = max_rise
         self.monitor = monitor
         self.on_failure = on_failure
-        self.verdict: Verdict | None = None
         self._failure: str | None = None
         self.worst_rise = 0.0
         """Largest relative rise of the running mean above its lowest value so far."""
@@ -75,24 +80,26 @@ class ConvergenceAssertion(pl.Callback):
         """The first losses of the run, up to two windows of them."""
         self._last: deque[float] = deque(maxlen=window)
         self._num_losses = 0
+        self._not_finite: list[int] = []
+        """Steps whose loss was not finite, the first of them."""
         self._best_mean: float | None = None
         self._started = False
 
     @property
     def state_key(self) -> str:
-        """Names what the state depends on."""
-        return self._generate_state_key(window=self.window, monitor=self.monitor)
+        """Names what is recorded; how it is judged may change when a run is resumed."""
+        return self._generate_state_key(monitor=self.monitor)
 
     @property
     def losses(self) -> list[float]:
         """The record that is judged: all losses of a short run, else the first and the last ``window``."""
-        if self._num_losses < 2 * self.window:
+        if self._num_losses == len(self._first):
             return list(self._first)
         return [*self._first[: self.window], *self._last]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on with, the record."""
-        self.verdict = self._failure = None
+        self._failure = None
         self._started = True
         self._step_loss.start(trainer)
 
@@ -103,29 +110,30 @@ class ConvergenceAssertion(pl.Callback):
         if self._step_loss.update(trainer, outputs) and is_reading_step(trainer, trainer.global_step):
             self._read()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Judge the run and write the verdict."""
+    def judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Verdict:
+        """Compare both ends of the record, and write the verdict; that of a finished run stays."""
         self._read()
-        self.verdict, numbers = self._judge(trainer)
-        if writes_files(trainer):
-            self._write(trainer, numbers)
-        if self.verdict.passed is False and self.on_failure == "warn":
-            rank_zero_warn(f"convergence: {self.verdict.detail}")
+        verdict, numbers = self._judge(trainer)
+        if writes_files(trainer) and (self._started or not _file(trainer).exists()):
+            self._write(trainer, verdict, numbers)
+        if verdict.passed is False and self.on_failure == "warn":
+            rank_zero_warn(f"{self.name}: {verdict.detail}")
+        return verdict
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise after every callback has saved what it has."""
+    def raise_failure(self) -> None:
+        """Raise if the loss did not fall, where that was asked for, or if the verdict is not on disk."""
         if self._failure is not None:
             raise OSError(f"the verdict on convergence could not be written: {self._failure}")
         if self.verdict is not None and self.verdict.passed is False and self.on_failure == "raise":
             raise ConvergenceError(self.verdict.detail)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave a verdict without an answer rather than that of an earlier run."""
-        if self.verdict is None:
-            self._read()
-            self.verdict = Verdict("convergence", None, f"the run ended early: {type(exception).__name__}: {exception}")
-            if self._started and writes_files(trainer):  # a resume that is refused leaves the file of its run
-                self._write(trainer, {})
+    def judge_early(self, trainer: pl.Trainer, exception: BaseException) -> Verdict:
+        """A verdict without an answer rather than that of an earlier run."""
+        self._read()
+        verdict = Verdict(self.name, None, f"the run ended early: {type(exception).__name__}: {exception}")
+        if self._started and writes_files(trainer):  # a resume that is refused leaves the file of its run
+            self._write(trainer, verdict, {})
+        return verdict
 
     def state_dict(self) -> dict[str, Any]:
         """The two ends of the record, as plain types."""
@@ -134,6 +142,7 @@ class ConvergenceAssertion(pl.Callback):
             "first": list(self._first),
             "last": list(self._last),
             "num_losses": self._num_losses,
+            "not_finite": list(self._not_finite),
             "best_mean": self._best_mean,
             "worst_rise": self.worst_rise,
             "source": self._step_loss.source,
@@ -144,16 +153,19 @@ class ConvergenceAssertion(pl.Callback):
         if not state_dict:
             return
         self._first = list(state_dict["first"])
-        self._last = deque(state_dict["last"], maxlen=self.window)
+        complete = len(self._first) == state_dict["num_losses"]  # then for any window
+        self._last = deque(self._first if complete else state_dict["last"], maxlen=self.window)
         self._num_losses = state_dict["num_losses"]
-        self._best_mean = state_dict.get("best_mean")
-        self.worst_rise = state_dict.get("worst_rise", 0.0)
-        self._step_loss.source = state_dict.get("source")
+        self._not_finite = list(state_dict["not_finite"])
+        self._best_mean = state_dict["best_mean"]
+        self.worst_rise = state_dict["worst_rise"]
+        self._step_loss.source = state_dict["source"]
 
     def _forget(self) -> None:
         self._first.clear()
         self._last.clear()
         self._num_losses = 0
+        self._not_finite.clear()
         self._best_mean = None
         self.worst_rise = 0.0
 
@@ -161,10 +173,12 @@ class ConvergenceAssertion(pl.Callback):
         if self._step_loss.restarted:
             self._forget()
             self._step_loss.restarted = False
-        for _, loss in self._step_loss.drain():
-            self._num_losses += 1
-            if len(self._first) < 2 * self.window:
+        for step, loss in self._step_loss.drain():
+            if not math.isfinite(loss) and len(self._not_finite) < _MAX_NAMED:
+                self._not_finite.append(step)
+            if self._num_losses == len(self._first) < 2 * self.window:
                 self._first.append(loss)
+            self._num_losses += 1
             self._last.append(loss)
             if len(self._last) == self.window:
                 mean = sum(self._last) / self.window
@@ -174,20 +188,24 @@ class ConvergenceAssertion(pl.Callback):
                     self.worst_rise = max(self.worst_rise, (mean - self._best_mean) / abs(self._best_mean))
 
     def _judge(self, trainer: pl.Trainer) -> tuple[Verdict, dict[str, Any]]:
-        name = "convergence"
+        name = self.name
         if self._num_losses < 2:
-            return Verdict(name, None, f"{self._num_losses} losses recorded, needs at least 2"), {}
+            return Verdict(name, None, f"{self._num_losses} steps with a loss, needs at least 2"), {}
         window = min(self.window, self._num_losses // 2)
-        try:
-            first, last = window_means(self.losses, self.window)
-        except ValueError:  # a loss that is not finite
-            first = last = float("nan")
+        if len(self.losses) < 2 * window:
+            problem = (
+                f"the window was raised to {self.window} steps when the run was resumed, and their losses are gone"
+            )
+            return Verdict(name, None, f"{problem}: set it back, or look into the record of the run"), {}
+        not_finite = bool(self._not_finite)
+        first, last = (float("nan"),) * 2 if not_finite else window_means(self.losses, self.window)
         if trainer.world_size > 1:  # the same numbers, hence the same verdict, on every rank
             own = torch.tensor([first, last, self.worst_rise], device=trainer.strategy.root_device)
             first, last, self.worst_rise = torch.as_tensor(trainer.strategy.reduce(own, reduce_op="mean")).tolist()
         numbers = {"first_mean": first, "last_mean": last, "worst_rise": self.worst_rise}
-        if not (first == first and last == last):
-            return Verdict(name, False, "a loss in the first or last window is not finite"), numbers
+        if not (math.isfinite(first) and math.isfinite(last) and math.isfinite(self.worst_rise)):
+            steps = ", ".join(map(str, self._not_finite)) or "another process"
+            return Verdict(name, False, f"a loss is not finite (step {steps})"), numbers
         decrease = (first - last) / abs(first) if first else 0.0
         numbers["decrease"] = decrease
         detail = (
@@ -206,10 +224,9 @@ class ConvergenceAssertion(pl.Callback):
             detail += "; train longer, or look at the learning rate, the data and the label mask"
         return Verdict(name, passed, detail), numbers
 
-    def _write(self, trainer: pl.Trainer, numbers: dict[str, Any]) -> None:
-        assert self.verdict is not None
+    def _write(self, trainer: pl.Trainer, verdict: Verdict, numbers: dict[str, Any]) -> None:
         content = {
-            **self.verdict._asdict(),
+            **verdict._asdict(),
             **numbers,
             "num_steps": self._num_losses,
             "window": self.window,
@@ -218,7 +235,11 @@ class ConvergenceAssertion(pl.Callback):
             "loss_source": self.monitor if self._step_loss.source == "monitor" else "training_step",
         }
         try:
-            write_json(Path(trainer.default_root_dir) / "convergence.json", content)
+            write_json(_file(trainer), content)
         except OSError as error:  # raised at the end of fit, and never in place of what ended the run
             self._failure = str(error)
             rank_zero_warn(f"The verdict on convergence was not written: {error}")
+
+
+def _file(trainer: pl.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "convergence.json"

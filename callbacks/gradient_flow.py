@@ -6,6 +6,7 @@ the start and the end of training, so nothing is copied; gradients are watched o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,24 +18,27 @@ from torch.optim import Optimizer
 from lit_lora.callbacks._checksum import checksums, frozen_tensors
 from lit_lora.callbacks._names import adapter_half, listed, module_path
 from lit_lora.callbacks._trainer import is_reading_step
-from lit_lora.callbacks.verdict import Verdict
+from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 
-_NAME = "gradient flow"
+Record = dict[str, tuple[int, int, str]]
+"""Name of a tensor -> the two sums of its checksum, and its dtype."""
 
 
-class GradientFlowError(RuntimeError):
+class GradientFlowError(NotProvedError):
     """An adapter did not train, a gradient was not finite, or the frozen base changed."""
 
 
-class GradientFlowAssertion(pl.Callback):
+class GradientFlowAssertion(Check):
     """Asserts that every adapter parameter got a gradient and moved, and that the frozen base is bit-identical.
 
     Checked early, before optimizer step ``check_after_steps``: every gradient was finite and non-zero once. (On the
-    first step the gradient of A is exactly zero, since B still is.) Checked at the end: every adapter parameter moved
-    and is finite; every frozen parameter, quantized weight with its scales, and persistent buffer has the same bits as
-    at the start. Steps with a learning rate of zero, and steps that an fp16 loss scale drops, do not count.
+    first step the gradient of A is exactly zero, since B still is: a run of one step is not judged.) Checked at the
+    end: every adapter parameter had a gradient, moved, and is finite; every frozen parameter, quantized weight with its
+    scales, and persistent buffer has the same bits as at the start. Steps with a learning rate of zero, and steps that
+    an fp16 loss scale drops, do not count.
 
-    On resume the whole run is judged: the state holds the checksums of its start.
+    On resume the whole run is judged: the state holds the checksums of its start. A base that is another one then fails
+    at once; one in another dtype is compared from there on.
 
     Logs nothing.
 
@@ -44,6 +48,8 @@ class GradientFlowAssertion(pl.Callback):
             higher where some adapters are used rarely (mixtures of experts).
         check_base: also compare the base; costs one pass over its weights at each end.
     """
+
+    name = "gradient flow"
 
     def __init__(
         self,
@@ -63,10 +69,11 @@ class GradientFlowAssertion(pl.Callback):
         self.on_failure = on_failure
         self.check_after_steps = check_after_steps
         self.check_base = check_base
-        self.verdict: Verdict | None = None
-        self._start: dict[str, tuple[int, int]] = {}
+        self._start: Record = {}
         """Checksums of the trainable parameters when the run began."""
-        self._base: dict[str, tuple[int, int]] = {}
+        self._base: Record = {}
+        self._changed: list[str] = []
+        """Frozen tensors that were found changed: no later step makes that undone."""
         self._flowed: set[str] = set()
         """Names of the parameters that have had a finite non-zero gradient."""
         self._num_updates = 0
@@ -78,31 +85,42 @@ class GradientFlowAssertion(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Names what the state depends on."""
-        return self._generate_state_key(check_after_steps=self.check_after_steps, check_base=self.check_base)
+        """One for all settings: a resumed run may be judged by others."""
+        return self._generate_state_key()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the checksums that the end is compared with, unless the state brought them."""
-        self.verdict = None
         trainable = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         if not trainable:
             self._fail(trainer, "no parameter requires a gradient, so nothing is trained: inject adapters first")
         if self._start.keys() != trainable.keys():
-            self._start = dict(zip(trainable, checksums(trainable.values()), strict=True))
+            self._start = _record(trainable)
             self._flowed.clear()
+            self._changed.clear()
             self._num_updates = 0
             self._checked = False
         if self.check_base:
-            base = _checksums_of_base(pl_module)
-            changed = _differing(self._base, base) if self._base else []
-            if changed:
-                rank_zero_warn(
-                    f"the base differs in {len(changed)} tensors from the one the checkpoint was trained on: "
-                    f"{listed(changed)}; load the same base in the same precision"
-                )
-            self._base = base
+            self._compare_base(trainer, _record(frozen_tensors(pl_module)))
         self._names = {id(p): name for name, p in trainable.items()}
         self._pending.clear()
+
+    def _compare_base(self, trainer: pl.Trainer, base: Record) -> None:
+        """Compare the base of a resumed run with that of its start; keep the latter where it can be compared."""
+        converted = [name for name in self._base if name in base and base[name][2] != self._base[name][2]]
+        if converted:
+            rank_zero_warn(
+                f"{self.name}: the base was loaded in another dtype when the run began ({len(converted)} tensors: "
+                f"{listed(converted)}); its bits are compared from here on"
+            )
+        changed = [name for name in _differing(self._base, base) if name not in converted] if self._base else []
+        if changed:
+            self._changed += changed
+            self._fail(
+                trainer,
+                f"the base differs in {len(changed)} tensors from the one that the run began with: {listed(changed)}; "
+                "load the same base, quantized in the same way and on the same kind of device",
+            )
+        self._base = base
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -126,37 +144,45 @@ class GradientFlowAssertion(pl.Callback):
                     self._fail(trainer, self._no_gradient(pl_module, dead, trainer.global_step + 1))
         self._num_updates += moves
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare both ends and give the verdict."""
+    def judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Verdict:
+        """Compare both ends of the run."""
         self._read(trainer)
         if trainer.global_step == 0:
-            self.verdict = Verdict(_NAME, None, "no optimizer step was taken")
-            return
-        problems = self._problems_at_end(trainer, pl_module)
+            return Verdict(self.name, None, "no optimizer step was taken")
+        if not self._start:
+            return Verdict(self.name, None, "the checkpoint holds no record of how the run began")
+        problems, waiting = self._problems_at_end(trainer, pl_module)
         if problems:
-            self.verdict = Verdict(_NAME, False, "; ".join(problems))
+            verdict = Verdict(self.name, False, "; ".join(problems))
             if self.on_failure == "warn":
-                rank_zero_warn(f"{_NAME}: {self.verdict.detail}")
-        else:
-            base = f"{len(self._base)} frozen tensors bit-identical" if self.check_base else "base not checked"
-            self.verdict = Verdict(_NAME, True, f"all {len(self._start)} trainable parameters moved; {base}")
+                rank_zero_warn(f"{self.name}: {verdict.detail}")
+            return verdict
+        if waiting:
+            return Verdict(
+                self.name,
+                None,
+                f"one half of each adapter ({len(waiting)} of {len(self._start)} parameters) gets its first gradient "
+                f"once the other has moved, on the second step; this run took {trainer.global_step}",
+            )
+        base = f"{len(self._base)} frozen tensors bit-identical" if self.check_base else "base not checked"
+        return Verdict(self.name, True, f"all {len(self._start)} trainable parameters moved; {base}")
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise after every callback has saved what it has."""
+    def raise_failure(self) -> None:
+        """Raise where that was asked for."""
         if self.verdict is not None and self.verdict.passed is False and self.on_failure == "raise":
             raise GradientFlowError(self.verdict.detail)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give a verdict for a run that ended early, and let go of the gradients' flags."""
-        if self.verdict is None:
-            self.verdict = Verdict(_NAME, None, f"ended early after step {trainer.global_step}")
+    def judge_early(self, trainer: pl.Trainer, exception: BaseException) -> Verdict:
+        """No answer; and let go of the gradients' flags."""
         self._pending.clear()
+        return Verdict(self.name, None, f"ended early after step {trainer.global_step}")
 
     def state_dict(self) -> dict[str, Any]:
         """Checksums of the start and which gradients have flowed, as plain types."""
         return {
             "start": {name: list(value) for name, value in self._start.items()},
             "base": {name: list(value) for name, value in self._base.items()},
+            "changed": list(self._changed),
             "flowed": sorted(self._flowed),
             "num_updates": self._num_updates,
             "checked": self._checked,
@@ -164,8 +190,9 @@ class GradientFlowAssertion(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; without a state, the run is judged from where it resumed."""
-        self._start = {name: (value[0], value[1]) for name, value in state_dict.get("start", {}).items()}
-        self._base = {name: (value[0], value[1]) for name, value in state_dict.get("base", {}).items()}
+        self._start = _from_lists(state_dict.get("start", {}))
+        self._base = _from_lists(state_dict.get("base", {}))
+        self._changed = list(state_dict.get("changed", []))
         self._flowed = set(state_dict.get("flowed", []))
         self._num_updates = state_dict.get("num_updates", 0)
         self._checked = state_dict.get("checked", False)
@@ -201,15 +228,20 @@ class GradientFlowAssertion(pl.Callback):
             self._fail(trainer, f"the gradients of {len(broken)} parameters are not finite: {listed(broken)}")
         return False
 
-    def _problems_at_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+    def _problems_at_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[list[str], list[str]]:
+        """What is wrong, and parameters of which nothing can be said yet."""
         problems = []
         parameters = {name: p for name, p in pl_module.named_parameters() if name in self._start}
-        now = dict(zip(parameters, checksums(parameters.values()), strict=True))
-        idle = [name for name, before in self._start.items() if now.get(name) == before]
-        dead = [name for name in idle if name not in self._flowed]
-        if dead and len(self._flowed) < len(self._start):
+        now = _record(parameters)
+        # Weight decay moves a tensor that has no gradient: what counts is the gradient.
+        dead = [name for name in self._start if name not in self._flowed]
+        waiting: list[str] = []
+        if self._num_updates < 2:
+            waiting = _waiting_halves(dead)
+            dead = [name for name in dead if name not in waiting]
+        if dead:
             problems.append(self._no_gradient(pl_module, dead, trainer.global_step))
-        unmoved = [name for name in idle if name in self._flowed]
+        unmoved = [name for name, before in self._start.items() if name in self._flowed and now.get(name) == before]
         if unmoved:
             problems.append(
                 f"{len(unmoved)} parameters had a gradient and did not move: {listed(unmoved)}; likely a learning rate "
@@ -219,13 +251,15 @@ class GradientFlowAssertion(pl.Callback):
         if broken:
             problems.append(f"{len(broken)} parameters are not finite: {listed(broken)}")
         if self.check_base:
-            changed = _differing(self._base, _checksums_of_base(pl_module))
-            if changed:
+            found = _differing(self._base, _record(frozen_tensors(pl_module)))
+            self._changed = list(dict.fromkeys([*self._changed, *found]))
+            if self._changed:
                 problems.append(
-                    f"the frozen base changed in {len(changed)} tensors: {listed(changed)}; give the optimizer only "
-                    "the parameters that require a gradient, and look for code that writes to weights in place"
+                    f"the frozen base changed in {len(self._changed)} tensors: {listed(self._changed)}; give the "
+                    "optimizer only the parameters that require a gradient, and look for code that writes to weights "
+                    "in place"
                 )
-        return problems
+        return problems, waiting
 
     def _no_gradient(self, pl_module: pl.LightningModule, dead: list[str], step: int) -> str:
         half_dead = sorted({module_path(name) for name in dead if adapter_half(name)})
@@ -245,15 +279,33 @@ class GradientFlowAssertion(pl.Callback):
 
     def _fail(self, trainer: pl.Trainer, problem: str) -> None:
         if self.on_failure == "raise":
-            self.verdict = Verdict(_NAME, False, problem)
+            self.verdict = Verdict(self.name, False, problem)
             raise GradientFlowError(problem)
-        rank_zero_warn(f"{_NAME}: {problem}")
+        rank_zero_warn(f"{self.name}: {problem}")
 
 
-def _checksums_of_base(pl_module: pl.LightningModule) -> dict[str, tuple[int, int]]:
-    frozen = frozen_tensors(pl_module)
-    return dict(zip(frozen, checksums(frozen.values()), strict=True))
+def _record(tensors: Mapping[str, Tensor]) -> Record:
+    found = checksums(tensors.values())
+    return {
+        name: (*sums, str(tensor.dtype).removeprefix("torch."))
+        for (name, tensor), sums in zip(tensors.items(), found, strict=True)
+    }
 
 
-def _differing(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> list[str]:
+def _from_lists(saved: Mapping[str, list[Any]]) -> Record:
+    return {name: (plain, weighted, dtype) for name, (plain, weighted, dtype) in saved.items()}
+
+
+def _differing(before: Record, after: Record) -> list[str]:
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def _waiting_halves(dead: list[str]) -> list[str]:
+    """Halves of adapters without a gradient whose other half has one: that one was zero, and moves first."""
+    halves = {(module_path(name), adapter_half(name)) for name in dead}
+    other = {"A": "B", "B": "A"}
+    return [
+        name
+        for name in dead
+        if (half := adapter_half(name)) is not None and (module_path(name), other[half]) not in halves
+    ]

@@ -35,10 +35,10 @@ from lit_lora.callbacks._trainer import (
     log_metrics,
     write_json,
 )
-from lit_lora.callbacks.verdict import Verdict
+from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(NotProvedError):
     """A loss or a gradient became NaN or infinite, or the fp16 loss scale collapsed."""
 
 
@@ -55,7 +55,7 @@ class _Step:
     example_ids: list[Tensor]
 
 
-class GradientNormLogger(pl.Callback):
+class GradientNormLogger(Check):
     """Logs gradient norms and stops, or skips the step, at the first loss or gradient that is not finite.
 
     The failing or skipped step is written to ``<default_root_dir>/non_finite_step_<n>.json``: parameters, losses, and,
@@ -84,6 +84,8 @@ class GradientNormLogger(pl.Callback):
         explosion_factor: multiple of the window's median at which a norm above the first steps' is an explosion.
         min_loss_scale: smallest fp16 loss scale that is not an underflow.
     """
+
+    name = "gradients"
 
     def __init__(
         self,
@@ -114,7 +116,6 @@ class GradientNormLogger(pl.Callback):
         self.on_non_finite = on_non_finite
         self.max_skips = max_skips
         self.min_loss_scale = min_loss_scale
-        self.verdict: Verdict | None = None
         self.num_non_finite = 0
         """Optimizer steps dropped, by "skip" or by the fp16 loss scale."""
         self.spikes = SpikeWatch(window, spike_std, explosion_factor)
@@ -127,12 +128,11 @@ class GradientNormLogger(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Names what the state depends on."""
-        return self._generate_state_key(on_non_finite=self.on_non_finite, window=self._window)
+        """Names what is watched; how it is judged may change when a run is resumed."""
+        return self._generate_state_key(monitor=self._step_loss.monitor)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a run with nothing pending."""
-        self.verdict = None
         self._names = {}
         self._clear()
         self._step_loss.start(trainer)
@@ -207,23 +207,24 @@ class GradientNormLogger(pl.Callback):
         """Let no checkpoint be written of weights that a non-finite step has spoilt."""
         self._read_all(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read what is still pending and give the verdict."""
+    def judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Verdict:
+        """Read what is still pending, and sum up."""
         self._read_all(trainer)
+        if not self.spikes.max_norm_step:
+            return Verdict(self.name, None, f"{trainer.global_step} steps, none with a finite gradient to measure")
         dropped = f", {self.num_non_finite} dropped as not finite" if self.num_non_finite else ""
-        self.verdict = Verdict(
-            "gradients",
-            True if self.spikes.max_norm_step else None,
+        return Verdict(
+            self.name,
+            True,
             f"{trainer.global_step} steps{dropped}; largest norm {self.spikes.max_norm:.4g} at step "
             f"{self.spikes.max_norm_step}; {self.spikes.num_spikes} loss spikes, {self.spikes.num_explosions} gradient "
             "explosions",
         )
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give a verdict for a run that ended early, and let go of the batch."""
-        if self.verdict is None:
-            self.verdict = Verdict("gradients", None, f"ended early after step {trainer.global_step}")
+    def judge_early(self, trainer: pl.Trainer, exception: BaseException) -> Verdict:
+        """No answer; and let go of the batch."""
         self._clear()
+        return Verdict(self.name, None, f"ended early after step {trainer.global_step}")
 
     def state_dict(self) -> dict[str, Any]:
         """Windows and counts as plain types."""
@@ -325,7 +326,7 @@ class GradientNormLogger(pl.Callback):
 
     def _stop(self, trainer: pl.Trainer, record: _Step, reason: str) -> NoReturn:
         where = self._write(trainer, record, reason)
-        self.verdict = Verdict("gradients", False, reason)
+        self.verdict = Verdict(self.name, False, reason)
         raise NonFiniteError(
             f"{reason}. {where}; look there for empty or extreme examples, then lower the learning rate, clip "
             "gradients, or use on_non_finite='skip'"

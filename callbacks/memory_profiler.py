@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lit_lora.callbacks._memory_meters import CudaMeter, MemoryMeter, ResidentMeter
 from lit_lora.callbacks._trainer import any_rank, is_logging_step, is_reading_step, log_details, log_metrics
-from lit_lora.callbacks.verdict import Verdict
+from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 
 _MIN_GROWTH_SAMPLES, _MAX_GROWTH_SAMPLES = 20, 2048
 _ADVICE = {
@@ -31,7 +31,7 @@ _ADVICE = {
 }
 
 
-class MemoryBudgetExceeded(RuntimeError):
+class MemoryBudgetExceeded(NotProvedError):
     """A phase used more memory than the budget, or memory grew over the run by more than allowed."""
 
 
@@ -67,7 +67,7 @@ class _Growth:
         return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-class MemoryProfiler(pl.Callback):
+class MemoryProfiler(Check):
     """Measures memory by phase, holds it against a budget, and measures its growth.
 
     On CUDA: what PyTorch has allocated on this process's device. Elsewhere: the resident memory of the process; see
@@ -94,6 +94,8 @@ class MemoryProfiler(pl.Callback):
             where the baseline is zero.
     """
 
+    name = "memory"
+
     def __init__(
         self,
         *,
@@ -119,7 +121,6 @@ class MemoryProfiler(pl.Callback):
         self.baseline = baseline
         self.peaks_mib: dict[str, float] = {}
         """Highest of the run by phase."""
-        self.verdict: Verdict | None = None
         self._meter: MemoryMeter = ResidentMeter()
         self.baseline_mib = self._meter.current_mib() if baseline else 0.0
         self._phase: str | None = None
@@ -131,8 +132,8 @@ class MemoryProfiler(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Names what the state depends on."""
-        return self._generate_state_key(budget_mib=self.budget_mib, baseline=self.baseline)
+        """One for all settings: peaks are judged by the budget of the run as it is resumed."""
+        return self._generate_state_key()
 
     @property
     def peak_mib(self) -> float:
@@ -145,6 +146,10 @@ class MemoryProfiler(pl.Callback):
         slope = self._growth.slope
         return None if slope is None else slope * 1000
 
+    @property
+    def _is_asked(self) -> bool:
+        return self.budget_mib is not None or self.max_growth_mib_per_1000_steps is not None
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Choose the meter and enter the load phase."""
         if stage != "fit":
@@ -152,17 +157,20 @@ class MemoryProfiler(pl.Callback):
         device = trainer.strategy.root_device
         if device.type == "cuda":
             self._meter, self.baseline_mib = CudaMeter(device), 0.0
-        self.verdict = None
         self._phase = None
         self._enter(trainer, "load")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the load phase."""
+        super().on_fit_start(trainer, pl_module)
         self._enter(trainer, "other")
         self._check(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start to measure growth. It belongs to one process: a resumed run measures anew."""
+        if self._exceeded and self.on_exceeded == "stop" and trainer.world_size == 1:  # before it was resumed
+            raise MemoryBudgetExceeded(self._excess())
+        self._check(trainer)
         self._growth = _Growth()
         self._first_step = self._last_step = trainer.global_step
 
@@ -207,8 +215,8 @@ class MemoryProfiler(pl.Callback):
         """Leave the validation phase."""
         self._enter(trainer, "other")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the verdict."""
+    def judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Verdict:
+        """Hold peaks and growth against what is allowed; what nothing is allowed for is a report."""
         self._close(trainer)
         growth = self.growth_mib_per_1000_steps
         allowed = self.max_growth_mib_per_1000_steps
@@ -225,33 +233,44 @@ class MemoryProfiler(pl.Callback):
             if growth is not None and growth > allowed:
                 failed.append("growth")
                 parts.append("memory leaks: look for losses or outputs kept with their graph, and growing lists")
-        judged = self.budget_mib is not None or (allowed is not None and growth is not None)
-        passed = not any_rank(trainer, bool(failed)) if judged else None
-        self.verdict = Verdict("memory", passed, "; ".join(parts))
+        asked = self._is_asked
+        if not asked:
+            parts.append("no bound set")
+        passed: bool | None = None
+        if any_rank(trainer, bool(failed)):
+            passed = False
+        elif asked and not any_rank(trainer, allowed is not None and growth is None):
+            passed = True
+        verdict = Verdict(self.name, passed, "; ".join(parts), asked)
         if "growth" in failed and self.on_exceeded == "warn":
-            rank_zero_warn(f"memory: {self.verdict.detail}")
+            rank_zero_warn(f"{self.name}: {verdict.detail}")
+        return verdict
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise after every callback has saved what it has."""
+    def raise_failure(self) -> None:
+        """Raise where that was asked for."""
         if self.verdict is not None and self.verdict.passed is False and self.on_exceeded == "stop":
             raise MemoryBudgetExceeded(self.verdict.detail)
 
+    def judge_early(self, trainer: pl.Trainer, exception: BaseException) -> Verdict:
+        """The peak so far."""
+        peak = f"peak {self.peak_mib:.0f} MiB before {type(exception).__name__}"
+        over = self._excess() if self._exceeded else ""
+        return Verdict(self.name, False if over else None, f"{peak}; {over}" if over else peak, self._is_asked)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give a verdict for a run that ended early."""
+        """Leave the phase."""
         self._phase = None
-        if self.verdict is None:
-            peak = f"peak {self.peak_mib:.0f} MiB before {type(exception).__name__}"
-            over = self._excess() if self._exceeded else ""
-            self.verdict = Verdict("memory", False if over else None, f"{peak}; {over}" if over else peak)
+        super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """Peaks so far, as plain types."""
-        return {"peaks_mib": dict(self.peaks_mib)}
+        return {"peaks_mib": dict(self.peaks_mib), "baseline_mib": self.baseline_mib}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Peaks of the run include those before it was resumed."""
+        """Peaks of the run include those before it was resumed, each above the baseline of its process."""
+        moved = self.baseline_mib - state_dict.get("baseline_mib", 0.0) if self.baseline else 0.0
         for phase, peak in state_dict.get("peaks_mib", {}).items():
-            self.peaks_mib[phase] = max(peak, self.peaks_mib.get(phase, 0.0))
+            self._take_peak(phase, peak + moved)
 
     def _enter(self, trainer: pl.Trainer, phase: str) -> None:
         self._close(trainer)
@@ -263,17 +282,23 @@ class MemoryProfiler(pl.Callback):
         if phase is None:
             return
         peak = self._meter.peak_mib()
-        self.peaks_mib[phase] = max(peak, self.peaks_mib.get(phase, 0.0))
         self._recent_mib[phase] = max(peak, self._recent_mib.get(phase, 0.0))
-        if self.budget_mib is None or peak - self.baseline_mib <= self.budget_mib:
-            return
         first = phase not in self._exceeded
-        self._exceeded[phase] = max(peak - self.baseline_mib, self._exceeded.get(phase, 0.0))
+        if not self._take_peak(phase, peak):
+            return
         if self.on_exceeded == "warn":
             if first:
                 rank_zero_warn(self._message(phase))
         elif trainer.world_size == 1:
             raise MemoryBudgetExceeded(self._message(phase))
+
+    def _take_peak(self, phase: str, peak: float) -> bool:
+        """Add to the peaks of the run; whether it is over the budget."""
+        self.peaks_mib[phase] = max(peak, self.peaks_mib.get(phase, 0.0))
+        if self.budget_mib is None or peak - self.baseline_mib <= self.budget_mib:
+            return False
+        self._exceeded[phase] = max(peak - self.baseline_mib, self._exceeded.get(phase, 0.0))
+        return True
 
     def _check(self, trainer: pl.Trainer) -> None:
         """Stop all processes together. Waits for the device, so only before training and on logging steps."""

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lit_lora.atomic import make_folder, remove_partial_files
 from lit_lora.callbacks._stop_signals import StopSignals
 from lit_lora.callbacks._trainer import any_rank
+from lit_lora.checkpoint import SAVED
 
 
 class TrainingCheckpoint(Checkpoint):
@@ -71,7 +72,9 @@ class TrainingCheckpoint(Checkpoint):
         self.last_error: str | None = None
         """Why the newest state is not on disk; None if it is."""
         self._scores: dict[str, float] = {}
-        self._damaged: set[Path] = set()
+        self._counts: dict[Path, int] = {}
+        """Of the files in the folder, how many had been saved by then; -1 for what is damaged."""
+        self._count = 0
         self._last_step = 0
         self._saved_batches = 0
         self._saved_at_s = 0.0
@@ -106,7 +109,8 @@ class TrainingCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             make_folder(folder, option="dirpath (of TrainingCheckpoint)")
             remove_partial_files(folder)
-            self._damaged = {path for path in folder.glob("step=*.ckpt") if not _is_readable(trainer, path)}
+            self._counts = {path: _count(trainer, path) for path in folder.glob("step=*.ckpt")}
+            self._count = max(0, *self._counts.values()) if self._counts else 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and let signals wait for the end of the running batch."""
@@ -238,17 +242,20 @@ class TrainingCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             self._forget(path)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note when it was saved, in the file itself: a copy of it says the same."""
+        checkpoint[SAVED] = {"at_s": time.time(), "count": self._count + 1}
+
     def _forget(self, written: Path) -> None:
-        """Delete all but the newest and the best. By time, not by step: a run may go on from an older checkpoint.
+        """Delete all but the newest and the best. As saved, not by step: a run may go on from an older checkpoint.
 
         What was damaged at the start goes first, so that it takes no undamaged one's place.
         """
-        self._damaged.discard(written)
-
-        def age(path: Path) -> tuple[bool, bool, int]:
-            return path == written, path not in self._damaged, path.stat().st_mtime_ns
-
-        files = sorted(written.parent.glob("step=*.ckpt"), key=age)
+        self._count += 1
+        self._counts[written] = self._count
+        files = sorted(written.parent.glob("step=*.ckpt"), key=lambda path: (self._counts.get(path, 0), path.name))
         kept = {str(path) for path in files[-self.keep_last :]} | self._scores.keys()
         for path in files:
             if str(path) not in kept:
@@ -273,13 +280,15 @@ class TrainingCheckpoint(Checkpoint):
         self._scores = {path: score for path, score in state_dict.get("scores", {}).items() if Path(path).is_file()}
 
 
-def _is_readable(trainer: pl.Trainer, path: Path) -> bool:
+def _count(trainer: pl.Trainer, path: Path) -> int:
+    """How many checkpoints had been saved when this one was; 0 where it does not say, -1 if it cannot be read."""
     try:
-        trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu")
+        read: dict[str, Any] = trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu")
     except Exception as error:  # each CheckpointIO has its own for a damaged file
         rank_zero_warn(f"The checkpoint {path} does not count as one to keep: {error}")
-        return False
-    return True
+        return -1
+    saved = read.get(SAVED)
+    return saved["count"] if isinstance(saved, dict) else 0
 
 
 def _batches(trainer: pl.Trainer) -> int:

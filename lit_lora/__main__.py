@@ -44,7 +44,11 @@ memory grows by several hundred MB over the first hundreds of steps. A step need
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one verb. Exits with 2 for a mistake on the command line, 1 for a run that failed."""
+    """Run one verb.
+
+    Exits with 0 if all went well, 1 for an error, 2 for a mistake on the command line, 3 for a fit that failed one of
+    its checks, 130 after Ctrl-C, 143 after a termination.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
@@ -80,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Messages of ours say what to do. What went wrong inside a library needs its traceback, so it can be asked for.
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        _fail(f"{error}\n(set {TRACEBACK_VARIABLE}=1 to see where)", code=1)
+        failed_check = "NotProvedError" in (kind.__name__ for kind in type(error).__mro__)  # nor imported for its name
+        _fail(f"{error}\n(set {TRACEBACK_VARIABLE}=1 to see where)", code=3 if failed_check else 1)
 
 
 def _run_tool(verb: str, arguments: list[str]) -> None:

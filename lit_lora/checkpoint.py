@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 from lit_lora.atomic import atomic_write
 
 CHECKSUM = "lit_lora_checksum"
+SAVED = "lit_lora_saved"
+"""Where a checkpoint says when it was saved: ``at_s``, and ``count`` of those in its folder."""
+
 SUFFIX = ".ckpt"
 _SAMPLES = 64
 
@@ -67,38 +71,81 @@ class AtomicCheckpointIO(CheckpointIO):
 def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
     """See :meth:`AtomicCheckpointIO.load_checkpoint`. Files of other Lightning projects have no checksum to verify."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a broken file
-        # The first sentence: what follows advises to run what is in the file.
-        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
-        raise DamagedCheckpointError(f"checkpoint {path} cannot be read: {reason}") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise DamagedCheckpointError(f"{path} is not a Lightning checkpoint: it has no state_dict")
+    content = _loaded(path, map_location=map_location)
     expected = content.pop(CHECKSUM, None)
     if expected is not None and checksum(content) != expected:
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: its content does not match its checksum")
     return content
 
 
+def _loaded(path: Path, **options: Any) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        content = torch.load(path, weights_only=True, **options)
+    except Exception as error:  # torch raises half a dozen types for a broken file
+        # The first sentence: what follows advises to run what is in the file.
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
+        raise DamagedCheckpointError(f"checkpoint {path} cannot be read: {reason}") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise DamagedCheckpointError(f"{path} is not a Lightning checkpoint: it has no state_dict")
+    return content
+
+
+class _Saved(NamedTuple):
+    """When a checkpoint was saved, as it says itself: what files say changes when they are copied."""
+
+    at_s: float
+    """Seconds since 1970; of files of other projects, the time of the last change."""
+    number: int
+    """How many had been saved into the folder by then, this one included; -1 where it does not say."""
+    step: int
+
+    @classmethod
+    def read(cls, path: Path) -> _Saved:
+        lazily = zipfile.is_zipfile(path)  # then nothing is read of the tensors
+        content = _loaded(path, map_location="cpu", mmap=lazily)
+        saved, step = content.get(SAVED), content.get("global_step")
+        numbers = (int, float)
+        if isinstance(saved, dict) and isinstance(saved.get("at_s"), numbers) and isinstance(saved.get("count"), int):
+            return cls(float(saved["at_s"]), saved["count"], step if isinstance(step, int) else -1)
+        return cls(path.stat().st_mtime, -1, step if isinstance(step, int) else -1)
+
+
 def newest_checkpoint(*folders: str | Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in these folders that is complete and undamaged.
 
+    Within a folder by how many had been saved before it, and between folders by when the newest was: both stand in the
+    files, so that copying a folder changes nothing.
+
     Returns:
-        Its path (None if there is none), and what was wrong with each newer one.
+        Its path (None if there is none), and what was wrong with each newer one. One that cannot be read at all counts
+        as newer where its name says so, or nothing is older.
     """
+    unreadable: dict[Path, str] = {}
+    ranked: list[tuple[float, list[tuple[_Saved, Path]]]] = []
+    for folder in folders:
+        found = []
+        for path in Path(folder).glob(f"*{SUFFIX}"):
+            try:
+                found.append((_Saved.read(path), path))
+            except (DamagedCheckpointError, OSError) as error:
+                unreadable[path] = str(error)
+        found.sort(key=lambda entry: (entry[0].number, entry[0].step, entry[0].at_s), reverse=True)
+        if found:
+            ranked.append((max(saved.at_s for saved, _ in found), found))
     problems = []
-    candidates = [path for folder in folders for path in Path(folder).glob(f"*{SUFFIX}")]
-    for path in sorted(candidates, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
+    for _, path in (
+        entry for _, found in sorted(ranked, key=lambda folder: folder[0], reverse=True) for entry in found
+    ):
         try:
             read_checkpoint(path)
         except (DamagedCheckpointError, OSError) as error:
             problems.append(str(error))
         else:
-            return path, problems
-    return None, problems
+            newer = [why for other, why in unreadable.items() if other.parent != path.parent or other.name > path.name]
+            return path, newer + problems
+    return None, [*unreadable.values(), *problems]
 
 
 def checksum(content: Any) -> str:

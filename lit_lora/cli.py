@@ -8,7 +8,6 @@ new run never writes into the folder of an earlier one: it takes the next free n
 from __future__ import annotations
 
 import difflib
-import glob
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -36,11 +36,14 @@ from lit_lora.callbacks import (
     ThroughputLogger,
     TrainingCheckpoint,
 )
-from lit_lora.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from lit_lora.callbacks._trainer import why_past_its_end
+from lit_lora.checkpoint import AtomicCheckpointIO, read_checkpoint
 from lit_lora.config_check import problems_in, problems_of
 from lit_lora.csv_log import PatientCSVLogger
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.module import LoRALightningModule
+from lit_lora.outcome import Outcome, read_outcome
+from lit_lora.run_folder import CONFIG_NAME, RunFolder, find_checkpoint, new_run_folder, resumed_run_folder, run_folders
 from lit_lora.run_record import PredictionWriter, RunRecord
 from lit_lora.trainer_settings import check_trainer
 
@@ -74,12 +77,14 @@ def run(arguments: Sequence[str]) -> None:
         ValueError: also for what Lightning calls a misconfiguration.
         KeyboardInterrupt: where Lightning would exit with 1 for Ctrl-C.
         SIGTERMException: for a termination.
+        NotProvedError: for a check that ended the run.
+        SystemExit: with a code of its own for a run that failed a check.
     """
     _leave_out_noise()
     sys.argv = [sys.argv[0], *_with_shipped_configs(arguments)]  # Lightning starts other ranks with this script
     inherited = {name: os.environ.get(name) for name in (RUN_FOLDER_VARIABLE, CHECKPOINT_VARIABLE)}
     try:
-        _run()
+        cli = _run()
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except SystemExit as error:
@@ -93,6 +98,8 @@ def run(arguments: Sequence[str]) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # Lightning does so for NCCL only. At the interpreter's end gloo's threads now and then abort the process.
             torch.distributed.destroy_process_group()
+    if cli.outcome is not None and cli.outcome.exit_code:
+        raise SystemExit(cli.outcome.exit_code)
 
 
 def parse_fit(arguments: Sequence[str]) -> Any:
@@ -105,8 +112,8 @@ def parse_fit(arguments: Sequence[str]) -> Any:
     raise AssertionError("the command line was run")
 
 
-def _run(cli: type[LightningCLI] | None = None) -> None:
-    (cli or LoRACLI)(
+def _run(cli: type[LoRACLI] | None = None) -> LoRACLI:
+    return (cli or LoRACLI)(
         LoRALightningModule,
         SFTDataModule,
         parser_class=_Parser,
@@ -128,6 +135,18 @@ def _run(cli: type[LightningCLI] | None = None) -> None:
 
 class LoRACLI(LightningCLI):
     """The command line of a fine-tuning run."""
+
+    outcome: Outcome | None = None
+    """How the run ended; of a fit, on its first process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Run the command line; see :func:`run`."""
+        self.run_folder: RunFolder | None = None
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if self.run_folder is not None:
+                self.run_folder.release()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give every proving callback its key."""
@@ -154,12 +173,46 @@ class LoRACLI(LightningCLI):
             read_checkpoint(config.ckpt_path)  # before Lightning reads settings from it, with whatever error it meets
 
     def before_instantiate_classes(self) -> None:
-        """Choose the run folder, and find the checkpoint to resume from."""
+        """Find the checkpoint to resume from; choose the run folder and claim it.
+
+        Raises:
+            FileNotFoundError: if there is no such checkpoint.
+            ValueError: if it cannot be gone on from.
+        """
         verb = self.config["subcommand"]
         config = self.config[verb]
-        config.ckpt_path = _checkpoint_to_load(config.get("ckpt_path"), _checkpoint_folders(config))
-        if verb == "fit":
-            config.trainer.default_root_dir = _run_folder(config.trainer.default_root_dir, config.ckpt_path)
+        if RUN_FOLDER_VARIABLE in os.environ:  # the first process of this run has chosen
+            config.ckpt_path = os.environ[CHECKPOINT_VARIABLE] or None
+            config.trainer.default_root_dir = os.environ[RUN_FOLDER_VARIABLE]
+            return
+        root, dirpath = config.trainer.default_root_dir, config.checkpoint.get("dirpath")
+        found = find_checkpoint(config.ckpt_path, root, dirpath) if config.get("ckpt_path") else None
+        for problem in found.skipped if found is not None else []:
+            rank_zero_warn(f"Skipped: {problem}")
+        if config.get("ckpt_path") and found is None and verb != "fit":
+            raise FileNotFoundError(
+                f"no checkpoint in {' or '.join(map(str, run_folders(root)))}: give the file, or leave out "
+                f"--ckpt_path to {verb} the base with untrained adapters"
+            )
+        if found is not None:
+            rank_zero_info(f"Going on from {found.checkpoint}")
+        elif config.get("ckpt_path"):
+            rank_zero_info(f"No checkpoint in {root}: a new run starts")
+        config.ckpt_path = str(found.checkpoint) if found is not None else None
+        if verb == "fit" and found is not None and found.folder is not None:
+            _refuse_older(found.checkpoint, found.folder, config.trainer.max_steps)
+        if verb == "fit" and _is_first_process():
+            resumed = found.folder if found is not None else None
+            trial = bool(config.trainer.get("fast_dev_run"))
+            config.trainer.default_root_dir = str(root if trial else self._claim(root, resumed))
+        os.environ[CHECKPOINT_VARIABLE] = config.ckpt_path or ""
+        os.environ[RUN_FOLDER_VARIABLE] = str(config.trainer.default_root_dir)
+
+    def _claim(self, root: str, resumed: Path | None) -> Path:
+        self.run_folder = new_run_folder(root) if resumed is None else resumed_run_folder(resumed)
+        if resumed is None and self.run_folder.path != Path(root):
+            rank_zero_info(f"{root} holds another run: this one goes to {self.run_folder.path}")
+        return self.run_folder.path
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add the record of the run, a logger into its folder, and atomic checkpoints."""
@@ -169,7 +222,7 @@ class LoRACLI(LightningCLI):
             trainer["logger"] = PatientCSVLogger(folder, name="logs") if self.subcommand == "fit" else False
         plugins = trainer.get("plugins") or []
         trainer["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        self.record = RunRecord()
+        self.record = RunRecord(is_over=self._is_over())
         extra: list[Callback] = [RankMonitor()]
         if self.subcommand == "fit":
             extra += [self.record, ConfigWriter(self._write_config)]
@@ -180,22 +233,48 @@ class LoRACLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Validate where training did not end with it, then say what the run proved, and where its results are."""
-        validated = [entry["step"] for entry in self.model.training_metrics.validation]
-        if self.datamodule.validation_data is not None and self.trainer.global_step not in validated:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-            self.record.save(self.trainer, self.model)
-        self._write_config(Path(self.trainer.default_root_dir))  # where no step was left to take, none is there yet
-        self.record.conclude(self.trainer)
+        folder = Path(self.trainer.default_root_dir)
+        if self.record.finished(self.trainer) is None and not why_past_its_end(self.trainer):
+            validated = [entry["step"] for entry in self.model.training_metrics.validation]
+            if self.datamodule.validation_data is not None and self.trainer.global_step not in validated:
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+                self.record.save(self.trainer, self.model)
+            self._write_config(folder)  # where no step was left to take, none is there yet
+        self.outcome = self.record.conclude(self.trainer)
+
+    def _is_over(self) -> bool:
+        """Whether a run that something ended early is resumed just as it ended."""
+        config = self.config[self.subcommand]
+        if self.subcommand != "fit" or not config.ckpt_path:
+            return False
+        folder = Path(config.trainer.default_root_dir)
+        earlier = read_outcome(folder)
+        if earlier is None or not (earlier.finished and earlier.stopped_early) or self._differs(folder / CONFIG_NAME):
+            return False
+        return read_checkpoint(config.ckpt_path)["global_step"] == earlier.step
+
+    def _differs(self, path: Path) -> bool:
+        """Whether a config that was written is another than that of this run, but for where it goes on from."""
+        self._dump_config()
+        try:
+            written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return True
+        return not isinstance(written, dict) or {**written, "ckpt_path": None} != {
+            **self.config_dump,
+            "ckpt_path": None,
+        }
 
     @rank_zero_only
     def _write_config(self, folder: Path) -> None:
-        self._dump_config()
-        text = _yaml(self.config_dump)
+        path = folder / CONFIG_NAME
+        if not self._differs(path):
+            return
         make_folder(folder, option="trainer.default_root_dir")
-        path = folder / "config.yaml"
-        if path.exists() and path.read_text(encoding="utf-8") != text:
+        if path.exists():
             earlier = len(list(folder.glob("config.*.yaml"))) + 1
             path.rename(folder / f"config.{earlier}.yaml")
+        text = yaml.safe_dump(self.config_dump, sort_keys=False)
         atomic_write(path, lambda file: file.write(text.encode()))
 
 
@@ -271,10 +350,24 @@ def _suggestion(message: str, parser: LightningArgumentParser) -> str:
 CALLBACK_NAMES = [callback.__name__ for callback in CALLBACKS.values()]
 
 
-def _yaml(config: dict[str, Any]) -> str:
-    import yaml
+def _refuse_older(checkpoint: Path, folder: Path, max_steps: int) -> None:
+    """Refuse to end a finished run again, at an older step: its results would be replaced by earlier ones."""
+    outcome = read_outcome(folder)
+    if outcome is None or not outcome.finished or not 0 <= max_steps < outcome.step:
+        return
+    step = read_checkpoint(checkpoint)["global_step"]
+    if max_steps <= step < outcome.step:
+        raise ValueError(
+            f"the run in {folder} finished at step {outcome.step}, {checkpoint} is of step {step}, and "
+            f"trainer.max_steps {max_steps} leaves nothing to train: `lit-lora export {checkpoint} FOLDER` writes its "
+            "adapter"
+        )
 
-    return yaml.safe_dump(config, sort_keys=False)
+
+def _is_first_process() -> bool:
+    """Whether this is the process that chooses for all, told by what launchers set: there is no group to ask yet."""
+    node = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
+    return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"  # public, set outside of the function
 
 
 def _leave_out_noise() -> None:
@@ -313,58 +406,3 @@ def _shipped(name: str) -> str | None:
     """The file of that name that comes with the package, where there is none here."""
     path = SHIPPED / name.removeprefix("configs/")
     return str(path) if not Path(name).exists() and path.is_file() else None
-
-
-def _checkpoint_folders(config: Any) -> list[Path]:
-    """Where a run with this config may have left checkpoints: its own folder and the numbered ones after it."""
-    if config.checkpoint.get("dirpath"):
-        return [Path(config.checkpoint.dirpath)]
-    root = Path(config.trainer.default_root_dir)
-    numbered = [
-        path for path in root.parent.glob(f"{glob.escape(root.name)}-*") if path.name[len(root.name) + 1 :].isdigit()
-    ]
-    return [path / "checkpoints" for path in (root, *numbered)]
-
-
-def _checkpoint_to_load(ckpt_path: str | None, folders: Sequence[Path]) -> str | None:
-    if ckpt_path is None or CHECKPOINT_VARIABLE in os.environ:
-        return os.environ.get(CHECKPOINT_VARIABLE) or None
-    path: Path | None = Path(ckpt_path)
-    if ckpt_path == "last" or Path(ckpt_path).is_dir():
-        folders = folders if ckpt_path == "last" else [Path(ckpt_path)]
-        path, problems = newest_checkpoint(*folders)
-        for problem in problems:
-            rank_zero_warn(f"Skipped: {problem}")
-        if path is None and problems:
-            raise ValueError(f"no undamaged checkpoint in {_listed(folders)}: leave out --ckpt_path to start a new run")
-        if path is None and ckpt_path != "last":
-            raise FileNotFoundError(f"no checkpoint in {ckpt_path}: leave out --ckpt_path to start a new run")
-        rank_zero_info(f"Going on from {path}" if path else f"No checkpoint in {_listed(folders)}: a new run starts")
-    elif not Path(ckpt_path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: give a file, a folder of them, or 'last'")
-    os.environ[CHECKPOINT_VARIABLE] = str(path or "")
-    return str(path) if path else None
-
-
-def _listed(folders: Sequence[Path]) -> str:
-    return " or ".join(str(folder) for folder in folders if folder.is_dir()) or str(folders[0])
-
-
-def _run_folder(folder: str, ckpt_path: str | None) -> str:
-    """The folder of the run that is resumed, else the next free one."""
-    if chosen := os.environ.get(RUN_FOLDER_VARIABLE):
-        return chosen
-    path = Path(folder)
-    if ckpt_path is None:
-        number = 1
-        while (path / "config.yaml").exists():
-            number += 1
-            path = Path(f"{folder}-{number}")
-        if number > 1:
-            rank_zero_info(f"{folder} holds an earlier run: this one goes to {path}")
-    else:
-        resumed = Path(ckpt_path).parent.parent
-        if resumed.parent == path.parent and resumed.name.startswith(f"{path.name}-"):
-            path = resumed
-    os.environ[RUN_FOLDER_VARIABLE] = str(path)
-    return str(path)

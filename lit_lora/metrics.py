@@ -10,9 +10,10 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from lit_lora.atomic import atomic_write
 
@@ -24,7 +25,8 @@ class StepMetrics:
     step: int
     """Optimizer steps taken, this one included."""
     loss: float
-    """Mean negative log-likelihood per supervised token, in nats, over the whole optimizer step."""
+    """Mean negative log-likelihood per supervised token, in nats, over the whole optimizer step; NaN (null in JSON) for
+    a step without one."""
     loss_scale: float
     """Factor on the loss before the backward pass under fp16 mixed precision; 1.0 otherwise."""
     grad_norm: float
@@ -53,8 +55,8 @@ class TrainingMetrics:
 
     @property
     def losses(self) -> list[float]:
-        """Loss per step, in nats per supervised token."""
-        return [step.loss for step in self.steps]
+        """Loss per step, in nats per supervised token, of the steps that had one to learn from."""
+        return [step.loss for step in self.steps if step.num_target_tokens]
 
     @property
     def num_tokens(self) -> int:
@@ -69,14 +71,27 @@ class TrainingMetrics:
         return sum(step.num_tokens for step in timed) / seconds if seconds > 0 else 0.0
 
     def state_dict(self) -> dict[str, object]:
-        """As plain types."""
-        return asdict(self)
+        """As plain types that JSON has."""
+        state = asdict(self)
+        for step in state["steps"]:
+            step["loss"] = None if math.isnan(step["loss"]) and not step["num_target_tokens"] else step["loss"]
+        return state
 
     @classmethod
-    def from_state_dict(cls, state: dict) -> TrainingMetrics:
-        """The inverse of :meth:`state_dict`."""
+    def from_state_dict(cls, state: Mapping[str, Any]) -> TrainingMetrics:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: naming fields that are missing or unknown, as those of another version may be.
+        """
+        _check_fields("the metrics", state, cls)
+        for step in state["steps"]:
+            _check_fields("a step's metrics", step, StepMetrics)
         return cls(
-            steps=[StepMetrics(**step) for step in state["steps"]],
+            steps=[
+                StepMetrics(**{**step, "loss": math.nan if step["loss"] is None else step["loss"]})
+                for step in state["steps"]
+            ],
             validation=[dict(entry) for entry in state["validation"]],
             peak_memory_mib=float(state["peak_memory_mib"]),
         )
@@ -139,6 +154,15 @@ def assert_loss_convergence(losses: Sequence[float], min_decrease: float = 0.3, 
             f"expected at least {min_decrease:.1%} over {len(losses)} steps"
         )
     return decrease
+
+
+def _check_fields(what: str, content: Any, kind: type[StepMetrics] | type[TrainingMetrics]) -> None:
+    known = {field.name for field in fields(kind)}
+    given = set(content) if isinstance(content, Mapping) else set()
+    problems = [f"missing {', '.join(sorted(known - given))}"] if known - given else []
+    problems += [f"unknown {', '.join(sorted(map(str, given - known)))}"] if given - known else []
+    if problems:
+        raise ValueError(f"{what} are not those of this version of lit_lora: {'; '.join(problems)}")
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -287,6 +287,8 @@ class LoRALightningModule(L.LightningModule):
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._recorder.measure(gradients, [p.detach() for p in parameters], self.device)
         self.log("train_loss", self._recorder.loss, prog_bar=True, rank_zero_only=True)
+        # 0 where callbacks have dropped the gradients, as of a step that is not finite: nothing was learned from it.
+        self.log("train_targets", self._recorder.num_targets * bool(gradients), rank_zero_only=True)
 
     def _finish_step(self, optimizer: Any) -> None:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)

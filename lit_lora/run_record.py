@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,30 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_lora.atomic import atomic_write, make_folder, remove_partial_files
-from lit_lora.callbacks import (
-    ConvergenceAssertion,
-    GradientFlowAssertion,
-    GradientNormLogger,
-    HFAdapterExport,
-    MemoryProfiler,
-    Verdict,
-)
+from lit_lora.callbacks import HFAdapterExport, MemoryProfiler, Verdict
+from lit_lora.callbacks._trainer import why_past_its_end
+from lit_lora.callbacks.verdict import Check, NotProvedError
 from lit_lora.csv_log import PatientCSVLogger
 from lit_lora.module import LoRALightningModule
-
-PROVING = (ConvergenceAssertion, GradientFlowAssertion, GradientNormLogger, MemoryProfiler, HFAdapterExport)
+from lit_lora.outcome import Outcome, read_outcome
 
 
 class RunRecord(L.Callback):
-    """Shows the adapters at the start; keeps ``metrics.json`` and ``metrics.csv`` up to date; prints the verdict."""
+    """Shows the adapters at the start; keeps ``metrics.json`` and ``metrics.csv`` up to date; prints the verdict.
 
-    def __init__(self) -> None:
+    What a finished run has said of itself stays: resumed without a step left to take, it says the same again.
+
+    Args:
+        is_over: whether the run is resumed as it ended, by something else than its number of steps or epochs (early
+            stopping, a limit of time): it is then not trained on.
+    """
+
+    def __init__(self, *, is_over: bool = False) -> None:
         super().__init__()
+        self.is_over = is_over
         self.failure: str | None = None
         """Why the newest metrics are not on disk; None if they are."""
-        self._started = False
+        self._started = self._ended = self._stopped_early = False
 
     @rank_zero_only
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -53,10 +56,11 @@ class RunRecord(L.Callback):
         for place in (folder, *folder.glob("logs/version_*")):
             remove_partial_files(place)
 
-    @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print which layers have adapters."""
-        if isinstance(pl_module, LoRALightningModule) and pl_module.injection_report is not None:
+        self._started = self._ended = False
+        trainer.should_stop = trainer.should_stop or self.is_over
+        if trainer.is_global_zero and isinstance(pl_module, LoRALightningModule) and pl_module.injection_report:
             print(pl_module.injection_report.table())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -70,16 +74,35 @@ class RunRecord(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the metrics."""
+        self._ended = True
+        at_its_end = trainer.global_step == trainer.max_steps or trainer.current_epoch == trainer.max_epochs
+        self._stopped_early = trainer.should_stop and not at_its_end
         self.save(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write what there is; what ended the run is the error to show, so this never raises."""
+        """Write what there is; what ended the run is the error to show, so this never raises.
+
+        A check that failed has its say: where it did so after the last step, the run has come to its end.
+        """
         if not self._started:  # a refused resume leaves the record as it was
+            if isinstance(exception, NotProvedError) and (earlier := self.finished(trainer)) is not None:
+                print(earlier)
             return
         try:
             self.save(trainer, pl_module)
+            if any(check.verdict is not None and check.verdict.passed is False for check in _checks(trainer)):
+                self.conclude(trainer)
         except Exception as error:  # metrics may wait for a device that has failed
             rank_zero_warn(f"The record was not written after the exception: {error!r}")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hand the verdicts of a finished run to the checks; whether its adapter is still there is looked at again."""
+        if (earlier := self.finished(trainer)) is None:
+            return
+        verdicts = {verdict.name: verdict for verdict in earlier.verdicts}
+        for check in _checks(trainer):
+            if check.verdict is None and not isinstance(check, HFAdapterExport):
+                check.verdict = verdicts.get(check.name)
 
     @rank_zero_only
     def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -104,61 +127,84 @@ class RunRecord(L.Callback):
         else:
             self.failure = None
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether the last fit took a step."""
+        return self._started
+
+    def finished(self, trainer: L.Trainer) -> Outcome | None:
+        """What the run had said of itself when it came to this very step, if the last fit took no further one."""
+        earlier = None if self._started or why_past_its_end(trainer) else read_outcome(trainer.default_root_dir)
+        return earlier if earlier is not None and earlier.finished and earlier.step == trainer.global_step else None
+
     @rank_zero_only
-    def conclude(self, trainer: L.Trainer) -> None:
-        """Print the verdict and write it to ``verdict.json``.
+    def conclude(self, trainer: L.Trainer) -> Outcome:
+        """Print what the run has to say of itself, and write it to ``verdict.json``.
 
         Raises:
             OSError: if a part of the record could not be written, after all of it was tried.
         """
-        module = trainer.lightning_module
-        verdicts = [
-            callback.verdict
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, PROVING) and callback.verdict is not None
-        ]
-        lines = _closing_lines(module, verdicts) if isinstance(module, LoRALightningModule) else []
-        print("\n".join(lines))
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        record = json.dumps([verdict._asdict() for verdict in verdicts], indent=1)
         folder = Path(trainer.default_root_dir)
-        if self.failure is not None:
-            self.save(trainer, module)
+        earlier = self.finished(trainer)
+        outcome = self._outcome(trainer, earlier)
+        print(outcome)
+        if trainer.fast_dev_run or outcome.no_step_left:  # type: ignore[attr-defined]
+            return outcome
+        failures = [] if outcome == earlier else self._write(trainer, outcome)
+        if failures:
+            raise OSError(f"the record of the run could not be written: {'; '.join(failures)}")
+        print(f"  {'run folder':<16}{folder}")
+        return outcome
+
+    def _outcome(self, trainer: L.Trainer, earlier: Outcome | None) -> Outcome:
+        verdicts = [check.verdict or Verdict(check.name, None, "not judged") for check in _checks(trainer)]
+        if earlier is not None:
+            # Its adapter may have gone since, and come back or not: that is the one thing to look at again.
+            exports = {check.name: check.verdict for check in _checks(trainer) if isinstance(check, HFAdapterExport)}
+            gone = {name: verdict for name, verdict in exports.items() if verdict is not None and not verdict.passed}
+            return replace(earlier, verdicts=[gone.get(verdict.name, verdict) for verdict in earlier.verdicts])
+        module = trainer.lightning_module
+        return Outcome(
+            step=trainer.global_step,
+            verdicts=verdicts,
+            finished=self._ended or not self._started,
+            stopped_early=self._stopped_early,
+            no_step_left="" if self._started else why_past_its_end(trainer),
+            **(_measured(module) if isinstance(module, LoRALightningModule) else {}),
+        )
+
+    def _write(self, trainer: L.Trainer, outcome: Outcome) -> list[str]:
+        """Write all of the record; what could not be written."""
+        if self.failure is not None or not self._started:
+            self.save(trainer, trainer.lightning_module)
         logs = [logger for logger in trainer.loggers if isinstance(logger, PatientCSVLogger)]
         for log in logs:
             log.save()
         failures = [failure for failure in (self.failure, *(log.failure for log in logs)) if failure is not None]
         try:
-            atomic_write(folder / "verdict.json", lambda file: file.write(record.encode()))
+            outcome.save(Path(trainer.default_root_dir))
         except OSError as error:
             failures.append(str(error))
-        if failures:
-            raise OSError(f"the record of the run could not be written: {'; '.join(failures)}")
-        print(f"  {'run folder':<16}{folder}")
+        return failures
 
 
-def _closing_lines(module: LoRALightningModule, verdicts: Sequence[Verdict]) -> list[str]:
+def _checks(trainer: L.Trainer) -> list[Check]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Check)]  # type: ignore[attr-defined]
+
+
+def _measured(module: LoRALightningModule) -> dict[str, list[str]]:
+    """Lines on losses and speed of the whole run."""
     metrics = module.flush_metrics()
-    failed = [verdict.name for verdict in verdicts if verdict.passed is False]
-    if not metrics.steps:
-        failed.append("no step was taken")
-    lines = ["", f"lit_lora: {'NOT PROVED: ' + ', '.join(failed) if failed else 'proved'}"]
-    if metrics.steps:
-        first, last = metrics.steps[0], metrics.steps[-1]
-        lines.append(f"  {'loss':<16}{first.loss:.3f} -> {last.loss:.3f} in {last.step} steps")
+    lines = []
+    if steps := [step for step in metrics.steps if step.num_target_tokens]:
+        first, last = steps[0], steps[-1]
+        lines.append(f"  {'loss':<16}{first.loss:.3f} -> {last.loss:.3f} in {metrics.steps[-1].step} steps")
     for entry in metrics.validation[-1:]:
         start = f"{metrics.validation[0]['val_loss']:.3f} -> " if len(metrics.validation) > 1 else ""
         accuracy = f", token accuracy {entry['val_token_accuracy']:.1%}" if "val_token_accuracy" in entry else ""
         lines.append(f"  {'validation':<16}{start}{entry['val_loss']:.3f}{accuracy}")
-    lines += [f"  {verdict.name:<16}{_mark(verdict)}{verdict.detail}" for verdict in verdicts]
-    if len(metrics.steps) > 1:
-        lines.append(f"  {'speed':<16}{metrics.tokens_per_s:,.0f} tokens/s")
-    return lines
-
-
-def _mark(verdict: Verdict) -> str:
-    return {True: "", False: "FAILED: ", None: "not judged: "}[verdict.passed]
+    speed = [f"  {'speed':<16}{metrics.tokens_per_s:,.0f} tokens/s"] if len(metrics.steps) > 1 else []
+    return {"losses": lines, "speed": speed}
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -6,6 +6,7 @@ checkpoint or the end.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -85,9 +86,15 @@ class StepRecorder:
 
     @property
     def loss(self) -> Tensor:
-        """Mean loss per target of the step that is being taken, on the device."""
+        """Mean loss per target of the step that is being taken, on the device; 0 where there are none."""
         assert self.totals is not None, "reduce comes first"
         return (self.totals[0] / self.totals[1].clamp(min=1)).float()
+
+    @property
+    def num_targets(self) -> Tensor:
+        """Targets of the step that is being taken, over all ranks, on the device."""
+        assert self.totals is not None, "reduce comes first"
+        return self.totals[1].float()
 
     def measure(self, gradients: list[Tensor], parameters: list[Tensor], device: torch.device) -> None:
         """Take the norms of gradients and parameters as they are now."""
@@ -120,7 +127,7 @@ class StepRecorder:
             for (known, _), values in zip(pending, torch.stack([v for _, v in pending]).tolist(), strict=True):
                 loss_sum, num_targets, num_tokens, grad_norm, param_norm = values
                 step = StepMetrics(
-                    loss=loss_sum / max(num_targets, 1),
+                    loss=loss_sum / num_targets if num_targets else math.nan,
                     grad_norm=grad_norm,
                     param_norm=param_norm,
                     num_tokens=int(num_tokens),

@@ -136,7 +136,7 @@ def test_the_written_config_reproduces_the_run(command, fit, tmp_path):
 
 def test_a_run_without_a_step_proves_nothing(command, fit, capsys):
     command("fit", *fit, "--trainer.max_steps", 0)
-    assert "NOT PROVED: no step was taken" in capsys.readouterr().out
+    assert "NOT JUDGED: no step was taken" in capsys.readouterr().out
 
 
 def test_validate_reports_the_loss(command, fit, capsys):

@@ -64,15 +64,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         "compilation", "liger_kernels", "optimization", "trainer_settings", "step_metrics", "training_state",
         "prediction", "frozen_statistics", "activation_budget", "amounts", "gated_mlp",
     },
-    "callbacks": {"adapters"},
+    "callbacks": {"adapters", "checkpoint"},
     "tools": {
         "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "data", "memory", "drift",
         "tools.fetch", "callbacks", "module",
     },
     "csv_log": set(),
-    "run_record": {"module", "callbacks", "checkpoint", "csv_log"},
+    "outcome": {"callbacks"},
+    "run_folder": {"checkpoint"},
+    "run_record": {"module", "callbacks", "checkpoint", "csv_log", "outcome"},
     "config_check": {"data", "models"},
-    "cli": {"module", "data", "callbacks", "checkpoint", "csv_log", "run_record", "config_check", "trainer_settings"},
+    "cli": {
+        "module", "data", "callbacks", "checkpoint", "csv_log", "outcome", "run_folder", "run_record", "config_check",
+        "trainer_settings",
+    },
     "tools.estimate": {"amounts", "cli", "memory", "data"},
     "__main__": {"cli", "tools", "tools.fetch", "tools.estimate"},
 }  # fmt: skip
@@ -163,7 +168,8 @@ def test_callbacks_need_no_more_than_lightning_and_torch(module: str) -> None:
     allowed = {"lightning", "torch", "psutil", "lit_lora", *sys.stdlib_module_names}
     assert _tops(FILES[module]) <= allowed
     for imported in ours(imported_modules(FILES[module])):
-        assert imported.startswith(("lit_lora.callbacks", "lit_lora.metrics", "lit_lora.adapters", "lit_lora.atomic"))
+        rooms = ("callbacks", "metrics", "adapters", "atomic", "checkpoint")
+        assert imported.startswith(tuple(f"lit_lora.{room}" for room in rooms))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def _fit(config: str, gsm8k: Path, folder: Path, *overrides: object) -> tuple[Tr
         *overrides,
     )  # fmt: skip
     assert "adapter" in process.stdout
-    verdicts = {entry["name"]: entry for entry in json.loads((folder / "verdict.json").read_text())}
+    verdicts = {entry["name"]: entry for entry in json.loads((folder / "verdict.json").read_text())["verdicts"]}
     return TrainingMetrics.load(folder / "metrics.json"), verdicts
 
 

@@ -90,7 +90,9 @@ def _fit(number: int, folder: Path) -> tuple[TrainingMetrics, dict[str, bool | N
     overrides = ["--trainer.default_root_dir", str(folder), "--trainer.enable_progress_bar", "false"]
     finished = subprocess.run([*command, *overrides], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    verdicts = {entry["name"]: entry["passed"] for entry in json.loads((folder / "verdict.json").read_text())}
+    verdicts = {
+        entry["name"]: entry["passed"] for entry in json.loads((folder / "verdict.json").read_text())["verdicts"]
+    }
     return TrainingMetrics.load(folder / "metrics.json"), verdicts
 
 

@@ -100,6 +100,6 @@ def _results(folder: Path) -> str:
         parts = [*parts, f"peak {content['peak_memory_mib']:.0f} MiB"]
     verdicts = folder / "verdict.json"
     if verdicts.is_file():
-        content = json.loads(verdicts.read_text(encoding="utf-8"))
+        content = json.loads(verdicts.read_text(encoding="utf-8"))["verdicts"]
         parts = [*parts, *(f"{v['name']}: {v['detail']}" for v in content if v["passed"] is False)]
     return "; ".join(parts) or "stopped before it wrote anything"

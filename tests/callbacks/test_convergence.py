@@ -15,8 +15,16 @@ from lit_lora.callbacks import ConvergenceAssertion, ConvergenceError
 class Scripted(PlainModel):
     """Its loss follows a script, one entry a micro-batch."""
 
-    def __init__(self, losses: list[float], *, logged: str | None = None, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        losses: list[float],
+        *,
+        logged: str | None = None,
+        scale: float = 1.0,
+        targets: list[int] | None = None,
+    ) -> None:
         super().__init__(lr=0.0)
+        self.targets = targets
         self.losses = losses
         self.logged = logged
         self.scale = scale
@@ -27,6 +35,8 @@ class Scripted(PlainModel):
         self.num_batches += 1
         if self.logged == "step":
             self.log("train_loss", loss.detach())
+        if self.targets is not None:
+            self.log("train_targets", float(self.targets[self.num_batches - 1]))
         if self.logged == "epoch":
             self.log("train_loss", loss.detach(), on_step=False, on_epoch=True)
         return loss * self.scale
@@ -52,6 +62,8 @@ def test_falling_loss_passes_and_is_written(make_trainer, tmp_path):
         ([2.0, 2.0, 2.0, 2.0, 2.0, 1.9], "loss fell by 2.5%"),
         ([2.0, 2.0, 2.0, 2.0, 4.0, 4.0], "loss rose by 100.0%"),
         ([2.0, 2.0, 2.0, 2.0, float("nan"), 1.0], "not finite"),
+        ([2.0, 2.0, float("nan"), 2.0, 1.0, 1.0], r"not finite \(step 3\)"),
+        ([2.0, 2.0, float("inf"), 2.0, 1.0, 1.0], "not finite"),
     ],
 )
 def test_loss_that_does_not_fall_fails_after_everything_is_saved(make_trainer, tmp_path, losses, message):
@@ -143,3 +155,40 @@ def test_run_of_one_step_has_no_verdict(make_trainer):
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         ConvergenceAssertion(**settings)
+
+
+def test_steps_without_a_target_do_not_count(make_trainer):
+    losses, targets = [2.0, 2.0, 2.0, 0.0, 0.0, 0.0], [3, 4, 3, 0, 0, 0]
+    callback = ConvergenceAssertion(0.3, 2)
+    with pytest.warns(UserWarning, match="loss fell by 0.0%"):
+        make_trainer(callback, max_steps=6).fit(Scripted(losses, logged="step", targets=targets))
+    assert callback.losses == [2.0, 2.0, 2.0]
+    none = ConvergenceAssertion(0.3, 2)
+    make_trainer(none, max_steps=6).fit(Scripted([0.0] * 6, logged="step", targets=[0] * 6))
+    assert none.verdict.passed is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "passed"),
+    [(2, 1, True), (2, 3, True), (2, 6, True), (1, 4, None)],
+    ids=["narrower", "wider, in the record", "all of a short run", "wider than the record"],
+)
+def test_a_window_may_change_when_a_run_is_resumed_as_far_as_its_losses_are_there(
+    make_trainer, tmp_path, first, second, passed
+):
+    losses = [8.0, 7.0, 6.0, 5.0, 4.0, 4.0, 4.0, 3.0, 2.0, 2.0, 1.0, 1.0]
+    num_first = 4 if second == 6 else 8
+    trainer = make_trainer(ConvergenceAssertion(0.1, first), max_steps=num_first)
+    trainer.fit(Scripted(losses, logged="step"))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    module = Scripted(losses, logged="step")
+    module.num_batches = num_first
+    callback = ConvergenceAssertion(0.1, second)
+    make_trainer(callback, max_steps=12).fit(module, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert callback.verdict.passed is passed, callback.verdict
+    if passed:
+        expected = sum(losses[:second]) / second, sum(losses[-second:]) / second
+        content = json.loads((tmp_path / "convergence.json").read_text())
+        assert (content["first_mean"], content["last_mean"]) == pytest.approx(expected)
+    else:
+        assert "window was raised" in callback.verdict.detail

@@ -87,8 +87,11 @@ def test_empty_state_of_another_version_is_tolerated(callback):
     callback.load_state_dict({})
 
 
-def test_two_instances_with_different_settings_keep_their_states_apart():
-    assert ConvergenceAssertion(window=3).state_key != ConvergenceAssertion(window=4).state_key
+def test_two_records_keep_their_states_apart_and_one_goes_by_the_same_name_however_it_is_judged():
+    assert ConvergenceAssertion(monitor="a").state_key != ConvergenceAssertion(monitor="b").state_key
+    assert ConvergenceAssertion(0.3, 3).state_key == ConvergenceAssertion(0.5, 4).state_key
+    assert MemoryProfiler(budget_mib=1).state_key == MemoryProfiler().state_key
+    assert GradientFlowAssertion(check_base=False).state_key == GradientFlowAssertion().state_key
 
 
 def test_interrupted_run_leaves_verdicts_without_an_answer(make_trainer, tmp_path: Path):

@@ -130,23 +130,100 @@ def test_nothing_trainable_is_an_error_at_the_start(make_trainer):
         make_trainer(GradientFlowAssertion()).fit(Frozen())
 
 
-def test_another_base_on_resume_is_reported(make_trainer, tmp_path):
-    class AdapterOnly(AdapterModel):
-        strict_loading = False
+class AdapterOnly(AdapterModel):
+    """Its checkpoints hold no base."""
 
-        def state_dict(self, *args, **kwargs):
-            return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "lora_" in key}
+    strict_loading = False
 
-    trainer = make_trainer(GradientFlowAssertion(), max_steps=4, limit_train_batches=4)
-    trainer.fit(AdapterOnly())
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    other = AdapterOnly()
-    with torch.no_grad():
-        other.layers[0].base_layer.weight[0, 0] += 1
-    with pytest.warns(UserWarning, match=r"base differs in 1 tensors .*layers.0.base_layer.weight"):
-        make_trainer(GradientFlowAssertion(), max_steps=8, limit_train_batches=4).fit(
-            other, ckpt_path=tmp_path / "half.ckpt", weights_only=True
+    def state_dict(self, *args, **kwargs):
+        return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "lora_" in key}
+
+
+@pytest.fixture
+def resume(make_trainer, tmp_path):
+    """Train four steps, then go on with another module or callback."""
+
+    def run(module: pl.LightningModule, callback: GradientFlowAssertion, max_steps: int = 8) -> None:
+        first = GradientFlowAssertion()
+        trainer = make_trainer(first, max_steps=4, limit_train_batches=4)
+        trainer.fit(AdapterOnly())
+        assert first.verdict.passed
+        trainer.save_checkpoint(tmp_path / "half.ckpt")
+        make_trainer(callback, max_steps=max_steps, limit_train_batches=4).fit(
+            module, ckpt_path=tmp_path / "half.ckpt", weights_only=True
         )
+
+    return run
+
+
+def with_one_bit_changed() -> AdapterOnly:
+    module = AdapterOnly()
+    module.layers[0].base_layer.weight.data.view(-1).view(torch.int32)[0] ^= 1
+    return module
+
+
+@pytest.mark.parametrize("max_steps", [8, 4], ids=["steps left", "no step left"])
+def test_one_bit_of_the_base_changed_before_a_resume_is_an_error(resume, max_steps):
+    callback = GradientFlowAssertion()
+    with pytest.raises(GradientFlowError, match=r"base (differs|changed) in 1 tensors.*layers.0.base_layer.weight"):
+        resume(with_one_bit_changed(), callback, max_steps)
+    assert callback.verdict.passed is False
+
+
+def test_a_base_that_changed_is_not_forgotten_by_training_on(resume, make_trainer, tmp_path):
+    callback = GradientFlowAssertion(on_failure="warn")
+    with pytest.warns(UserWarning, match=r"base (differs|changed) in 1 tensors"):
+        resume(with_one_bit_changed(), callback)
+    assert callback.verdict.passed is False
+
+    class Rogue(AdapterOnly, RogueOptimizer):
+        pass
+
+    trainer = make_trainer(GradientFlowAssertion(on_failure="warn"), limit_train_batches=4)
+    with pytest.warns(UserWarning, match="frozen base changed"):
+        trainer.fit(Rogue())
+    trainer.save_checkpoint(tmp_path / "rogue.ckpt")
+    later = GradientFlowAssertion()
+    with pytest.raises(GradientFlowError, match="frozen base changed in 1 tensors"):
+        make_trainer(later, max_steps=12, limit_train_batches=4).fit(
+            AdapterOnly(), ckpt_path=tmp_path / "rogue.ckpt", weights_only=True
+        )
+
+
+def test_a_base_in_another_dtype_is_said_and_compared_from_there(resume):
+    module = AdapterOnly()
+    module.scale = module.scale.half()
+    callback = GradientFlowAssertion()
+    with pytest.warns(UserWarning, match="loaded in another dtype when the run began"):
+        resume(module, callback)
+    assert callback.verdict.passed
+
+
+def test_a_run_without_a_step_left_is_judged_by_its_checkpoint(resume):
+    callback = GradientFlowAssertion()
+    resume(AdapterOnly(), callback, max_steps=4)
+    assert callback.verdict.passed, callback.verdict
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "warn"])
+@pytest.mark.parametrize("settings", [{"max_steps": 1}, {"fast_dev_run": True}], ids=str)
+def test_one_step_is_not_judged(make_trainer, settings, on_failure):
+    callback = GradientFlowAssertion(on_failure=on_failure)
+    make_trainer(callback, **settings).fit(AdapterModel())
+    assert callback.verdict.passed is None
+    assert "on the second step" in callback.verdict.detail
+
+
+def test_weight_decay_that_moves_a_tensor_without_a_gradient_is_no_gradient(make_trainer):
+    class Decayed(DeadLayer):
+        def forward(self, x):
+            return self.layers[0](x) + 0 * self.layers[1](x)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+
+    with pytest.raises(GradientFlowError, match="2 of 4 trainable parameters had no gradient"):
+        make_trainer(GradientFlowAssertion(check_after_steps=None)).fit(Decayed())
 
 
 TENSORS = {

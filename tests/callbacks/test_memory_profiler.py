@@ -54,7 +54,8 @@ def test_what_a_phase_takes_is_counted_there_and_nowhere_else(make_trainer, logg
     assert callback.peaks_mib[phase] > highest + 0.8 * BIG_MIB
     assert max(logger.values(f"memory/{phase}_peak_mib")) == pytest.approx(callback.peaks_mib[phase], abs=2)
     assert len(logger.values("memory/resident_mib")) == 8
-    assert callback.verdict.passed is None  # nothing was asked for
+    assert callback.verdict.passed is None
+    assert not callback.verdict.asked
 
 
 def test_exceeded_budget_stops_in_its_phase(make_trainer):
@@ -132,14 +133,40 @@ def test_short_run_has_no_growth(make_trainer):
     callback = MemoryProfiler(max_growth_mib_per_1000_steps=1.0)
     make_trainer(callback).fit(AdapterModel())
     assert callback.verdict.passed is None
+    assert callback.verdict.asked
     assert "too few steps" in callback.verdict.detail
+    kept = MemoryProfiler(budget_mib=10**6, max_growth_mib_per_1000_steps=1.0)
+    make_trainer(kept).fit(AdapterModel())
+    assert kept.verdict.passed is None  # one of two was not judged
 
 
 def test_peaks_outlive_a_resume():
     callback = MemoryProfiler()
     callback.peaks_mib = {"forward": 5.0}
     callback.load_state_dict({"peaks_mib": {"forward": 7.0, "load": 3.0}})
-    assert callback.state_dict() == {"peaks_mib": {"forward": 7.0, "load": 3.0}}
+    assert callback.state_dict() == {"peaks_mib": {"forward": 7.0, "load": 3.0}, "baseline_mib": 0.0}
+
+
+@pytest.mark.parametrize("on_exceeded", ["warn", "stop"])
+def test_a_budget_that_was_exceeded_before_a_resume_stays_exceeded(make_trainer, tmp_path, on_exceeded):
+    budget = ResidentMeter().current_mib() + BIG_MIB / 2
+    trainer = make_trainer(MemoryProfiler(budget_mib=budget))
+    with pytest.warns(UserWarning, match="phase forward used"):
+        trainer.fit(Hungry("forward"))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    again = MemoryProfiler(budget_mib=budget, on_exceeded=on_exceeded)
+    resumed = make_trainer(again, max_steps=10)
+    settings = {"ckpt_path": tmp_path / "half.ckpt", "weights_only": True}
+    if on_exceeded == "stop":
+        with pytest.raises(MemoryBudgetExceeded, match="phase forward used"):
+            resumed.fit(AdapterModel(), **settings)
+        assert resumed.global_step == 8
+    else:
+        resumed.fit(AdapterModel(), **settings)
+    assert again.verdict.passed is False
+    raised = MemoryProfiler(budget_mib=budget + 2 * BIG_MIB)
+    make_trainer(raised, max_steps=10).fit(AdapterModel(), **settings)
+    assert raised.verdict.passed
 
 
 def test_meter_sees_a_peak_that_is_gone():

@@ -1,0 +1,103 @@
+"""How a run ended: proved, not proved or not judged, as it is printed and as it stands in ``verdict.json``.
+
+A run is proved when every check that was asked for has judged something and none has failed. What a finished run said
+of itself stays: sent again, it says the same.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from lit_lora.atomic import atomic_write
+from lit_lora.callbacks.verdict import Verdict
+
+FORMAT = 1
+FILE_NAME = "verdict.json"
+
+EXIT_NOT_PROVED = 3
+"""Exit code of a run that came to its end and failed a check."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has to say of itself."""
+
+    step: int
+    """Optimizer steps of the whole run."""
+    verdicts: list[Verdict]
+    finished: bool = True
+    """Whether training came to its end; a check may end it before."""
+    stopped_early: bool = False
+    """Whether something else than the Trainer's number of steps and epochs ended it."""
+    no_step_left: str = ""
+    """Why nothing was judged: what left no step to take."""
+    losses: list[str] = field(default_factory=list)
+    """Lines on training and validation."""
+    speed: list[str] = field(default_factory=list)
+    """A line on the speed, where there is one."""
+
+    @property
+    def result(self) -> Literal["proved", "not proved", "not judged"]:
+        """In one word."""
+        if any(verdict.passed is False for verdict in self.verdicts):
+            return "not proved"
+        return "not judged" if self.reasons else "proved"
+
+    @property
+    def reasons(self) -> list[str]:
+        """What keeps the run from being proved: failed checks, else those that had nothing to judge."""
+        if failed := [verdict.name for verdict in self.verdicts if verdict.passed is False]:
+            return failed
+        if self.no_step_left:
+            return [self.no_step_left]
+        if not self.step:
+            return ["no step was taken"]
+        if waiting := [verdict.name for verdict in self.verdicts if verdict.passed is None and verdict.asked]:
+            return waiting
+        return [] if any(verdict.passed for verdict in self.verdicts) else ["no check is configured"]
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command line."""
+        return EXIT_NOT_PROVED if self.result == "not proved" else 0
+
+    def __str__(self) -> str:
+        headline = self.result if self.result == "proved" else f"{self.result.upper()}: {', '.join(self.reasons)}"
+        checks = [f"  {verdict.name:<16}{_mark(verdict)}{verdict.detail}" for verdict in self.verdicts]
+        return "\n".join(["", f"lit_lora: {headline}", *self.losses, *checks, *self.speed])
+
+    def save(self, folder: Path) -> None:
+        """Write ``verdict.json``, whole or not at all."""
+        record = {"format": FORMAT, "result": self.result, "reasons": self.reasons, **asdict(self)}
+        record["verdicts"] = [verdict._asdict() for verdict in self.verdicts]
+        text = json.dumps(record, indent=1) + "\n"
+        atomic_write(folder / FILE_NAME, lambda file: file.write(text.encode()))
+
+
+def read_outcome(folder: str | Path) -> Outcome | None:
+    """What the run in this folder has said of itself; None if it has not, or not in a way that can be read."""
+    path = Path(folder) / FILE_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        record = json.loads(text)
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']!r}, expected {FORMAT}")
+        known = {entry.name: record[entry.name] for entry in fields(Outcome)}
+        known["verdicts"] = [Verdict(**entry) for entry in record["verdicts"]]
+    except (ValueError, TypeError, KeyError) as error:
+        warnings.warn(f"{path} cannot be read, so the run is judged again: {error!r}", stacklevel=2)
+        return None
+    return Outcome(**known)
+
+
+def _mark(verdict: Verdict) -> str:
+    if verdict.passed is None and verdict.asked:
+        return "not judged: "
+    return "FAILED: " if verdict.passed is False else ""
