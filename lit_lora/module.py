@@ -10,6 +10,7 @@ number of micro-batches instead; :meth:`optimizer_step` puts that right before a
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.amounts import parse_bytes
+from lit_lora.base_hash import forget_base
 from lit_lora.checkpoint import read_checkpoint
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.frozen_statistics import keep_batch_norm_frozen
@@ -35,17 +37,13 @@ from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.metrics import TrainingMetrics
 from lit_lora.models import load_base_model
 from lit_lora.prediction import answer
+from lit_lora.resume_settings import Difference
 from lit_lora.step_metrics import EvaluationMeans, LossOutput, StepRecorder
 from lit_lora.trainer_settings import refuse_sharding
 
 __all__ = ["LoRALightningModule", "LossOutput"]
 
 _LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
-_PLAIN_SETTINGS = (
-    "base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule", "warmup_ratio",
-    "packing", "shared_prefix", "chunked_loss", "fused_lora", "recompute_mlp", "compile_layers", "liger",
-    "gradient_checkpointing", "activation_memory", "max_new_tokens",
-)  # fmt: skip
 
 
 class LoRALightningModule(L.LightningModule):
@@ -154,6 +152,10 @@ class LoRALightningModule(L.LightningModule):
         self.path: causal_lm.Path | None = None
         self._recorder = StepRecorder()
         self._resume_state: dict[str, Any] | None = None
+        self._differences: list[Difference] = []
+        self._given: dict[str, Any] = {}
+        self.setting_changes: list[dict[str, Any]] = []
+        """What was changed when the run was resumed: ``step``, and ``settings`` by name, each as it was and is."""
         self._means = EvaluationMeans()
         self._activation_budget: ActivationBudget | None = None
         self._compile_clock: compilation.CompileClock | None = None
@@ -197,6 +199,8 @@ class LoRALightningModule(L.LightningModule):
         if self.liger:
             liger_kernels.check_available(torch.get_default_device())
         model = self.load_base()
+        if type(self).load_base is not LoRALightningModule.load_base:
+            forget_base(model)  # what was loaded may have been changed
         if self.liger:
             rank_zero_info(f"Liger kernels: {', '.join(liger_kernels.apply(model))}")
         self.injection_report = inject_lora(model, self.lora)
@@ -374,9 +378,8 @@ class LoRALightningModule(L.LightningModule):
         Raises:
             RuntimeError: in the middle of a batch, where there is no state to continue from.
         """
-        checkpoint[training_state.KEY] = training_state.collect(
-            self.trainer, self._identity, self._settings(), self._recorder, self.trainable_parameters()
-        )
+        state = training_state.collect(self.trainer, self._identity, self._recorder, self.trainable_parameters())
+        checkpoint[training_state.KEY] = {**state, "optimizer": self._given, "changes": self.setting_changes}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint belongs to this base and these adapters; keep the rest for the start of training.
@@ -384,11 +387,22 @@ class LoRALightningModule(L.LightningModule):
         Raises:
             ValueError: naming what differs.
         """
-        state = training_state.check(checkpoint, self._identity, self.trainable_parameters())
+        state, self._differences = training_state.check(checkpoint, self._identity, self.trainable_parameters())
         self._resume_state = state
         self._recorder.metrics = TrainingMetrics.from_state_dict(state["metrics"])
+        self.setting_changes = list(state["changes"])
         if self._trainer is not None:  # without one, nothing is continued
             training_state.align(checkpoint, self.trainer)
+
+    def on_fit_start(self) -> None:
+        """Note what the optimizer was given, before a checkpoint brings what it had.
+
+        Raises:
+            ValueError: if the checkpoint's optimizer or schedule is of another class.
+        """
+        self._given = training_state.given(self.trainer)
+        if self._resume_state is not None:
+            training_state.check_optimizer(self._resume_state["optimizer"], self._given)
 
     def on_train_start(self) -> None:
         """Continue a resumed run where it was: random state, and the gradients of an unfinished window."""
@@ -396,18 +410,25 @@ class LoRALightningModule(L.LightningModule):
         state, self._resume_state = self._resume_state, None
         if state is not None:
             training_state.restore(state, self.trainer, self._recorder.window, self.trainable_parameters())
+            found = self._differences + training_state.apply_settings(state, self.trainer, self._given)
+            self.setting_changes += training_state.said(found, self.trainer)
 
     @property
     def _identity(self) -> training_state.Identity:
         assert self.model is not None, "configure_model has not run"
-        return training_state.Identity(self.base, self.model, self.lora, self.quantization)
+        return training_state.Identity(self.base, self.model, self._settings())
 
     def _settings(self) -> dict[str, Any]:
+        """All that the module was given, by name, plain types; optimizer and schedule say themselves what they are."""
+        names = inspect.signature(LoRALightningModule.__init__).parameters.keys() - {
+            "self",
+            "optimizer",
+            "lr_scheduler",
+        }
+        values = {name: getattr(self, {"dtype": "dtype_name"}.get(name, name)) for name in sorted(names)}
         return {
-            "lora": asdict(self.lora),
-            "quantization": asdict(self.quantization) if self.quantization is not None else None,
-            "dtype": self.dtype_name,
-            **{name: getattr(self, name) for name in _PLAIN_SETTINGS},
+            name: asdict(value) if isinstance(value, (LoRAConfig, QuantizationConfig)) else value
+            for name, value in values.items()
         }
 
     @classmethod

@@ -22,7 +22,6 @@ from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
 from lit_lora.data.resume import check_fingerprint, rank_batches_consumed
 from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, split_indices
-from lit_lora.data.sources import source_digest
 from lit_lora.data.summary import DataSummary, summarize
 from lit_lora.data.tokenize import format_prompt
 
@@ -145,6 +144,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._datasets: dict[str, TokenizedDataset] = {}
         self._train_sampler: ResumableBatchSampler | None = None
         self._loaded_state: dict[str, Any] | None = None
+        self._fingerprint: dict[str, Any] | None = None
         self._limit_val_batches: int | float | None = None
 
     @property
@@ -196,6 +196,7 @@ class SFTDataModule(pl.LightningDataModule):
             self.test_data = self._tokenized(self.test_source)
         self.train_data = train
         if stage == "fit":
+            self._fingerprint = self._take_fingerprint()
             num_validation = 0 if self.validation_data is None else len(self.validation_data)
             self.summary = summarize(train, self.tokenizer, self.batch_settings, num_validation=num_validation)
             if self._rank == 0:
@@ -313,18 +314,26 @@ class SFTDataModule(pl.LightningDataModule):
         return 0 if self._loaded_state is None else rank_batches_consumed(self._loaded_state, world_size)
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides which example comes at which place; plain types."""
-        assert self.train_data is not None, "setup() comes before fingerprint()"
-        settings = asdict(self.source_settings)
-        return {
-            "train": source_digest(self.train_source),
-            "tokenizer": tokenizer_digest(self.tokenizer),
-            "num_examples": len(self.train_data),
+        """What a position in the data means; plain types.
+
+        ``tokens`` is a digest of what is trained on, as it is in memory; ``order`` all that decides which example comes
+        at which place; ``source`` all that made the tokens, to say why they differ; ``validation`` a digest likewise.
+        """
+        assert self._fingerprint is not None, "setup() comes before fingerprint()"
+        return self._fingerprint
+
+    def _take_fingerprint(self) -> dict[str, Any]:
+        assert self.train_data is not None
+        order = asdict(self.batch_settings)
+        order |= {"max_tokens_per_batch": order.pop("max_tokens"), "packing": not order.pop("padded")}
+        source = {
+            **asdict(self.source_settings),
+            "train": self.train_source,
             "validation_fraction": self.validation_fraction,
-            **{name: settings[name] for name in ("max_length", "train_on_prompt", "limit", "on_bad_rows")},
-            **{"batch_size": self.batch_settings.batch_size, "max_tokens_per_batch": self.batch_settings.max_tokens},
-            **{"packing": self.packing, "shuffle": self.batch_settings.shuffle, "seed": self.batch_settings.seed},
+            "tokenizer": tokenizer_digest(self.tokenizer)[:12],
         }
+        validation = None if self.validation_data is None else self.validation_data.digest()
+        return {"tokens": self.train_data.digest(), "order": order, "source": source, "validation": validation}
 
     @property
     def _rank(self) -> int:

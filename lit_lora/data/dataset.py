@@ -116,6 +116,13 @@ class TokenizedDataset(Dataset[TokenizedExample]):
         tokens = np.repeat(self.offsets[indices], lengths) + within
         return TokenizedDataset(self.ids[tokens], self.mask[tokens], offsets, self.lines[indices], self.statistics)
 
+    def digest(self) -> str:
+        """SHA-256 of the examples in their order: tokens, and which of them are supervised."""
+        digest = hashlib.sha256()
+        for array in (self.offsets, self.ids, self.mask):
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return digest.hexdigest()
+
     def save(self, path: Path) -> None:
         """Write to a safetensors file, whole or not at all."""
         arrays: dict[str, NDArray[Any]] = {

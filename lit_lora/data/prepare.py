@@ -74,7 +74,7 @@ def tokenize_source(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the data cannot be trained on; the message names lines and the fix.
+        ValueError: if the data cannot be trained on, or changes meanwhile; the message names lines and the fix.
     """
     parts = {"source": source_digest(source), "tokenizer": tokenizer_digest(tokenizer), **asdict(settings)}
     path = cache_path(cache_dir, parts)
@@ -82,6 +82,8 @@ def tokenize_source(
     if dataset is not None:
         return dataset
     dataset = _tokenize(source, read_examples(source, settings), tokenizer, settings)
+    if source_digest(source) != parts["source"]:
+        raise ValueError(f"{source} changed while it was read: start again when it is complete")
     try:
         dataset.save(path)
     except OSError as error:
