@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -87,6 +88,10 @@ def run(arguments: Sequence[str]) -> None:
         cli = _run()
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        if (path := os.environ.get(CHECKPOINT_VARIABLE)) and _is_of_loading(error):
+            raise ValueError(f"{path} is not as lit_lora writes it: {type(error).__name__}: {error}") from error
+        raise
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
@@ -348,6 +353,12 @@ def _suggestion(message: str, parser: LightningArgumentParser) -> str:
 
 
 CALLBACK_NAMES = [callback.__name__ for callback in CALLBACKS.values()]
+
+
+def _is_of_loading(error: Exception) -> bool:
+    """Whether an error came up while a checkpoint was loaded, in Lightning's code or in ours."""
+    files = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    return any(Path(name).name in ("checkpoint_connector.py", "training_state.py") for name in files)
 
 
 def _refuse_older(checkpoint: Path, folder: Path, max_steps: int) -> None:
