@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 TRAINER_VERBS = {
@@ -84,20 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run_tool(verb: str, arguments: list[str]) -> None:
-    from jsonargparse import auto_cli
-
     function = getattr(importlib.import_module(f"lit_lora.tools.{verb}"), verb)
     if list(inspect.signature(function).parameters) == ["arguments"]:  # it reads the command line itself
         function(arguments)
         return
-    auto_cli(function, args=_with_flag_values(function, arguments), as_positional=True, prog=f"lit-lora {verb}")
+    from lit_lora.tools.parser import call
 
-
-def _with_flag_values(function: Callable[..., object], arguments: Sequence[str]) -> list[str]:
-    """``--compare`` alone means ``--compare true``."""
-    flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
-    given = [*arguments, ""]
-    return [f"{a}=true" if a in flags and b not in ("true", "false") else a for a, b in itertools.pairwise(given)]
+    call(function, arguments)
 
 
 def _fail(message: str, *, code: int) -> NoReturn:
