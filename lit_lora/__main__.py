@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lit_lora.environment import warn_of_unknown_variables
+
 TRAINER_VERBS = {
     "fit": "fine-tune a model and prove it",
     "validate": "loss, perplexity and token accuracy on validation data",
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         close = difflib.get_close_matches(verb, [*TRAINER_VERBS, *TOOLS], n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join([*TRAINER_VERBS, *TOOLS])}"
         _fail(f"no verb {verb!r}: {hint}", code=2)
+    warn_of_unknown_variables()
     for name, value in ALLOCATION_VARIABLES.items():
         os.environ.setdefault(name, value)
     try:

@@ -45,6 +45,7 @@ from lit_lora.run_record import PredictionWriter, RunRecord
 from lit_lora.setting_check import known_settings, refuse
 from lit_lora.shipped import shipped
 from lit_lora.trainer_settings import check_trainer
+from lit_lora.wording import for_command_line
 
 RUN_FOLDER_VARIABLE = "LIT_LORA_RUN_FOLDER"
 """Tells the processes that a distributed run starts which folder the first one chose."""
@@ -104,6 +105,7 @@ def parse_fit(arguments: Sequence[str]) -> Any:
     raise AssertionError("the command line was run")
 
 
+@for_command_line()
 def _run(cli: type[LightningCLI] | None = None) -> None:
     (cli or LoRACLI)(
         LoRALightningModule,

@@ -61,7 +61,7 @@ def look_at_each(
     known = known_settings(parser)
     given: set[str] = set()
     for setting in settings(arguments, known, found.problems):
-        given |= {setting.key, *_parents(setting.key)}
+        given.add(setting.key.removesuffix("+"))
         if problem := misplaced(setting, known, verb):
             found.problems.append(problem)
         elif not (setting.origin == COMMAND_LINE and _class_setting(setting.key, known, parser)):
@@ -77,7 +77,7 @@ def look_at_each(
         stray = [option.tokens[0] for option in options(arguments) if not option.key]
         found.problems += [f"{COMMAND_LINE}: {word!r} follows no --option: each takes one value" for word in stray]
     required = [action.dest for action in _required(parser) if action.option_strings]
-    found.problems += [f"{key} is required" for key in required if key not in given]
+    found.problems += [f"{key} is required" for key in required if not given & {key, *_parents(key)}]
     found.problems = list(dict.fromkeys(found.problems))
     return found
 

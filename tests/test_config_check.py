@@ -104,7 +104,7 @@ REFUSALS = [
     "data.num_workers: num_workers must not be negative, got -1",
     "data.max_length: max_length must be at least 2 tokens, got 1",
     "data.batch_size: batch_size must be at least 1, got 0",
-    "memory.on_exceeded: on_exceeded='stop' has no effect without budget_mib",
+    "memory.on_exceeded: on_exceeded stop has no effect without budget_mib",
     "checkpoint.every_n_steps: every_n_steps must be at least 0, got -1",
     "checkpoint.keep_last: keep_last must be at least 1, got 0",
 ]

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_lora.atomic import atomic_write
 from lit_lora.data.tokenize import Encoded
+from lit_lora.wording import advice
 
 CACHE_VERSION = 1
 """Part of every cache name; to be raised when the same input would be tokenized differently."""
@@ -163,7 +164,8 @@ def check_vocabulary(dataset: TokenizedDataset, vocab_size: int) -> None:
         example = int(np.searchsorted(dataset.offsets, int(dataset.ids.argmax()), side="right")) - 1
         raise ValueError(
             f"token id {highest} ({dataset.statistics.source}, line {dataset.lines[example]}) is outside the model's "
-            f"vocabulary of {vocab_size}: the tokenizer is not the model's; set data.tokenizer to the model's own"
+            f"vocabulary of {vocab_size}: the tokenizer is not the model's"
+            + advice("; set {} to the model's own", "data.tokenizer", otherwise="")
         )
 
 

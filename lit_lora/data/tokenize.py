@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_lora.data.formats import BadRow, Conversation, Example
 from lit_lora.data.sources import Problems
+from lit_lora.wording import in_words_of
 
 ALPACA_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% else %}"
@@ -87,7 +88,10 @@ def encode_examples(
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no end-of-sequence token, so nothing would teach the model to stop: "
-            "set tokenizer.eos_token to the token that ends a turn"
+            + in_words_of(
+                python="set tokenizer.eos_token to the token that ends a turn",
+                command_line="name the token that ends a turn as eos_token in its tokenizer_config.json",
+            )
         )
     template = chat_template(tokenizer)
     enders = end_tokens(tokenizer)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_lora.config import QuantizationConfig
+from lit_lora.wording import setting
 
 
 class TrainedOn(NamedTuple):
@@ -28,7 +29,7 @@ def base_of_adapter(adapter: str) -> str:
     """
     base = _named_base(adapter)
     if base is None:
-        raise ValueError(f"{_config_path(adapter)} names no base model: give --base")
+        raise ValueError(f"{_config_path(adapter)} names no base model: give {setting('model.base')}")
     return base
 
 

@@ -17,6 +17,7 @@ from lit_lora import strict_yaml
 from lit_lora.command_line import in_order, options
 from lit_lora.parse_errors import reason
 from lit_lora.setting_check import look_at_each, refuse
+from lit_lora.wording import for_command_line
 
 
 def call(function: Callable[..., Any], arguments: Sequence[str]) -> None:
@@ -37,15 +38,16 @@ def call(function: Callable[..., Any], arguments: Sequence[str]) -> None:
             self.exit_on_error = False
             refuse(look_at_each(self, given, verb).problems or [f"{reason(str(message))} (see lit-lora {verb} --help)"])
 
-    auto_cli(
-        function,
-        args=given,
-        as_positional=True,
-        parser_class=Parser,
-        prog=f"lit-lora {verb}",
-        parser_mode=strict_yaml.install(),
-        allow_abbrev=False,
-    )
+    with for_command_line(inspect.signature(function).parameters):
+        auto_cli(
+            function,
+            args=given,
+            as_positional=True,
+            parser_class=Parser,
+            prog=f"lit-lora {verb}",
+            parser_mode=strict_yaml.install(),
+            allow_abbrev=False,
+        )
 
 
 def _with_flag_values(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
