@@ -20,7 +20,7 @@ FILES = {
     **{f"lit_lora.callbacks.{p.stem}": p for p in sorted((ROOT / "callbacks").glob("*.py"))},
 }  # fmt: skip
 
-LEAVES = {"config", "metrics", "atomic", "wording"}
+LEAVES = {"config", "metrics", "atomic", "wording", "compute_limit"}
 """Rooms that every other one may import. They import nothing of ours, and neither torch nor Lightning."""
 
 MAY_IMPORT: dict[str, set[str]] = {
