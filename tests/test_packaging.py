@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,6 @@ import pytest
 from packaging.requirements import Requirement
 
 import lit_lora
-
-tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11 to read pyproject.toml")
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

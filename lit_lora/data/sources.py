@@ -109,16 +109,8 @@ def source_digest(source: str) -> str:
     """SHA-256 of a file's content, or of a Hub dataset's own fingerprint (which loads it)."""
     if is_file_source(source):
         with existing_file(source).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(f"{source} {_load_hub(source)._fingerprint}".encode()).hexdigest()
-
-
-def _digest(file: Any) -> str:
-    """``hashlib.file_digest`` for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _similar(path: Path) -> str:

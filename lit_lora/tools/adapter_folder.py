@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_lora.config import QuantizationConfig
+from lit_lora.tools.adapter_path import check_adapter_path
 from lit_lora.wording import setting
 
 
@@ -40,6 +41,7 @@ def warn_of_another_base(adapter: str, base: str) -> None:
         ValueError: if its ``adapter_config.json`` cannot be read.
         FileNotFoundError: if the folder has no ``adapter_config.json``.
     """
+    check_adapter_path(adapter)
     if not Path(adapter).is_dir():  # on the Hub, or nowhere: loading it says which
         return
     named = _named_base(adapter)
@@ -105,7 +107,8 @@ def _from_run(path: Path) -> TrainedOn:
 def _config_path(adapter: str) -> Path:
     path = Path(adapter) / "adapter_config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no adapter in {adapter}: expected {path}")
+        check_adapter_path(adapter)
+        raise FileNotFoundError(f"no adapter folder {adapter}; for one on the Hub, give {setting('model.base')} too")
     return path
 
 
