@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lit_lora import strict_yaml
-from lit_lora.command_line import COMMAND_LINE, CONFIG, Option, Setting, options, settings
+from lit_lora.command_line import COMMAND_LINE, CONFIG, Option, Setting, Source, options, settings
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.parse_errors import reason, subclasses
 from lit_lora.synonyms import suggestion
@@ -64,7 +64,7 @@ def look_at_each(
         given.add(setting.key.removesuffix("+"))
         if problem := misplaced(setting, known, verb):
             found.problems.append(problem)
-        elif not (setting.origin == COMMAND_LINE and _class_setting(setting.key, known, parser)):
+        elif not (setting.source is Source.COMMAND_LINE and _class_setting(setting.key, known, parser)):
             value, problem = _checked(parser, setting, wrong)
             if problem is None:
                 found.sound[setting.key] = value

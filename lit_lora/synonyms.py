@@ -312,15 +312,15 @@ def suggestion(key: str, known: Iterable[str], verb: str = "fit") -> str:
         return f", did you mean {key!r}?"
     group, _, name = key.rpartition(".")
     beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == group} if group else {}
-    if close := _closest(name, beside):
-        return f", did you mean {close!r}?"
-    if group in _CLOSED_GROUPS:
-        return _members(group, beside)
-    meaning = SYNONYMS.get(name.lower())
+    meaning = SYNONYMS.get(name.lower()) if group not in _CLOSED_GROUPS else None
     if isinstance(meaning, str):
         return f": not supported: {meaning}"
     if meaning is not None:
         return _renamed(meaning, known, verb)
+    if close := _closest(name, beside):
+        return f", did you mean {close!r}?"
+    if group in _CLOSED_GROUPS:
+        return _members(group, beside)
     if same := sorted(k for k in known if k.rpartition(".")[2] == name):
         return f", did you mean {' or '.join(map(repr, same))}?"
     groups = {k.rpartition(".")[0] for k in known} - {""}
@@ -345,4 +345,4 @@ def _renamed(keys: dict[str, str], known: set[str], verb: str) -> str:
 
 
 def _members(group: str, beside: dict[str, str]) -> str:
-    return f"; {group} has {', '.join(sorted(beside))}" if 0 < len(beside) < 20 else ""
+    return f"; {group} has {', '.join(sorted(beside))}" if 0 < len(beside) < 30 else ""
