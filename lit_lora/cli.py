@@ -138,11 +138,14 @@ class LoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Put the command line in order, parse it, then check the config as a whole."""
         verb, *rest = sys.argv[1:]
+        unreadable: list[str] = []
         try:
-            rest, notices = without_contradictions(in_order(rest), known_settings(parser_of(parser, verb)))
+            rest = in_order(rest)
+            sys.argv[2:], notices = without_contradictions(rest, known_settings(parser_of(parser, verb)), unreadable)
         except ValueError as error:
             refuse([str(error)])
-        sys.argv[2:] = rest
+        if unreadable:
+            refuse(problems_in(parser, sys.argv[1:], PARTS))
         for notice in notices:
             rank_zero_info(notice)
         super().parse_arguments(parser, args)
@@ -200,7 +203,7 @@ class LoRACLI(LightningCLI):
     @rank_zero_only
     def _write_config(self, folder: Path) -> None:
         self._dump_config()
-        text = _yaml(self.config_dump)
+        text = strict_yaml.dump(self.config_dump)
         make_folder(folder, option="trainer.default_root_dir")
         path = folder / "config.yaml"
         if path.exists() and path.read_text(encoding="utf-8") != text:
@@ -255,12 +258,6 @@ class _Parser(LightningArgumentParser):
         if not self.exit_on_error:
             raise ValueError(message) from ex
         refuse(problems_in(self, sys.argv[1:], PARTS) or [reason(str(message))])
-
-
-def _yaml(config: dict[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(config, sort_keys=False)
 
 
 def _leave_out_noise() -> None:

@@ -113,18 +113,21 @@ def in_order(arguments: Sequence[str]) -> list[str]:
     return [token for option in [*configs, *others] for token in option.tokens]
 
 
-def without_contradictions(arguments: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
+def without_contradictions(
+    arguments: Sequence[str], known: set[str], problems: list[str]
+) -> tuple[list[str], list[str]]:
     """Take back what an explicit setting leaves no room for, see :data:`REPLACEMENTS`.
 
     Args:
         arguments: in order.
         known: keys of all settings.
+        problems: see :func:`settings`.
 
     Returns:
         The arguments, and a line for each setting that was taken back.
     """
     given: dict[str, Setting] = {}
-    for setting in settings(arguments, known, []):
+    for setting in settings(arguments, known, problems):
         if setting.key not in given or setting.source >= given[setting.key].source:
             given[setting.key] = setting
     taken_back, notices = [], []

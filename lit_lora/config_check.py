@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lit_lora.command_line import settings
 from lit_lora.data.sources import existing_file, is_file_source
 from lit_lora.models import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base
-from lit_lora.setting_check import BUILT_FROM_FIELDS, known_settings, look_at_each, misplaced, wrong_field
+from lit_lora.setting_check import BUILT_FROM_FIELDS, known_settings, look_at_each, misplaced, wrong_type
 from lit_lora.shipped import shipped
 
 DATA_KEYS = ("data.train", "data.validation", "data.test")
@@ -55,13 +55,14 @@ def problems_of(
         parts: what checks the values.
     """
     verb, *rest = arguments
-    known = known_settings(parser_of(parser, verb))
+    parser = parser_of(parser, verb)
+    known = known_settings(parser)
     found: list[str] = []
     unsound: set[str] = set()
     for setting in settings(rest, known, found):
         if problem := misplaced(setting, known, verb):
             found.append(problem)
-        elif problem := wrong_field(setting.key, setting.value):
+        elif problem := wrong_type(parser, setting.key, setting.value):
             found.append(f"{setting.origin}: {setting.key}: {problem}")
             unsound.add(setting.key)
     keys = ("seed_everything", *_NAMES_OF_FILES)

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -60,7 +61,8 @@ def look_at_each(
     found = Findings()
     known = known_settings(parser)
     given: set[str] = set()
-    for setting in settings(arguments, known, found.problems):
+    unreadable: list[str] = []
+    for setting in settings(arguments, known, unreadable):
         given.add(setting.key.removesuffix("+"))
         if problem := misplaced(setting, known, verb):
             found.problems.append(problem)
@@ -70,14 +72,18 @@ def look_at_each(
                 found.sound[setting.key] = value
             else:
                 found.problems.append(f"{setting.origin}: {setting.key}: {problem}")
+    found.problems[:0] = unreadable
     for key, tokens in _class_options(parser, options(arguments), known).items():
+        if any(line.startswith(f"{COMMAND_LINE}: {key}:") for line in found.problems):
+            continue
         if problem := _refused(partial(_accepted, parser, tokens)):
             found.problems.append(f"{COMMAND_LINE}: {_told(parser, key, problem, tokens)}")
     if not any(not action.option_strings for action in parser._actions):
         stray = [option.tokens[0] for option in options(arguments) if not option.key]
         found.problems += [f"{COMMAND_LINE}: {word!r} follows no --option: each takes one value" for word in stray]
     required = [action.dest for action in _required(parser) if action.option_strings]
-    found.problems += [f"{key} is required" for key in required if not given & {key, *_parents(key)}]
+    if not unreadable:  # what is missing may stand there
+        found.problems += [f"{key} is required" for key in required if not given & {key, *_parents(key)}]
     found.problems = list(dict.fromkeys(found.problems))
     return found
 
@@ -102,10 +108,14 @@ def misplaced(setting: Setting, known: set[str], verb: str) -> str | None:
     return f"{setting.origin}: no setting {key!r}{suggestion(key, known, verb)}"
 
 
-def wrong_field(key: str, value: Any) -> str | None:
-    """What is wrong with the type of a field: for the parser a mapping may hold anything."""
+def wrong_type(parser: ArgumentParser, key: str, value: Any) -> str | None:
+    """What is wrong with a type that the parser lets pass: that of a mapping's field, or null for anything."""
     parent, _, name = key.rpartition(".")
-    if parent not in BUILT_FROM_FIELDS:
+    is_field = parent in BUILT_FROM_FIELDS
+    typehint = get_type_hints(BUILT_FROM_FIELDS[parent])[name] if is_field else _typehint(parser, key)
+    if value is None:
+        return None if typehint in (None, Any) or NoneType in get_args(typehint) else "expected a value, got null"
+    if not is_field:
         return None
     parser = ArgumentParser(exit_on_error=False, parser_mode=strict_yaml.install())
     parser.add_class_arguments(BUILT_FROM_FIELDS[parent])
@@ -136,11 +146,11 @@ def _checked(
     """The value as the parser understands it, and what is wrong with it by itself."""
     key, value = setting.key, setting.value
     if key.rpartition(".")[0] in BUILT_FROM_FIELDS:
-        return value, wrong_field(key, value) or wrong(key, value)
+        return value, wrong_type(parser, key, value) or wrong(key, value)
     parsed: list[Any] = []
     if problem := _refused(lambda: parsed.append(_parsed(parser, setting))):
         return None, _told(parser, key, problem, [], value)
-    return parsed[0], wrong(key, parsed[0])
+    return parsed[0], wrong_type(parser, key, value) or wrong(key, parsed[0])
 
 
 def _parsed(parser: ArgumentParser, setting: Setting) -> Any:

@@ -75,7 +75,13 @@ class _Loader(yaml.SafeLoader):
             raise StrictError(f"line {line}: more than {MAX_NODES:,} values with each *alias written out")
 
 
-for _name in ("null", "bool", "int", "float", "str", "seq", "map"):
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
+for _name in ("null", "bool", "float", "str", "seq", "map"):
     _Loader.add_constructor(f"{_TAG}{_name}", getattr(yaml.SafeLoader, f"construct_yaml_{_name}"))
 _Loader.add_constructor(f"{_TAG}int", lambda loader, node: _integer(loader.construct_scalar(node)))
 for _name, _pattern, _first in (
@@ -87,6 +93,7 @@ for _name, _pattern, _first in (
     ("merge", "<<", "<"),
 ):  # fmt: skip
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"(?:{_pattern})$"), list(_first))
+    _Dumper.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
 def _check_keys(node: MappingNode) -> None:
@@ -145,6 +152,11 @@ def read(path: Path) -> Any:
         raise ValueError(f"{path} is not valid YAML: {reason(error)}") from error
 
 
+def dump(data: Any) -> str:
+    """Values as a text that :func:`parse` reads back the same, and readers of YAML 1.1 too."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def reason(error: YAMLError) -> str:
     """What PyYAML says over five lines, in one."""
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
@@ -174,5 +186,5 @@ def install() -> str:
     from jsonargparse import set_dumper, set_loader
 
     set_loader(MODE, _load, exceptions=(YAMLError,))
-    set_dumper(MODE, lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    set_dumper(MODE, dump)
     return MODE

@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": {"adapters"},
     "tools": {
         "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "data", "memory", "drift",
-        "tools.fetch", "callbacks", "module",
+        "tools.fetch", "callbacks", "module", "strict_yaml", "shipped",
     },
     "csv_log": set(),
     "run_record": {"module", "callbacks", "checkpoint", "csv_log"},

@@ -84,19 +84,18 @@ def default_quantization(adapter: str, base: str) -> TrainedOn:
 
 
 def _from_run(path: Path) -> TrainedOn:
-    import yaml
-
+    from lit_lora import strict_yaml
     from lit_lora.adapters.trained_on import quantization_from
 
     if not path.is_file():
         return TrainedOn(None, "")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = strict_yaml.read(path)
         model = config.get("model") if isinstance(config, dict) else config
         if not isinstance(model, dict):
             raise ValueError(f"got {_shown(model)} for model, expected a mapping with quantization among its fields")
         return TrainedOn(quantization_from(model.get("quantization")), str(path))
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path} should be the config of the run that wrote the adapter, and is not: {reason}. Correct it, say how "

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, auto_cli
 
 from lit_lora import strict_yaml
-from lit_lora.command_line import in_order, options
+from lit_lora.command_line import in_order, options, settings
 from lit_lora.parse_errors import reason
 from lit_lora.setting_check import look_at_each, refuse
 from lit_lora.wording import for_command_line
@@ -28,6 +28,10 @@ def call(function: Callable[..., Any], arguments: Sequence[str]) -> None:
     """
     verb = function.__name__
     given = in_order(_by_place(function, _with_flag_values(function, arguments)))
+    unreadable: list[str] = []
+    known = set(inspect.signature(function).parameters)
+    if list(settings(given, known, unreadable)) and unreadable:
+        refuse(unreadable)
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
