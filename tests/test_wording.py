@@ -102,8 +102,8 @@ BASE = ["--base", "random:tinyllama-1.1b"]
     ("arguments", "told", "untold"),
     [
         ([*FIT, "odd.jsonl"], "--data.columns '{\"prompt\": \"question\"", "columns="),
-        (["evaluate", "odd.jsonl", "adapter"], "rename the columns of the file", "columns="),
-        (["merge", "adapter", "out", "--base=base", "--sample=odd.jsonl"], "rename the columns of the file", "columns="),
+        (["evaluate", "odd.jsonl", "adapter"], "rename the columns of the file", "s="),
+        (["merge", "adapter", "new", "--base=base", "--sample=odd.jsonl"], "rename the columns of the file", "s="),
         ([*FIT, "bad.jsonl"], "or --data.on_bad_rows drop to go on", "on_bad_rows="),
         (["evaluate", "bad.jsonl", "adapter"], "or --on_bad_rows drop to go on", "data.on_bad_rows"),
         ([*FIT, "good.jsonl", "--data.max_length=3"], "within --data.max_length 3: the prompts alone", "max_length="),

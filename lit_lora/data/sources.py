@@ -128,6 +128,26 @@ def _similar(path: Path) -> str:
     return f": {folder} holds {', '.join(data) if data else 'no data files'}"
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's reader takes the last of several equal names in silence."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} is there more than once")
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_once)
+
+
+def _not_json(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "not valid JSON: nested too deeply"
+    return "an integer of more than 4300 digits" if "integer string conversion" in str(error) else str(error)
+
+
 def _json_lines(path: Path, problems: Problems) -> Iterator[Row]:
     with path.open("rb") as file:
         line_number = 0
@@ -147,13 +167,11 @@ def _json_lines(path: Path, problems: Problems) -> Iterator[Row]:
             if not raw.strip():
                 continue
             try:
-                value = json.loads(raw.decode("utf-8"))
+                value = _DECODER.decode(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 problems.add(line_number, _not_utf8(error))
-            except json.JSONDecodeError as error:
-                problems.add(line_number, f"not valid JSON: {error.msg} at column {error.colno}")
-            except RecursionError:
-                problems.add(line_number, "not valid JSON: nested too deeply")
+            except (ValueError, RecursionError) as error:
+                problems.add(line_number, _not_json(error))
             else:
                 if isinstance(value, dict):
                     yield Row(line_number, value)
@@ -170,7 +188,6 @@ def _json_rows(path: Path, problems: Problems) -> Iterator[Row]:
         yield from _json_lines(path, problems)
         return
     text = _decoded(path)
-    decoder = json.JSONDecoder()
     position, line, counted_to = text.index("[") + 1, 1, 0
     space = re.compile(r"\s*")
     while True:
@@ -180,15 +197,10 @@ def _json_rows(path: Path, problems: Problems) -> Iterator[Row]:
         if text[position : position + 1] == "]":
             break
         try:
-            value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            what = (
-                f"{error.msg} at column {error.colno}"
-                if isinstance(error, json.JSONDecodeError)
-                else "nested too deeply"
-            )
+            value, position = _DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
             at = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            raise ValueError(f"{path}:{at}: not valid JSON: {what}; what follows cannot be read") from None
+            raise ValueError(f"{path}:{at}: {_not_json(error)}; what follows cannot be read") from None
         if isinstance(value, dict):
             yield Row(line, value)
         else:
