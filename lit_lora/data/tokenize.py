@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lit_lora.compute_limit import compute_limit
+from lit_lora.compute_limit import LimitExceeded, compute_limit
 from lit_lora.data.formats import BadRow, Conversation, Example
 from lit_lora.data.sources import Problems
 from lit_lora.wording import in_words_of
@@ -66,7 +66,7 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, messages: Conversation) ->
     with _render_limit(tokenizer, [messages]):
         try:
             text = _render(tokenizer, chat_template(tokenizer), messages, generation=True)
-        except (TemplateError, RecursionError) as error:
+        except BadRow as error:
             raise ValueError(f"the chat template cannot render this conversation: {error}") from error
     return _tokenize(tokenizer, [text])[0][0]
 
@@ -116,7 +116,7 @@ def encode_examples(
             try:
                 text = _render(tokenizer, template, example.content)
                 chats.append((position, example, text, _assistant_spans(tokenizer, template, example.content, text)))
-            except (BadRow, TemplateError, RecursionError) as error:
+            except BadRow as error:
                 problems.add(example.line, f"the chat template cannot render it: {error}")
     tokenized = _tokenize(tokenizer, [text for _, _, text, _ in chats])
     for (position, example, text, spans), (ids, starts) in zip(chats, tokenized, strict=True):
@@ -155,9 +155,14 @@ def _render_limit(
 def _render(
     tokenizer: PreTrainedTokenizerBase, template: str | None, messages: Conversation, *, generation: bool = False
 ) -> str:
-    text = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=generation
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=generation
+        )
+    except (LimitExceeded, MemoryError):
+        raise
+    except Exception as error:  # a template is a program and fails like one
+        raise BadRow(str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}") from error
     assert isinstance(text, str)
     return text
 
