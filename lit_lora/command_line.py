@@ -160,8 +160,10 @@ def settings(arguments: Sequence[str], known: set[str], problems: list[str]) -> 
         problems: takes what is wrong with files and values as such.
     """
     for option in options(arguments):
-        if option.key == CONFIG:
-            yield from _of_config(option.value or "", known, problems)
+        if option.key == CONFIG and not option.value:
+            problems.append(f"--{CONFIG}: expected a file after it")
+        elif option.key == CONFIG:
+            yield from _of_config(str(option.value), known, problems)
         elif option.key and not option.key.endswith(("help", "print_config")):
             try:
                 value = _value(option)
@@ -180,6 +182,8 @@ def settings(arguments: Sequence[str], known: set[str], problems: list[str]) -> 
 def _value(option: Option) -> Any:
     if option.value is None:
         raise ValueError("expected a value after it")
+    if not option.value.strip():
+        return option.value
     try:
         return strict_yaml.parse(option.value)
     except strict_yaml.StrictError as error:

@@ -82,6 +82,8 @@ def _wrong_value(key: str, value: Any) -> str | None:
         return f"must be from 0 to {2**32 - 1}, got {value}"
     if key not in _NAMES_OF_FILES or not isinstance(value, str):
         return None
+    if not value.strip():
+        return f"expected a name or path, got {value!r}"
     try:
         if key in DATA_KEYS:
             if is_file_source(value) and shipped(value) is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -62,7 +63,10 @@ def look_at_each(
     known = known_settings(parser)
     given: set[str] = set()
     unreadable: list[str] = []
+    in_configs: dict[str, Any] = {}
     for setting in settings(arguments, known, unreadable):
+        if setting.source is not Source.COMMAND_LINE:
+            in_configs[setting.key.removesuffix("+")] = setting.value
         given.add(setting.key.removesuffix("+"))
         if problem := misplaced(setting, known, verb):
             found.problems.append(problem)
@@ -76,11 +80,16 @@ def look_at_each(
     for key, tokens in _class_options(parser, options(arguments), known).items():
         if any(line.startswith(f"{COMMAND_LINE}: {key}:") for line in found.problems):
             continue
-        if problem := _refused(partial(_accepted, parser, tokens)):
+        is_given = any(option.setting == key for option in options(tokens))
+        if in_configs.get(key) and not is_given:  # a class from a file, and here only arguments for it
+            tokens, is_given = [f"--{key}={json.dumps(in_configs[key])}", *tokens], True
+        if not is_given:
+            found.problems.append(f"{COMMAND_LINE}: {options(tokens)[0].key} is for a class: --{key} CLASS comes first")
+        elif problem := _refused(partial(_accepted, parser, tokens)):
             found.problems.append(f"{COMMAND_LINE}: {_told(parser, key, problem, tokens)}")
-    if not any(not action.option_strings for action in parser._actions):
-        stray = [option.tokens[0] for option in options(arguments) if not option.key]
-        found.problems += [f"{COMMAND_LINE}: {word!r} follows no --option: each takes one value" for word in stray]
+    num_places = sum(not action.option_strings for action in parser._actions)
+    stray = [option.tokens[0] for option in options(arguments) if not option.key][num_places:]
+    found.problems += [f"{COMMAND_LINE}: {word!r} follows no --option: each takes one value" for word in stray]
     required = [action.dest for action in _required(parser) if action.option_strings]
     if not unreadable:  # what is missing may stand there
         found.problems += [f"{key} is required" for key in required if not given & {key, *_parents(key)}]
@@ -99,7 +108,7 @@ def known_settings(parser: ArgumentParser) -> set[str]:
 def misplaced(setting: Setting, known: set[str], verb: str) -> str | None:
     """What is wrong with where a setting stands."""
     key = setting.key.removesuffix("+")
-    if key in GROUPS or (key in BUILT_FROM_FIELDS and isinstance(setting.value, str)):
+    if key in GROUPS or (key in BUILT_FROM_FIELDS and setting.value is not None):
         return f"{setting.origin}: {key}: expected settings by name, got {shown(setting.value)}"
     parent = next((parent for parent in _parents(key) if parent in known), None)
     is_inside = parent is not None and parent not in BUILT_FROM_FIELDS and not _is_group(parent, known)
