@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from lightning.pytorch import Trainer
 
+from lit_lora import trainer_settings
 from lit_lora.__main__ import main
 from lit_lora.trainer_settings import check_trainer
 
@@ -117,6 +119,18 @@ def test_every_value_that_a_class_refuses_is_in_one_report(fit):
     assert start == f"{len(REFUSALS)} problems:"
     for line, expected in zip(lines, REFUSALS, strict=True):
         assert line.startswith(f"  {expected}"), (line, expected)
+
+
+def test_few_trainers_are_built_to_find_what_is_wrong_with_theirs(fit, monkeypatch):
+    built = []
+
+    def counted(**arguments):
+        built.append(arguments)
+        return Trainer(**arguments)
+
+    monkeypatch.setattr(trainer_settings, "Trainer", counted)
+    fit(REFUSED)
+    assert 0 < len(built) <= 2 * len(REFUSED["trainer"])
 
 
 def test_refused_values_are_in_the_report_of_the_parsers_mistakes_too(fit):
