@@ -1,8 +1,9 @@
-"""A limit on what a file from elsewhere makes this process compute: a chat template, a regular expression.
+"""A limit on what a file from elsewhere makes this process compute: a chat template is a program.
 
-Both run in the interpreter, and a few bytes of either can keep it busy for ages or fill the memory. A timer of the
-process's own CPU time interrupts them, so that a machine under load or a suspended job is no reason to stop. Python
-handles signals in the main thread only: elsewhere, and on Windows, there is no limit; and one of memory on Linux alone.
+It runs in the interpreter, and a few bytes can keep that busy for ages or fill the memory. A timer of the process's own
+CPU time interrupts it, so that a machine under load or a suspended job is no reason to stop. A process of its own would
+cost seconds of imports for each. Python handles signals in the main thread only: elsewhere, and on Windows, there is no
+limit; and one of memory on Linux alone.
 """
 
 from __future__ import annotations

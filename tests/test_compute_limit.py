@@ -1,4 +1,4 @@
-"""A template or an expression that never ends is stopped and named, wherever it comes in."""
+"""A chat template that never ends is stopped and named, wherever it comes in."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from torch import nn
 from transformers import LlamaForCausalLM
 
-from lit_lora import LoRAConfig, inject_lora
 from lit_lora.__main__ import main
-from lit_lora.adapters import inject
 from lit_lora.compute_limit import LimitExceeded, compute_limit
 from lit_lora.data import tokenize
 from lit_lora.data.byte_tokenizer import byte_tokenizer
@@ -33,24 +30,14 @@ GROWING = ["{{ 'a' * 10 ** 10 }}", "{{ range(99999) | map('string') | join * 999
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A model whose tokenizer gets its template from a test, data, and an adapter that never matches."""
+    """A model whose tokenizer gets its template from a test, and data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-lora"])
     monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tokenize, "RENDER_LIMIT_S", 0.2)
     monkeypatch.setattr(tokenize, "RENDER_LIMIT_BYTES", 2**29)
-    monkeypatch.setattr(inject, "MATCH_LIMIT_S", 0.2)
     LlamaForCausalLM(config("Llama", vocab_size=260)).save_pretrained("base")
     Path("my.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
-    Path("adapter").mkdir()
-    endless = {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": "(.*_?)*x",
-        "base_model_name_or_path": "base",
-    }
-    Path("adapter/adapter_config.json").write_text(json.dumps(endless))
 
 
 FIT = ["fit", "--model.base=base", "--data.train=my.jsonl", "--trainer.accelerator=cpu", "--trainer.max_steps=1"]
@@ -83,38 +70,6 @@ def test_a_chat_template_that_fails_is_told(folder, capsys, command, template):
     error = capsys.readouterr().err
     assert "the chat template cannot render" in error
     assert "Traceback" not in error
-
-
-def test_an_adapter_with_an_endless_expression_is_stopped_and_named(folder, capsys):
-    byte_tokenizer().save_pretrained("base")
-    Path("adapter/adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    with pytest.raises(SystemExit):
-        main(["generate", "hi", "--adapter=adapter"])
-    error = capsys.readouterr().err
-    assert "adapter: finding the layers to adapt took more than" in error
-    assert "Traceback" not in error
-
-
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern"])
-def test_every_expression_of_a_config_is_under_the_limit(monkeypatch, field):
-    monkeypatch.setattr(inject, "MATCH_LIMIT_S", 0.2)
-    model = nn.Sequential()
-    model.add_module("l" * 60, nn.Linear(2, 2))
-    endless = "(l+)+x"
-    fields = {
-        "target_modules": {"target_modules": endless},
-        "exclude_modules": {"exclude_modules": endless},
-        "layers_pattern": {"layers_pattern": endless, "layers_to_transform": [0]},
-        "rank_pattern": {"rank_pattern": {endless: 2}},
-    }
-    with pytest.raises(LimitExceeded, match="repeats of repeats"):
-        inject_lora(model, LoRAConfig(**fields[field]))
-
-
-@pytest.mark.parametrize("expression", ["(" * 5000, "(" * 100, "*"])
-def test_an_expression_that_cannot_be_compiled_is_told(expression):
-    with pytest.raises(ValueError, match="is no regular expression"):
-        inject_lora(nn.Sequential(nn.Linear(2, 2)), LoRAConfig(target_modules=expression))
 
 
 def test_a_limit_leaves_the_timer_and_handler_of_others_as_they_were():

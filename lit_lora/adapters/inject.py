@@ -16,7 +16,6 @@ from lit_lora.adapters import base_weight
 from lit_lora.adapters.initializers import INITIALIZERS
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALayer, LoRALinear, TrainableCopy, adapter_modules
 from lit_lora.adapters.matching import layer_index, match_modules, ranges, some
-from lit_lora.compute_limit import compute_limit
 from lit_lora.config import LoRAConfig
 
 
@@ -125,13 +124,6 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> InjectionReport:
     return apply_plan(model, plan_injection(model, config))
 
 
-MATCH_LIMIT_S = 20.0
-_ENDLESS = (
-    f"finding the layers to adapt took more than {MATCH_LIMIT_S:g} s: a regular expression in target_modules, "
-    "exclude_modules or another pattern tries too many ways to match; write it without repeats of repeats"
-)
-
-
 def plan_injection(
     model: nn.Module, config: LoRAConfig, *, unmatched: Literal["raise", "ignore"] = "raise"
 ) -> InjectionPlan:
@@ -155,8 +147,7 @@ def plan_injection(
         raise ValueError(
             f"init_lora_weights must be one of {sorted(map(repr, INITIALIZERS))}, got {config.init_lora_weights!r}"
         )
-    with compute_limit(MATCH_LIMIT_S, _ENDLESS):
-        found = match_modules(model, config)
+    found = match_modules(model, config)
     if found.problems and unmatched == "raise":
         raise ValueError("; ".join(found.problems))
     if not found.adapted and not found.saved:
