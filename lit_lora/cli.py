@@ -130,6 +130,12 @@ def _run(cli: type[LightningCLI] | None = None) -> None:
 class LoRACLI(LightningCLI):
     """The command line of a fine-tuning run."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verb of this command line: a parser for each of the others would be built for nothing."""
+        verbs = LightningCLI.subcommands()
+        return {sys.argv[1]: verbs[sys.argv[1]]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give every proving callback its key."""
         for key, callback in CALLBACKS.items():

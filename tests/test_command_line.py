@@ -15,6 +15,7 @@ import yaml
 from lit_lora import environment
 from lit_lora.__main__ import main
 from lit_lora.command_line import in_order
+from lit_lora.shipped import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = ["--model.base", "random:tinyllama-1.1b", "--data.tokenizer", "bytes"]
@@ -228,3 +229,26 @@ def test_config_files_of_a_verb_that_is_a_function_give_way_to_its_options(tmp_p
     with pytest.raises(SystemExit):
         main(["generate", "hi", "--adapter", "given", "--config", "a.yaml"])
     assert "no adapter in given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["evaluate", "configs/data/requests_test.jsonl", "runs/x"], ["evaluate", "data/requests_test.jsonl", "runs/x"]],
+    ids=" ".join,
+)
+def test_shipped_data_is_found_by_every_verb_from_any_folder(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "no adapter folder runs/x" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["../pyproject.toml", "../../lit_lora/config.py", "data/../../README.md", "/etc/passwd"]
+)
+def test_nothing_but_what_ships_is_found_by_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert shipped(name) is None
+    assert shipped("quickstart.yaml") == shipped("configs/quickstart.yaml")
+    Path("quickstart.yaml").touch()
+    assert shipped("quickstart.yaml") is None

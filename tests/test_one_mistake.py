@@ -167,8 +167,10 @@ def settings_of_fit():
         def parse_arguments(self, parser, args):
             raise Keys(known_settings(parser_of(parser, "fit")))
 
-    with pytest.raises(Keys) as caught:
-        cli._run(Cli)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lit-lora", "fit"])
+        with pytest.raises(Keys) as caught:
+            cli._run(Cli)
     return caught.value.args[0]
 
 

@@ -95,7 +95,7 @@ FIT = [
     "--trainer.accelerator=cpu",
     "--data.train",
 ]
-BASE = ["--base", "random:tinyllama-1.1b"]
+BASE = ["--base", "random:base/config.json"]
 
 
 @pytest.mark.parametrize(
