@@ -80,10 +80,11 @@ def test_what_the_command_line_leaves_open_comes_from_the_config_files(resolved)
 def test_a_config_from_a_pipe_is_read_once(resolved, tmp_path):
     pipe = tmp_path / "pipe.yaml"
     os.mkfifo(pipe)
-    writer = threading.Thread(target=lambda: pipe.write_text("data: {train: other.jsonl, batch_size: 5}\n"))
+    content = "data: {train: other.jsonl, batch_size: 5}\n"
+    writer = threading.Thread(target=lambda: pipe.write_text(content), daemon=True)
     writer.start()
     config = resolved("--data.train", "my.jsonl", "--config", str(pipe))
-    writer.join()
+    writer.join(timeout=10)
     assert (config["data"]["train"], config["data"]["batch_size"]) == ("my.jsonl", 5)
 
 
