@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import threading
 import time
@@ -24,6 +23,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from lit_lora.atomic import atomic_write
+from lit_lora.environment import cache_folder
 
 NOTE = "lit_lora_base_hash"
 """Attribute of a model that was loaded with :func:`note_base`."""
@@ -111,7 +111,7 @@ def hash_weights(location: str, gguf_file: str | None, revision: str | None) -> 
 
 def hash_files(paths: Sequence[Path], cache_dir: Path | None = None) -> BaseHash:
     """The hash of weights that are stored in these files (safetensors or GGUF)."""
-    folder = default_cache_dir() if cache_dir is None else cache_dir
+    folder = cache_folder("hashes") if cache_dir is None else cache_dir
 
     def compute() -> str:
         return f"files:{_combined(entry for path in paths for entry in _known_or_hashed(path, folder))}"
@@ -248,8 +248,3 @@ def _files(location: str, names: Sequence[str], revision: str | None) -> list[Pa
             return []
         found.append(Path(path))
     return found
-
-
-def default_cache_dir() -> Path:
-    """``$LIT_LORA_CACHE``, or ``~/.cache/lit_lora``; hashes go into a folder below."""
-    return Path(os.environ.get("LIT_LORA_CACHE") or "~/.cache/lit_lora").expanduser() / "hashes"

@@ -30,6 +30,7 @@ from lit_lora.adapters.base_weight import is_linear_like
 from lit_lora.adapters.trained_on import note_quantization
 from lit_lora.config import QuantizationConfig
 from lit_lora.whole_model import load_whole, readable
+from lit_lora.wording import advice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,7 +161,8 @@ def load_tokenizer(
     if base.startswith(RANDOM):
         name = base.removeprefix(RANDOM)
         if name in ARCHITECTURES or name.endswith(".json"):
-            raise ValueError(f"{base!r} has no tokenizer of its own: set data.tokenizer, for example to 'bytes'")
+            fix = advice("set {}, for example to 'bytes'", "data.tokenizer", otherwise="give a base that has one")
+            raise ValueError(f"{base!r} has no tokenizer of its own: {fix}")
         base = name
     location, gguf_file = resolve_base(base)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
@@ -196,7 +198,7 @@ def resolve_base(base: str) -> tuple[str, str | None]:
         if not list(path.glob("*.safetensors")):
             pickles = sorted(p.name for p in (*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")))
             detail = f"; {', '.join(pickles)} may run code when loaded and is not read" if pickles else ""
-            raise ValueError(f"{path} holds no *.safetensors{detail}: save the model with safe_serialization=True")
+            raise ValueError(f"{path} holds no *.safetensors{detail}: save the model as safetensors")
         return str(path), None
     if path.exists():
         raise ValueError(f"{path} is a file: expected a model folder, a .gguf file or a Hub id")

@@ -17,13 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.atomic import remove_partial_files
-from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, default_cache_dir, tokenizer_digest
+from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, tokenizer_digest
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
 from lit_lora.data.resume import check_fingerprint, rank_batches_consumed
 from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, split_indices
 from lit_lora.data.summary import DataSummary, summarize
 from lit_lora.data.tokenize import format_prompt
+from lit_lora.environment import cache_folder
+from lit_lora.wording import setting
 
 DEFAULT_BATCH_SIZE = 4
 ABANDONED_S = 3600.0
@@ -135,7 +137,7 @@ class SFTDataModule(pl.LightningDataModule):
         self.packing = packing
         self.num_workers = num_workers
         self.trust_remote_code = trust_remote_code
-        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.cache_dir = cache_folder("tokenized") if cache_dir is None else Path(cache_dir).expanduser()
         self.train_data: TokenizedDataset | None = None
         self.validation_data: TokenizedDataset | None = None
         self.test_data: TokenizedDataset | None = None
@@ -163,7 +165,7 @@ class SFTDataModule(pl.LightningDataModule):
             if not isinstance(name, str):
                 raise ValueError(
                     "no tokenizer: the module has no attribute 'base' with the model's name; "
-                    "set data.tokenizer to a name, a folder, or 'bytes'"
+                    f"set {setting('data.tokenizer')} to a name, a folder, or 'bytes'"
                 )
             self._tokenizer = load_tokenizer(name, trust_remote_code=self.trust_remote_code)
         return self._tokenizer
@@ -237,14 +239,16 @@ class SFTDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Validation batches, in the data's order."""
         if self.validation_data is None:
-            raise ValueError("there is no validation data: set data.validation or data.validation_fraction")
+            names = f"{setting('data.validation')} or {setting('data.validation_fraction')}"
+            raise ValueError(f"there is no validation data: set {names}")
         return self._evaluation_loader(self.validation_data)
 
     def test_dataloader(self) -> DataLoader:
         """Test batches: the validation data where there is no test data."""
         data = self.validation_data if self.test_data is None else self.test_data
         if data is None:
-            raise ValueError("there is no test data: set data.test, data.validation or data.validation_fraction")
+            names = f"{setting('data.test')}, {setting('data.validation')} or {setting('data.validation_fraction')}"
+            raise ValueError(f"there is no test data: set {names}")
         return self._evaluation_loader(data)
 
     def source_lines(self, example_ids: Sequence[int]) -> list[int]:
@@ -355,7 +359,7 @@ class SFTDataModule(pl.LightningDataModule):
         if self.trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError(
                 f"the data is divided among the {self._world_size} ranks by SFTDataModule: "
-                "set Trainer(use_distributed_sampler=False)"
+                f"set {setting('trainer.use_distributed_sampler', False)} for the Trainer"
             )
 
     def _settings_of(self, source: str) -> SourceSettings:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_lora.atomic import atomic_write
 from lit_lora.data.tokenize import Encoded
+from lit_lora.wording import advice
 
 CACHE_VERSION = 1
 """Part of every cache name; to be raised when the same input would be tokenized differently."""
@@ -170,7 +170,8 @@ def check_vocabulary(dataset: TokenizedDataset, vocab_size: int) -> None:
         example = int(np.searchsorted(dataset.offsets, int(dataset.ids.argmax()), side="right")) - 1
         raise ValueError(
             f"token id {highest} ({dataset.statistics.source}, line {dataset.lines[example]}) is outside the model's "
-            f"vocabulary of {vocab_size}: the tokenizer is not the model's; set data.tokenizer to the model's own"
+            f"vocabulary of {vocab_size}: the tokenizer is not the model's"
+            + advice("; set {} to the model's own", "data.tokenizer", otherwise="")
         )
 
 
@@ -186,11 +187,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def default_cache_dir() -> Path:
-    """``$LIT_LORA_CACHE``, or ``~/.cache/lit_lora``; tokenized data goes into a folder below."""
-    return Path(os.environ.get("LIT_LORA_CACHE") or "~/.cache/lit_lora").expanduser() / "tokenized"
 
 
 def cache_path(folder: Path, parts: Mapping[str, Any]) -> Path:
