@@ -26,6 +26,7 @@ from torch import nn
 
 from lit_lora.adapters.model_card import model_card
 from lit_lora.adapters.peft_format import CARD_NAME, CONFIG_NAME, adapter_state_dict, from_peft_config, save_adapter
+from lit_lora.adapters.trained_on import noted
 from lit_lora.atomic import atomic_write, remove_partial_files
 from lit_lora.callbacks._trainer import writes_files
 from lit_lora.callbacks.verdict import Verdict
@@ -229,9 +230,15 @@ class HFAdapterExport(pl.Callback):
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> None:
         model = self._model(pl_module)
         if adapter_state_dict(model):
-            save_adapter(model, folder, base_model_name=self.base_model_name, portable=self.portable)
+            save_adapter(
+                model,
+                folder,
+                base_model_name=self.base_model_name,
+                portable=self.portable,
+                tokenizer=_tokenizer_of(trainer),
+            )
         else:
-            _save_peft_model(model, folder)
+            _save_peft_model(model, folder, _tokenizer_of(trainer))
         content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         try:
             config = from_peft_config(content)
@@ -243,6 +250,7 @@ class HFAdapterExport(pl.Callback):
             data=self.data if self.data is not None else _data_of(trainer),
             hyperparameters=_hyperparameters(trainer, pl_module),
             results=_results(trainer),
+            record=noted(model),
         )
         atomic_write(folder / CARD_NAME, lambda stream: stream.write(card.encode()))
 
@@ -252,17 +260,25 @@ def _is_peft_model(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "save_pretrained")
 
 
-def _save_peft_model(model: Any, folder: Path) -> None:
+def _save_peft_model(model: Any, folder: Path, tokenizer: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".partial") as partial:
         model.save_pretrained(partial)
         source = next(Path(partial).rglob(CONFIG_NAME)).parent  # in a sub-folder unless the adapter is called "default"
+        if tokenizer is not None:
+            tokenizer.save_pretrained(source)
         files = sorted(path for path in source.iterdir() if path.is_file())
         for path in files:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         for path in sorted(files, key=lambda path: path.name == CONFIG_NAME):  # the config last: it makes the folder
             os.replace(path, folder / path.name)
+
+
+def _tokenizer_of(trainer: pl.Trainer) -> Any:
+    """The datamodule's tokenizer, if it has one that can be saved."""
+    tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]  # anyone's datamodule
+    return tokenizer if callable(getattr(tokenizer, "save_pretrained", None)) else None
 
 
 def _data_of(trainer: pl.Trainer) -> str | None:

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lit_lora.adapters import quantize
 from lit_lora.adapters.base_weight import is_linear_like
-from lit_lora.adapters.trained_on import note_quantization
+from lit_lora.adapters.trained_on import note
 from lit_lora.config import QuantizationConfig
 from lit_lora.whole_model import load_whole, readable
 
@@ -134,7 +134,8 @@ def load_base_model(
     if quantization is not None:
         finish = quantize.quantize_ if in_transformers is None else quantize.finish_quantization_
         finish(model, quantization)
-    note_quantization(model, quantization)
+    commit = getattr(model.config, "_commit_hash", None)
+    note(model, quantization=quantization or "none", dtype=_name_of(torch_dtype), revision=revision or commit)
     return model.train()
 
 
@@ -153,12 +154,21 @@ def load_tokenizer(
     if base.startswith(RANDOM):
         name = base.removeprefix(RANDOM)
         if name in ARCHITECTURES or name.endswith(".json"):
-            raise ValueError(f"{base!r} has no tokenizer of its own: set data.tokenizer, for example to 'bytes'")
+            raise ValueError(
+                f"{base!r} has no tokenizer of its own: set data.tokenizer, or --tokenizer for verbs that have it, for "
+                "example to 'bytes'"
+            )
         base = name
-    location, gguf_file = resolve_base(base)
+    folder = Path(base).expanduser()
+    location, gguf_file = (str(folder), None) if holds_tokenizer(folder) else resolve_base(base)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     return readable(location, lambda: AutoTokenizer.from_pretrained(location, **options))
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer was saved in a folder, beside a model or by itself."""
+    return (folder / "tokenizer_config.json").is_file()
 
 
 def resolve_base(base: str) -> tuple[str, str | None]:
@@ -212,6 +222,10 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return resolved
 
 
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _random_model(
     base: str,
     dtype: torch.dtype,
@@ -231,7 +245,7 @@ def _random_model(
     model.config.name_or_path = base
     if quantization is not None:
         quantize.finish_quantization_(model, quantization)
-    note_quantization(model, quantization)
+    note(model, quantization=quantization or "none", dtype=_name_of(dtype), revision=revision)
     return model.train()
 
 
@@ -249,12 +263,12 @@ def _fill(
     owner._init_weights(module)
 
 
-def is_quantized_already(base: str) -> bool:
+def is_quantized_already(base: str, revision: str | None = None) -> bool:
     """Whether a base is stored with quantized weights, and loaded as it is."""
     if base.startswith(RANDOM):
         return False
     location, gguf_file = resolve_base(base)
-    return not gguf_file and bool(_saved_quantization(location, None))
+    return not gguf_file and bool(_saved_quantization(location, revision))
 
 
 def _saved_quantization(location: str, revision: str | None) -> Any:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from lit_lora import causal_lm, compilation, liger_kernels, optimization, training_state
 from lit_lora.activation_budget import ActivationBudget
 from lit_lora.activation_checkpointing import checkpoint_layers
+from lit_lora.adapters import trained_on
 from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.amounts import parse_bytes
@@ -247,6 +248,12 @@ class LoRALightningModule(L.LightningModule):
             lr_scheduler=self.lr_scheduler_callable, lr_schedule=self.lr_schedule, warmup_ratio=self.warmup_ratio,
         )  # fmt: skip
 
+    def on_fit_start(self) -> None:
+        """Note on the model what data it is trained on, for the adapter that is written of it."""
+        describe = getattr(self.trainer.datamodule, "trained_on", None)  # type: ignore[attr-defined]  # anyone's
+        if describe is not None and self.model is not None:
+            trained_on.note(self.model, **describe())
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, up to a constant factor; see :meth:`optimizer_step`."""
         if self._activation_budget is not None:
@@ -349,7 +356,7 @@ class LoRALightningModule(L.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """A list of one generation: see :func:`lit_lora.prediction.answer`."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        return [answer(self.model, tokenizer, batch, max_new_tokens=self.max_new_tokens)]
+        return [answer(self.model, tokenizer, batch, max_new_tokens=self.max_new_tokens)]  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -375,6 +382,8 @@ class LoRALightningModule(L.LightningModule):
         checkpoint[training_state.KEY] = training_state.collect(
             self.trainer, self._identity, self._settings(), self._recorder, self.trainable_parameters()
         )
+        if self.model is not None:
+            checkpoint[training_state.KEY]["trained_on"] = trained_on.noted(self.model).to_json()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint belongs to this base and these adapters; keep the rest for the start of training.
@@ -387,6 +396,8 @@ class LoRALightningModule(L.LightningModule):
         self._recorder.metrics = TrainingMetrics.from_state_dict(state["metrics"])
         if self._trainer is not None:  # without one, nothing is continued
             training_state.align(checkpoint, self.trainer)
+        elif "trained_on" in state and self.model is not None:
+            trained_on.complete(self.model, trained_on.from_json(state["trained_on"]))
 
     def on_train_start(self) -> None:
         """Continue a resumed run where it was: random state, and the gradients of an unfinished window."""

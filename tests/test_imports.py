@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "liger_kernels": set(),
     "optimization": {"schedule"},
     "step_metrics": set(),
-    "prediction": set(),
+    "prediction": {"data"},
     "frozen_statistics": set(),
     "data.resume": set(),
     "training_state": {"checkpoint", "step_metrics", "data.resume"},
@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": {"adapters"},
     "tools": {
         "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "data", "memory", "drift",
-        "tools.fetch", "callbacks", "module",
+        "tools.fetch", "callbacks", "module", "prediction",
     },
     "csv_log": set(),
     "run_record": {"module", "callbacks", "checkpoint", "csv_log"},

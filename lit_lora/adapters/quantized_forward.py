@@ -37,13 +37,13 @@ def prepare_base_layer(name: str, module: Any) -> None:
     if base_weight.is_4bit(module):
         _check_blocks(name, module)
         base_weight.unpack_(module)
-        module.__class__ = _prepared(type(module), _forward_4bit)
+        module.__class__ = _prepared(module.__class__, _forward_4bit)
     elif base_weight.is_quantized(module):
-        module.__class__ = _prepared(type(module), _forward_8bit)
+        module.__class__ = _prepared(module.__class__, _forward_8bit)
 
 
 @cache
-def _prepared(kind: type, forward: Any) -> type:
+def _prepared(kind: Any, forward: Any) -> type:
     return type(kind.__name__, (_Prepared, kind), {"forward": forward})
 
 

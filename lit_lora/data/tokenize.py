@@ -55,8 +55,21 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, messages: Conversation) ->
         tokenizer: as used for training.
         messages: the conversation so far; the last turn is the user's.
     """
-    text = _render(tokenizer, chat_template(tokenizer), messages, generation=True)
+    text = render(tokenizer, chat_template(tokenizer), messages, generation=True)
     return _tokenize(tokenizer, [text])[0][0]
+
+
+def format_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of plain text that goes on, as in training: with what the tokenizer begins a text with, without an end.
+
+    Args:
+        tokenizer: as used for training.
+        text: plain text.
+    """
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    if ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def encode_examples(
@@ -98,7 +111,7 @@ def encode_examples(
             encoded[position] = _encode_text(tokenizer, example.line, example.content, max_length)
             continue
         try:
-            text = _render(tokenizer, template, example.content)
+            text = render(tokenizer, template, example.content)
             chats.append((position, example, text, _assistant_spans(tokenizer, template, example.content, text)))
         except (BadRow, TemplateError) as error:
             problems.add(example.line, f"the chat template cannot render it: {error}")
@@ -118,9 +131,20 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return (special - others) | {tokenizer.eos_token_id}
 
 
-def _render(
+def render(
     tokenizer: PreTrainedTokenizerBase, template: str | None, messages: Conversation, *, generation: bool = False
 ) -> str:
+    """The text of a conversation.
+
+    Args:
+        tokenizer: as used for training.
+        template: from :func:`chat_template`.
+        messages: the conversation.
+        generation: add the start of an answer.
+
+    Raises:
+        TemplateError: if the template refuses the messages.
+    """
     text = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=generation
     )
@@ -136,7 +160,7 @@ def _assistant_spans(
     for index, turn in enumerate(conversation):
         if turn["role"] != "assistant":
             continue
-        prompt = _render(tokenizer, template, conversation[:index], generation=True)
+        prompt = render(tokenizer, template, conversation[:index], generation=True)
         start = len(prompt)
         if not full.startswith(prompt):
             # Some templates open the answer with more than it has in training, for example "<think>".
@@ -149,7 +173,7 @@ def _assistant_spans(
         if index == len(conversation) - 1:
             end = len(full)
         else:
-            through = _render(tokenizer, template, conversation[: index + 1])
+            through = render(tokenizer, template, conversation[: index + 1])
             end = len(through) if full.startswith(through) else _end_of_content(full, turn["content"], start, index)
         spans.append((start, end))
     return spans
@@ -219,11 +243,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tupl
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerBase, line: int, text: str, max_length: int) -> Encoded:
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    if ids[:2] == [tokenizer.bos_token_id] * 2:
-        ids = ids[1:]
-    if ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
+    ids = [*format_text(tokenizer, text), tokenizer.eos_token_id]
     mask = [False] + [True] * (len(ids) - 1)
     return _truncated(line, ids, mask, max_length)
 
