@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.data.sources import existing_file, is_file_source
-from lit_lora.models import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base
+from lit_lora.models import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base, resolve_tokenizer
 
 _GROUPS = ("trainer", "model", "data")
 _MAX_VALUE = 80
@@ -297,8 +297,10 @@ def _missing_file(key: str, value: Any) -> str | None:
             existing_file(value)
         elif key in ("model.base", "data.tokenizer") and value.startswith(RANDOM):
             check_architecture(value.removeprefix(RANDOM))
-        elif key == "model.base" or (key == "data.tokenizer" and value != BYTE_TOKENIZER):
+        elif key == "model.base":
             resolve_base(value)
+        elif key == "data.tokenizer" and value != BYTE_TOKENIZER:
+            resolve_tokenizer(value)
     except (OSError, ValueError) as error:
         return str(error)
     return None

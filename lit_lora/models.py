@@ -134,8 +134,8 @@ def load_base_model(
     if quantization is not None:
         finish = quantize.quantize_ if in_transformers is None else quantize.finish_quantization_
         finish(model, quantization)
-    commit = getattr(model.config, "_commit_hash", None)
-    note(model, quantization=quantization or "none", dtype=_name_of(torch_dtype), revision=revision or commit)
+    revision = revision or _commit_of(location)
+    note(model, quantization=quantization or "none", dtype=_name_of(torch_dtype), revision=revision)
     return model.train()
 
 
@@ -159,8 +159,7 @@ def load_tokenizer(
                 "example to 'bytes'"
             )
         base = name
-    folder = Path(base).expanduser()
-    location, gguf_file = (str(folder), None) if holds_tokenizer(folder) else resolve_base(base)
+    location, gguf_file = resolve_tokenizer(base)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     return readable(location, lambda: AutoTokenizer.from_pretrained(location, **options))
@@ -169,6 +168,17 @@ def load_tokenizer(
 def holds_tokenizer(folder: Path) -> bool:
     """Whether a tokenizer was saved in a folder, beside a model or by itself."""
     return (folder / "tokenizer_config.json").is_file()
+
+
+def resolve_tokenizer(name: str) -> tuple[str, str | None]:
+    """Where a tokenizer lies: as :func:`resolve_base`, and a folder may hold nothing else.
+
+    Raises:
+        FileNotFoundError: naming what is there instead.
+        ValueError: for a folder with neither a tokenizer nor a model.
+    """
+    folder = Path(name).expanduser()
+    return (str(folder), None) if holds_tokenizer(folder) else resolve_base(name)
 
 
 def resolve_base(base: str) -> tuple[str, str | None]:
@@ -220,6 +230,16 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     return resolved
+
+
+def _commit_of(location: str) -> str | None:
+    """The commit that a model on the Hub was just loaded from; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(location).exists():
+        return None
+    path = try_to_load_from_cache(location, "config.json")
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def _name_of(dtype: torch.dtype) -> str:

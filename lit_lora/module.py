@@ -425,6 +425,9 @@ class LoRALightningModule(L.LightningModule):
 
         Lightning's own key for hyper-parameters is not used: its command line would let the file override options.
         """
-        saved = read_checkpoint(checkpoint_path).get(training_state.KEY, {}).get("settings", {})
+        state = read_checkpoint(checkpoint_path).get(training_state.KEY, {})
+        saved = state.get("settings", {})
+        if "trained_on" in state and "base" not in kwargs:  # the commit, where no revision was asked for
+            saved = {**saved, "revision": trained_on.from_json(state["trained_on"]).revision}
         trust = kwargs.pop("trust_remote_code", False)  # never taken from a file
         return super().load_from_checkpoint(checkpoint_path, **{**saved, **kwargs, "trust_remote_code": trust})

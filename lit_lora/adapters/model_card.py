@@ -83,7 +83,7 @@ def _use(base: str, record: TrainedOn) -> list[str]:
         *lines,
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         *prompt.splitlines(),
-        f"model.generate(**inputs, eos_token_id={end})  # what ended an answer in training",
+        f"model.generate(**inputs, max_new_tokens=256, eos_token_id={end})  # as answers ended in training",
     ]
 
 
