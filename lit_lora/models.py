@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lit_lora.adapters import quantize
 from lit_lora.adapters.base_weight import is_linear_like
+from lit_lora.adapters.quantized_forward import prepare_base_layer
 from lit_lora.adapters.trained_on import note
 from lit_lora.config import QuantizationConfig
 from lit_lora.whole_model import load_whole, readable
@@ -134,6 +135,9 @@ def load_base_model(
     if quantization is not None:
         finish = quantize.quantize_ if in_transformers is None else quantize.finish_quantization_
         finish(model, quantization)
+    else:
+        for name, module in model.named_modules():
+            prepare_base_layer(name, module)  # of a folder that is stored quantized
     revision = revision or _commit_of(location)
     note(model, quantization=quantization or "none", dtype=_name_of(torch_dtype), revision=revision)
     return model.train()

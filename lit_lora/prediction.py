@@ -58,7 +58,7 @@ def complete(
     Raises:
         ValueError: if a prompt has a token that the model does not know.
     """
-    _check_vocabulary(model, prompts)
+    check_vocabulary(model, prompts)
     stops = stop_tokens(model, tokenizer, end)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[-1]
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
@@ -119,6 +119,21 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end:
     return [*end.ids, *(token for token in own if token in special and token not in end.ids)]
 
 
+def check_vocabulary(model: PreTrainedModel, prompts: Sequence[list[int]]) -> None:
+    """Check that the model has an embedding for every token.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
+    highest = max((token for ids in prompts for token in ids), default=0)
+    if highest >= size:
+        raise ValueError(
+            f"token id {highest} is outside the model's vocabulary of {size}: the tokenizer is not the model's"
+        )
+
+
 def cut_note(completions: Sequence[Completion], max_new_tokens: int) -> str:
     """A sentence on answers that did not come to their end; empty where all did."""
     num_cut = sum(completion.cut for completion in completions)
@@ -145,16 +160,6 @@ def _completion(
     text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
     found = [text.index(string) for string in strings if string in text]
     return Completion(text[: min(found)] if found else text, length is None and not found)
-
-
-def _check_vocabulary(model: PreTrainedModel, prompts: Sequence[list[int]]) -> None:
-    embeddings: Any = model.get_input_embeddings()
-    size = embeddings.weight.shape[0]
-    highest = max((token for ids in prompts for token in ids), default=0)
-    if highest >= size:
-        raise ValueError(
-            f"token id {highest} is outside the model's vocabulary of {size}: the tokenizer is not the model's"
-        )
 
 
 class _StopStrings(StoppingCriteria):

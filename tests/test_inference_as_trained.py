@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lit_lora.__main__ import main
 from lit_lora.adapters.trained_on import read_record
 from tests.chat_tokenizers import CHATML, KINDS, TOKENS, chat_tokenizer, save_chat_tokenizer
 from tests.runs import ANSWERS, fit, lit_lora, make_base, questions, validation_loss, write_rows
@@ -256,6 +254,16 @@ def test_evaluate_measures_the_loss_of_plain_text(text, tmp_path, capsys):
     assert "asks for no answers" in _refused(capsys, "evaluate", data, text, min_gain=1)
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(text, place, tmp_path, capsys):
+    tokenizer = chat_tokenizer()
+    tokenizer.add_tokens(["say"])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    message = "is outside the model's vocabulary of 263: the tokenizer is not the model's"
+    for verb in (["generate", "say two", "--adapter", text], ["evaluate", place / "text.jsonl", text]):
+        with pytest.warns(UserWarning, match="other tokens of a text"):
+            assert message in _refused(capsys, *verb, tokenizer=tmp_path / "larger")
+
+
 # ---------------------------------------------------------------------- the same loss
 
 LONG = [{"question": f"say {i} " * (i + 1), "reply": f"{i} it is, " * (i + 2)} for i in range(6)]
@@ -267,6 +275,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "padded": {"model__packing": "false", "data__packing": "false"},
     "bfloat16": {"model__dtype": "bfloat16"},
     "float16": {"model__dtype": "float16"},
+    "bf16-mixed": {"trainer__precision": "bf16-mixed"},
     "4 bits in bfloat16": {
         "model__quantization__bits": 4,
         "model__quantization__compute_dtype": "bfloat16",

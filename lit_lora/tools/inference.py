@@ -19,6 +19,7 @@ from lit_lora.data.formats import Examples
 from lit_lora.data.packing import collate_packed
 from lit_lora.data.tokenize import encode_examples
 from lit_lora.models import load_base_model, resolve_dtype
+from lit_lora.prediction import check_vocabulary
 from lit_lora.tools.adapter_folder import Base, base_of_adapter, default_quantization, folder_record, local_folder
 from lit_lora.tools.adapter_tokenizer import tokenizer_for
 
@@ -126,7 +127,7 @@ def mean_loss(
         batch_size: examples at a time.
 
     Raises:
-        ValueError: if no target is left within ``max_length``.
+        ValueError: if no target is left within ``max_length``, or the model does not know a token.
     """
     encoded = encode_examples(
         tokenizer, examples.items, examples.problems, max_length=max_length, train_on_prompt=train_on_prompt
@@ -138,6 +139,7 @@ def mean_loss(
     ]
     if not tokenized:
         raise ValueError(f"none of the {len(encoded)} examples has a target token among its first {max_length}")
+    check_vocabulary(model, [example.ids for example in encoded])
     path = choose_path(model)
     nll_sum, num_targets = 0.0, 0
     for start in range(0, len(tokenized), batch_size):

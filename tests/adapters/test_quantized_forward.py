@@ -158,6 +158,16 @@ def test_training_equals_peft_on_layers_of_bitsandbytes(quantization, tolerance,
         assert difference <= tolerance * max(1, expected.abs().max()), name
 
 
+@each_kind
+def test_a_folder_that_is_stored_quantized_computes_as_it_did(quantization, folder, tmp_path):
+    ids = torch.arange(3, 24).view(3, 7)
+    made = load_base_model(folder, quantization=quantization).eval()
+    made.save_pretrained(tmp_path / "quantized")
+    stored = load_base_model(str(tmp_path / "quantized")).eval()
+    with torch.no_grad():
+        assert torch.equal(stored(ids).logits, made(ids).logits)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_scales_that_bitsandbytes_moves_are_the_same_frozen_tensors(training, folder):
     model = _bitsandbytes(folder, KINDS["8 bits"]).train(training).requires_grad_(False)
