@@ -69,12 +69,15 @@ def evaluate(
     """
     from lit_lora.adapters.merge import disable_lora
     from lit_lora.data.prepare import SourceSettings
+    from lit_lora.data.sources import existing_file, is_file_source
     from lit_lora.tools.adapter_folder import folder_record, local_folder
     from lit_lora.tools.inference import load_for_inference, mean_loss
 
     for name, value in {"limit": limit, "max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if is_file_source(data):
+        existing_file(data)
     adapter = local_folder(adapter)
     record = folder_record(adapter)
     settings = SourceSettings(

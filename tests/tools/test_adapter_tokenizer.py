@@ -21,7 +21,7 @@ from tests.chat_tokenizers import EOS, chat_tokenizer
 from tests.runs import make_base
 from tests.tools.test_fetch import write_tiny_gguf
 
-CODE = '''
+CODE = """
 from transformers import PreTrainedTokenizer
 
 class LetterTokenizer(PreTrainedTokenizer):
@@ -43,7 +43,7 @@ class LetterTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, *args, **options):
         return ()
-'''
+"""
 
 
 def _gguf(folder: Path) -> Any:
