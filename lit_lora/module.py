@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_lora import causal_lm, compilation, liger_kernels, optimization, training_state
+from lit_lora import causal_lm, compilation, liger_kernels, optimization, training_record, training_state
 from lit_lora.activation_budget import ActivationBudget
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters import trained_on
@@ -250,9 +250,8 @@ class LoRALightningModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Note on the model what data it is trained on, for the adapter that is written of it."""
-        describe = getattr(self.trainer.datamodule, "trained_on", None)  # type: ignore[attr-defined]  # anyone's
-        if describe is not None and self.model is not None:
-            trained_on.note(self.model, **describe())
+        if self.model is not None:
+            training_record.note_data(self.trainer, self.model)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, up to a constant factor; see :meth:`optimizer_step`."""
@@ -383,7 +382,7 @@ class LoRALightningModule(L.LightningModule):
             self.trainer, self._identity, self._settings(), self._recorder, self.trainable_parameters()
         )
         if self.model is not None:
-            checkpoint[training_state.KEY]["trained_on"] = trained_on.noted(self.model).to_json()
+            training_record.save(self.model, checkpoint[training_state.KEY])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint belongs to this base and these adapters; keep the rest for the start of training.
@@ -396,8 +395,9 @@ class LoRALightningModule(L.LightningModule):
         self._recorder.metrics = TrainingMetrics.from_state_dict(state["metrics"])
         if self._trainer is not None:  # without one, nothing is continued
             training_state.align(checkpoint, self.trainer)
-        elif "trained_on" in state and self.model is not None:
-            trained_on.complete(self.model, trained_on.from_json(state["trained_on"]))
+            training_record.check_tokenizer(self.trainer, training_record.saved(state))
+        elif self.model is not None:
+            trained_on.complete(self.model, training_record.saved(state))
 
     def on_train_start(self) -> None:
         """Continue a resumed run where it was: random state, and the gradients of an unfinished window."""
@@ -427,7 +427,7 @@ class LoRALightningModule(L.LightningModule):
         """
         state = read_checkpoint(checkpoint_path).get(training_state.KEY, {})
         saved = state.get("settings", {})
-        if "trained_on" in state and "base" not in kwargs:  # the commit, where no revision was asked for
-            saved = {**saved, "revision": trained_on.from_json(state["trained_on"]).revision}
+        if (commit := training_record.saved(state).revision) and "base" not in kwargs:  # where none was asked for
+            saved = {**saved, "revision": commit}
         trust = kwargs.pop("trust_remote_code", False)  # never taken from a file
         return super().load_from_checkpoint(checkpoint_path, **{**saved, **kwargs, "trust_remote_code": trust})

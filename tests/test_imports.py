@@ -59,10 +59,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "frozen_statistics": set(),
     "data.resume": set(),
     "training_state": {"checkpoint", "step_metrics", "data.resume"},
+    "training_record": {"adapters"},
     "module": {
         "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "activation_checkpointing",
         "compilation", "liger_kernels", "optimization", "trainer_settings", "step_metrics", "training_state",
-        "prediction", "frozen_statistics", "activation_budget", "amounts", "gated_mlp",
+        "training_record", "prediction", "frozen_statistics", "activation_budget", "amounts", "gated_mlp",
     },
     "callbacks": {"adapters"},
     "tools": {

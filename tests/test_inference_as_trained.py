@@ -196,6 +196,20 @@ def test_an_adapter_whose_tokenizer_is_gone_is_refused_by_every_verb_that_needs_
         lit_lora("export", adapter, tmp_path / "exported")
 
 
+@pytest.mark.parametrize("verb", ["validate", "predict"])
+def test_a_checkpoint_is_not_run_with_another_tokenizer(verb, chat, place, capsys):
+    checkpoint = next((chat.parent / "checkpoints").glob("*.ckpt"))
+    options = {
+        "model__base": place / "base", "model__lora__r": 16, "data__train": place / "questions.jsonl",
+        "data__validation": place / "questions.jsonl", "ckpt_path": checkpoint, "trainer__accelerator": "cpu",
+        "trainer__default_root_dir": place / "again", "data__cache_dir": place / "cache",
+    }  # fmt: skip
+    message = _refused(capsys, verb, **options)
+    assert f"data.tokenizer {place / 'base'} is not what the checkpoint was trained with, {place / 'chatml'}" in message
+    assert "its chat template is another one" in message
+    lit_lora(verb, **options, data__tokenizer=place / "chatml", model__max_new_tokens=1)
+
+
 OTHERS = {
     "its chat template is another one": lambda: chat_tokenizer(CHATML + " "),
     "it makes other tokens of a text": lambda: _with_another_token(),
@@ -237,6 +251,14 @@ def test_an_adapter_of_plain_text_continues_it(text, place, capsys):
     assert _generated(capsys, "say two", adapter=text) == " no way\n"
     assert _generated(capsys, "say two", adapter=text, format="chat", max_new_tokens=8) != " no way\n"
     assert "--format chat has one" in _refused(capsys, "generate", "say two", adapter=text, system="be brief")
+
+
+def test_messages_that_the_template_refuses_are_an_error_in_one_line(chat, tmp_path, capsys):
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer = save_chat_tokenizer(tmp_path / "tokenizer", template + CHATML)
+    with pytest.warns(UserWarning, match="its chat template is another one"):
+        message = _refused(capsys, "generate", "hi", adapter=chat, tokenizer=tokenizer, system="be brief")
+    assert "the chat template refuses these messages (system, user): no system role" in message
 
 
 def test_an_adapter_of_conversations_can_be_made_to_continue_text(chat, capsys):

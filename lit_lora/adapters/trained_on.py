@@ -70,6 +70,15 @@ class TrainedOn:
     turn_end_strings: list[str] | None = None
     """Texts that ended an answer, where the template has no token for it."""
 
+    def tokenizer_difference(self, *, vocabulary_sha256: str, chat_template_sha256: str, **others: Any) -> str:
+        """In what another tokenizer differs from the recorded one; empty if in nothing that is known."""
+        differing = []
+        if self.vocabulary_sha256 not in (None, vocabulary_sha256):
+            differing.append("it makes other tokens of a text")
+        if self.chat_template_sha256 not in (None, chat_template_sha256) and self.format != "text":
+            differing.append("its chat template is another one")
+        return " and ".join(differing)
+
     @property
     def quantized(self) -> QuantizationConfig | None:
         """How the base was quantized; None for not at all, or not known."""

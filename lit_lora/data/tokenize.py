@@ -54,8 +54,15 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, messages: Conversation) ->
     Args:
         tokenizer: as used for training.
         messages: the conversation so far; the last turn is the user's.
+
+    Raises:
+        ValueError: if the template refuses the messages.
     """
-    text = render(tokenizer, chat_template(tokenizer), messages, generation=True)
+    try:
+        text = render(tokenizer, chat_template(tokenizer), messages, generation=True)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template refuses these messages ({roles}): {error}") from error
     return _tokenize(tokenizer, [text])[0][0]
 
 

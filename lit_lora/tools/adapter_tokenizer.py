@@ -78,9 +78,6 @@ def _difference(tokenizer: PreTrainedTokenizerBase, record: TrainedOn) -> str:
     """In what a tokenizer differs from a record; empty if in nothing that the record knows."""
     from lit_lora.data.data_record import chat_template_sha256, vocabulary_sha256
 
-    differing = []
-    if record.vocabulary_sha256 not in (None, vocabulary_sha256(tokenizer)):
-        differing.append("it makes other tokens of a text")
-    if record.chat_template_sha256 not in (None, chat_template_sha256(tokenizer)) and record.format != "text":
-        differing.append("its chat template is another one")
-    return " and ".join(differing)
+    return record.tokenizer_difference(
+        vocabulary_sha256=vocabulary_sha256(tokenizer), chat_template_sha256=chat_template_sha256(tokenizer)
+    )
