@@ -13,6 +13,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_lora.adapters.trained_on import read_record
+from lit_lora.data.tokenize import format_prompt
+from lit_lora.data.turn_end import TurnEnd
+from lit_lora.prediction import complete
+from lit_lora.tools.inference import load_for_inference
 from tests.chat_tokenizers import CHATML, KINDS, TOKENS, chat_tokenizer, save_chat_tokenizer
 from tests.runs import ANSWERS, fit, lit_lora, make_base, questions, validation_loss, write_rows
 
@@ -75,6 +79,11 @@ def test_generate_stops_where_an_answer_ended_in_training(prompt, stream, chat, 
     assert _generated(capsys, prompt, adapter=chat, stream=stream) == ANSWERS[prompt] + "\n"
 
 
+def test_an_end_that_is_no_special_token_is_not_printed(chat, tmp_path, capsys):
+    chat_tokenizer(CHATML, special=False).save_pretrained(tmp_path / "tokenizer")
+    assert _generated(capsys, "say one", adapter=chat, tokenizer=tmp_path / "tokenizer") == "yes\n"
+
+
 def test_evaluate_and_predict_stop_there_too(chat, place, tmp_path, capsys):
     data = place / "questions.jsonl"
     lit_lora("evaluate", data, chat, output=tmp_path / "scores.json")
@@ -125,6 +134,33 @@ def test_an_end_in_plain_text_is_a_stop_string(place, tmp_path, capsys):
     lit_lora("merge", adapter, tmp_path / "merged", num_samples=1)
     assert "'###END###'" in capsys.readouterr().out
     assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [EOS]
+
+
+class _Counter:
+    """A streamer that counts the tokens that it is shown, the prompt's in one piece."""
+
+    num_pieces = 0
+
+    def put(self, ids: Any) -> None:
+        self.num_pieces += 1
+
+    def end(self) -> None:
+        pass
+
+
+def test_generating_ends_with_the_token_that_completes_a_stop_string(chat):
+    model, tokenizer, _ = load_for_inference(None, str(chat))
+    prompts = [format_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in ANSWERS]
+    end = TurnEnd([], ["ybe", "way"])
+    counter = _Counter()
+    (alone,) = complete(model, tokenizer, prompts[2:3], end=end, max_new_tokens=40, streamer=counter)
+    assert alone == ("ma", False)
+    assert counter.num_pieces == 1 + len("maybe")
+    together = complete(model, tokenizer, prompts, end=end, max_new_tokens=6)
+    assert together[1:3] == [("no ", False), ("ma", False)]
+    # A text that only the prompt holds ends nothing.
+    (answer,) = complete(model, tokenizer, prompts[:1], end=TurnEnd([IM_END], ["nt\n"]), max_new_tokens=9)
+    assert answer == ("yes", False)
 
 
 def test_cut_answers_are_counted(chat, place, tmp_path, capsys):

@@ -52,6 +52,12 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
     return TurnEnd([*ids, *(token for token in text_end(tokenizer).ids if token not in ids)], strings)
 
 
+def is_hidden(tokenizer: PreTrainedTokenizerBase, end: TurnEnd) -> bool:
+    """Whether text that is decoded without special tokens shows nothing of the end."""
+    added = tokenizer.added_tokens_decoder
+    return not end.strings and all(token not in added or added[token].special for token in end.ids)
+
+
 def _after_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
     """What the template writes after the answer; nothing where it refuses these messages."""
     try:

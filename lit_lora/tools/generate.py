@@ -65,7 +65,7 @@ def generate(
 
     from lit_lora.adapters.merge import disable_lora
     from lit_lora.data.tokenize import format_prompt, format_text
-    from lit_lora.data.turn_end import text_end, turn_end
+    from lit_lora.data.turn_end import is_hidden, text_end, turn_end
     from lit_lora.prediction import complete, cut_note
     from lit_lora.tools.inference import load_for_inference
 
@@ -92,7 +92,7 @@ def generate(
         messages = [{"role": "system", "content": system}] if system else []
         end = turn_end(chosen)
         prompt_ids = format_prompt(chosen, [*messages, {"role": "user", "content": text}])
-    streams = stream and not end.strings  # what ends an answer is known only once it is there
+    streams = stream and is_hidden(chosen, end)  # what ends an answer is known only once it is there
 
     def answer() -> None:
         if seed is not None:
