@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class HFAdapterExport(pl.Callback):
-    """Writes the adapter in PEFT's format, with a model card.
+    """Writes the adapter in PEFT's format, with a model card, and the datamodule's ``tokenizer`` where it has one.
 
     The last adapter goes to ``<default_root_dir>/adapter`` at the end of fit (and every ``every_n_steps``), the best
     one to ``<default_root_dir>/adapter-best`` after each validation that improves ``monitor``. A write that fails (full

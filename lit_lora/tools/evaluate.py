@@ -115,6 +115,8 @@ def evaluate(
 
     result: dict[str, Any] = {}
     if prompts:
+        if record.format == "text":
+            print("the adapter was trained on plain text, and is asked in the chat template", file=sys.stderr)
         result = _exact_match(loaded, prompts, expected, max_new_tokens=max_new_tokens, batch_size=batch_size)
         _show(prompts[:show], result)
     with disable_lora(loaded.model):
