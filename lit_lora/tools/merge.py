@@ -132,11 +132,16 @@ def merge(
 
 def _end_answers_as_trained(model: Any, tokenizer: Any, record: TrainedOn) -> None:
     """Say in ``generation_config.json`` what ends an answer, so that whoever generates stops there."""
+    from transformers import GenerationConfig
+
     from lit_lora.data.turn_end import text_end, turn_end
     from lit_lora.prediction import stop_tokens
 
     end = text_end(tokenizer) if record.format == "text" else turn_end(tokenizer)
-    model.generation_config.eos_token_id = stop_tokens(model, tokenizer, end)
+    fields = model.generation_config.to_dict() | {"eos_token_id": stop_tokens(model, tokenizer, end)}
+    fields |= {name: own for name in ("bos_token_id", "pad_token_id") if (own := getattr(tokenizer, name)) is not None}
+    fields.pop("_from_model_config", None)  # transformers 4 would take config.json's ids instead
+    model.generation_config = GenerationConfig.from_dict(fields)
     if end.strings:
         print(
             f"an answer ends with the text {' or '.join(map(repr, end.strings))}, for which there is no token: give it "

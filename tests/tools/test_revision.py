@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_lora import load_adapter, load_base_model
+from lit_lora.data.turn_end import turn_end
 from lit_lora.tools.inference import load_for_inference
 from tests.chat_tokenizers import CHATML, KINDS
 from tests.runs import fit, lit_lora, make_base, questions
@@ -74,6 +75,9 @@ def test_the_revision_of_training_is_used_by_every_verb(given, commit, recorded,
     lit_lora("merge", adapter, tmp_path / "merged", num_samples=1)
     merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     assert (merged - expected).abs().max() < 1e-4 * expected.abs().max()
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert (written["eos_token_id"], written["pad_token_id"]) == (turn_end(tokenizer).ids, tokenizer.pad_token_id)
+    assert not written.get("_from_model_config")
     lit_lora("export", adapter, tmp_path / "exported")
     exported = json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
     assert exported["revision"] == recorded
