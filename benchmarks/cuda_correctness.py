@@ -24,6 +24,7 @@ from lit_lora import LoRAConfig, attention, inject_lora, load_base_model
 from lit_lora.adapters import base_weight
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.adapters.quantize import quantized_layer
+from lit_lora.adapters.quantized_forward import prepare_base_layer
 from lit_lora.causal_lm import Path, choose_path, language_model_loss
 from lit_lora.config import QuantizationConfig
 from lit_lora.data.packing import collate_packed, collate_padded
@@ -125,7 +126,7 @@ def nf4_decode(settings: Row) -> Row:
             with torch.no_grad():
                 linear.weight.normal_(std=0.02, generator=generator)
             layer: Any = quantized_layer("layer", linear.to(settings["device"]), QuantizationConfig())
-            base_weight.prepare_base_layer("layer", layer)
+            prepare_base_layer("layer", layer)
             codes, state = layer.weight.data, layer.weight.quant_state
             got = base_weight.read_weight(layer).cpu()
             own = functional.dequantize_4bit(codes, state).cpu()

@@ -39,15 +39,25 @@ def checksums(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     return [(plain, weighted) for plain, weighted in torch.stack([s.to(sums[0].device) for s in sums]).tolist()]
 
 
-def stored_tensors(name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """The tensors that hold a parameter: itself, and for bitsandbytes' weights the scales beside it."""
+def stored_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors that hold a parameter of ``module``: itself, and for bitsandbytes' weights the scales beside it.
+
+    Those move: from the weight to the layer's state in the first forward of an 8-bit layer, and from the layer to a
+    weight that was rebuilt. Their names here stay the same.
+    """
+    parameter = module.get_parameter(name)
     held = {name: parameter.detach()}
+    owned = name == "weight"
     quant_state = getattr(parameter, "quant_state", None)  # bitsandbytes' Params4bit
+    if quant_state is None and owned:
+        quant_state = getattr(module, "quant_state", None)
     if quant_state is not None:
         for key, value in quant_state.as_dict().items():
             if isinstance(value, Tensor):
                 held[f"{name}.{key}"] = value
     scales = getattr(parameter, "SCB", None)  # bitsandbytes' Int8Params
+    if scales is None and owned:
+        scales = getattr(getattr(module, "state", None), "SCB", None)
     if isinstance(scales, Tensor):
         held[f"{name}.SCB"] = scales
     return held
@@ -64,7 +74,7 @@ def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
         own = dict(child.named_parameters(recurse=False))
         for name, parameter in own.items():
             if not parameter.requires_grad:
-                frozen.update(stored_tensors(prefix + name, parameter))
+                frozen.update({prefix + key: tensor for key, tensor in stored_tensors(child, name).items()})
         if not any(parameter.requires_grad for parameter in own.values()):
             for name, buffer in child.named_buffers(recurse=False):
                 if name not in child._non_persistent_buffers_set:  # caches such as rotary frequencies come and go

@@ -29,11 +29,11 @@ from lit_lora.adapters.model_card import model_card
 from lit_lora.adapters.peft_format import (
     CARD_NAME,
     CONFIG_NAME,
-    WEIGHTS_NAME,
     adapter_state_dict,
     from_peft_config,
     save_adapter,
 )
+from lit_lora.adapters.trained_on import noted
 from lit_lora.atomic import atomic_write, remove_partial_files
 from lit_lora.callbacks._trainer import KnowsChanges, writes_files
 from lit_lora.callbacks.training_checkpoint import TrainingCheckpoint
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class HFAdapterExport(Check):
-    """Writes the adapter in PEFT's format, with a model card.
+    """Writes the adapter in PEFT's format, with a model card, and the datamodule's ``tokenizer`` where it has one.
 
     The last adapter goes to ``<default_root_dir>/adapter`` at the end of fit (and every ``every_n_steps``), the best
     one to ``<default_root_dir>/adapter-best`` after each validation that improves ``monitor``. A write that fails (full
@@ -227,9 +227,18 @@ class HFAdapterExport(Check):
         if not trainer.is_global_zero or not adapter_state_dict(model):
             return False
         with tempfile.TemporaryDirectory() as written:
-            save_adapter(model, written, base_model_name=self.base_model_name, portable=self.portable)
-            pairs = [(folder / name, Path(written) / name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+            self._save_adapter(trainer, model, Path(written))
+            pairs = [(folder / new.name, new) for new in Path(written).iterdir()]
             return all(there.is_file() and there.read_bytes() == new.read_bytes() for there, new in pairs)
+
+    def _save_adapter(self, trainer: pl.Trainer, model: nn.Module, folder: Path) -> None:
+        save_adapter(
+            model,
+            folder,
+            base_model_name=self.base_model_name,
+            portable=self.portable,
+            tokenizer=_tokenizer_of(trainer),
+        )
 
     def _bring_back_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         """Write the best adapter again where it is gone; why that cannot be done, or empty."""
@@ -275,9 +284,9 @@ class HFAdapterExport(Check):
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> None:
         model = self._model(pl_module)
         if adapter_state_dict(model):
-            save_adapter(model, folder, base_model_name=self.base_model_name, portable=self.portable)
+            self._save_adapter(trainer, model, folder)
         else:
-            _save_peft_model(model, folder)
+            _save_peft_model(model, folder, _tokenizer_of(trainer))
         content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         try:
             config = from_peft_config(content)
@@ -289,6 +298,7 @@ class HFAdapterExport(Check):
             data=self.data if self.data is not None else _data_of(trainer),
             hyperparameters=_hyperparameters(trainer, pl_module),
             results=_results(trainer),
+            record=noted(model),
         )
         atomic_write(folder / CARD_NAME, lambda stream: stream.write(card.encode()))
 
@@ -304,17 +314,25 @@ def _is_peft_model(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "save_pretrained")
 
 
-def _save_peft_model(model: Any, folder: Path) -> None:
+def _save_peft_model(model: Any, folder: Path, tokenizer: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".partial") as partial:
         model.save_pretrained(partial)
         source = next(Path(partial).rglob(CONFIG_NAME)).parent  # in a sub-folder unless the adapter is called "default"
+        if tokenizer is not None:
+            tokenizer.save_pretrained(source)
         files = sorted(path for path in source.iterdir() if path.is_file())
         for path in files:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         for path in sorted(files, key=lambda path: path.name == CONFIG_NAME):  # the config last: it makes the folder
             os.replace(path, folder / path.name)
+
+
+def _tokenizer_of(trainer: pl.Trainer) -> Any:
+    """The datamodule's tokenizer, if it has one that can be saved."""
+    tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]  # anyone's datamodule
+    return tokenizer if callable(getattr(tokenizer, "save_pretrained", None)) else None
 
 
 def _data_of(trainer: pl.Trainer) -> str | None:

@@ -88,10 +88,14 @@ def forget_base(model: nn.Module) -> None:
     vars(model).pop(NOTE, None)
 
 
+def known_hash(model: nn.Module) -> BaseHash | None:
+    """The hash of a model's base as it was noted."""
+    return vars(model).get(NOTE)
+
+
 def base_hash(model: nn.Module) -> BaseHash:
     """The hash of a model's base: as noted when it was loaded, else of its frozen tensors as they are in memory."""
-    noted = vars(model).get(NOTE)
-    return noted if isinstance(noted, BaseHash) else _in_memory(model)
+    return known_hash(model) or _in_memory(model)
 
 
 def hash_weights(location: str, gguf_file: str | None, revision: str | None) -> BaseHash | None:

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from lit_lora.command_line import settings
 from lit_lora.data.sources import existing_file, is_file_source
-from lit_lora.models import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base
+from lit_lora.models import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base, resolve_tokenizer
 from lit_lora.setting_check import BUILT_FROM_FIELDS, known_settings, look_at_each, misplaced, wrong_type
 from lit_lora.shipped import shipped
 
@@ -90,8 +90,10 @@ def _wrong_value(key: str, value: Any) -> str | None:
                 existing_file(value)
         elif value.startswith(RANDOM):
             check_architecture(value.removeprefix(RANDOM))
-        elif key == "model.base" or value != BYTE_TOKENIZER:
+        elif key == "model.base":
             resolve_base(value)
+        elif value != BYTE_TOKENIZER:
+            resolve_tokenizer(value)
     except (OSError, ValueError) as error:
         return str(error)
     return None

@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from lit_lora import base_hash
 from lit_lora.adapters import quantize
 from lit_lora.adapters.base_weight import is_linear_like
-from lit_lora.adapters.trained_on import note_quantization
+from lit_lora.adapters.quantized_forward import prepare_base_layer
+from lit_lora.adapters.trained_on import note
 from lit_lora.config import QuantizationConfig
 from lit_lora.whole_model import load_whole, readable
 from lit_lora.wording import advice
@@ -142,7 +143,11 @@ def load_base_model(
     if quantization is not None:
         finish = quantize.quantize_ if in_transformers is None else quantize.finish_quantization_
         finish(model, quantization)
-    note_quantization(model, quantization)
+    else:
+        for name, module in model.named_modules():
+            prepare_base_layer(name, module)  # of a folder that is stored quantized
+    revision = revision or _commit_of(location)
+    note(model, quantization=quantization or "none", dtype=_name_of(torch_dtype), revision=revision)
     return model.train()
 
 
@@ -164,10 +169,26 @@ def load_tokenizer(
             fix = advice("set {}, for example to 'bytes'", "data.tokenizer", otherwise="give a base that has one")
             raise ValueError(f"{base!r} has no tokenizer of its own: {fix}")
         base = name
-    location, gguf_file = resolve_base(base)
+    location, gguf_file = resolve_tokenizer(base)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     return readable(location, lambda: AutoTokenizer.from_pretrained(location, **options))
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer was saved in a folder, beside a model or by itself."""
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def resolve_tokenizer(name: str) -> tuple[str, str | None]:
+    """Where a tokenizer lies: as :func:`resolve_base`, and a folder may hold nothing else.
+
+    Raises:
+        FileNotFoundError: naming what is there instead.
+        ValueError: for a folder with neither a tokenizer nor a model.
+    """
+    folder = Path(name).expanduser()
+    return (str(folder), None) if holds_tokenizer(folder) else resolve_base(name)
 
 
 def resolve_base(base: str) -> tuple[str, str | None]:
@@ -221,6 +242,20 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return resolved
 
 
+def _commit_of(location: str) -> str | None:
+    """The commit that a model on the Hub was just loaded from; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(location).exists():
+        return None
+    path = try_to_load_from_cache(location, "config.json")
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _random_model(
     base: str,
     dtype: torch.dtype,
@@ -243,7 +278,7 @@ def _random_model(
     base_hash.note_base(model, base_hash.hash_recipe(**recipe))
     if quantization is not None:
         quantize.finish_quantization_(model, quantization)
-    note_quantization(model, quantization)
+    note(model, quantization=quantization or "none", dtype=_name_of(dtype), revision=revision)
     return model.train()
 
 
@@ -261,12 +296,12 @@ def _fill(
     owner._init_weights(module)
 
 
-def is_quantized_already(base: str) -> bool:
+def is_quantized_already(base: str, revision: str | None = None) -> bool:
     """Whether a base is stored with quantized weights, and loaded as it is."""
     if base.startswith(RANDOM):
         return False
     location, gguf_file = resolve_base(base)
-    return not gguf_file and bool(_saved_quantization(location, None))
+    return not gguf_file and bool(_saved_quantization(location, revision))
 
 
 def _saved_quantization(location: str, revision: str | None) -> Any:

@@ -23,13 +23,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_lora import causal_lm, compilation, liger_kernels, optimization, training_state
+from lit_lora import causal_lm, compilation, liger_kernels, optimization, training_record, training_state
 from lit_lora.activation_budget import ActivationBudget
 from lit_lora.activation_checkpointing import checkpoint_layers
+from lit_lora.adapters import trained_on
 from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.amounts import parse_bytes
-from lit_lora.base_hash import forget_base
+from lit_lora.base_hash import base_hash, forget_base, note_base
 from lit_lora.checkpoint import read_checkpoint
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.frozen_statistics import keep_batch_norm_frozen
@@ -225,6 +226,7 @@ class LoRALightningModule(L.LightningModule):
                 raise ValueError("activation_memory needs a causal language model: set gradient_checkpointing instead")
             self._activation_budget = ActivationBudget(model, self.activation_memory, self.path)  # type: ignore[arg-type]
         self.model = model
+        note_base(model, base_hash(model))
         keep_batch_norm_frozen(model)
 
     def train(self, mode: bool = True) -> LoRALightningModule:
@@ -355,7 +357,7 @@ class LoRALightningModule(L.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """A list of one generation: see :func:`lit_lora.prediction.answer`."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        return [answer(self.model, tokenizer, batch, max_new_tokens=self.max_new_tokens)]
+        return [answer(self.model, tokenizer, batch, max_new_tokens=self.max_new_tokens)]  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -380,6 +382,8 @@ class LoRALightningModule(L.LightningModule):
         """
         state = training_state.collect(self.trainer, self._identity, self._recorder, self.trainable_parameters())
         checkpoint[training_state.KEY] = {**state, "optimizer": self._given, "changes": self.setting_changes}
+        if self.model is not None:
+            training_record.save(self.model, checkpoint[training_state.KEY])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint belongs to this base and these adapters; keep the rest for the start of training.
@@ -393,13 +397,18 @@ class LoRALightningModule(L.LightningModule):
         self.setting_changes = list(state["changes"])
         if self._trainer is not None:  # without one, nothing is continued
             training_state.align(checkpoint, self.trainer)
+            training_record.check_tokenizer(self.trainer, training_record.saved(state))
+        elif self.model is not None:
+            trained_on.complete(self.model, training_record.saved(state))
 
     def on_fit_start(self) -> None:
-        """Note what the optimizer was given, before a checkpoint brings what it had.
+        """Note what the optimizer was given, before a checkpoint brings what it had; and the data, for the adapter.
 
         Raises:
             ValueError: if the checkpoint's optimizer or schedule is of another class.
         """
+        if self.model is not None:
+            training_record.note_data(self.trainer, self.model)
         self._given = training_state.given(self.trainer)
         if self._resume_state is not None:
             training_state.check_optimizer(self._resume_state["optimizer"], self._given)
@@ -437,6 +446,9 @@ class LoRALightningModule(L.LightningModule):
 
         Lightning's own key for hyper-parameters is not used: its command line would let the file override options.
         """
-        saved = read_checkpoint(checkpoint_path).get(training_state.KEY, {}).get("settings", {})
+        state = read_checkpoint(checkpoint_path).get(training_state.KEY, {})
+        saved = state.get("settings", {})
+        if (commit := training_record.saved(state).revision) and "base" not in kwargs:  # where none was asked for
+            saved = {**saved, "revision": commit}
         trust = kwargs.pop("trust_remote_code", False)  # never taken from a file
         return super().load_from_checkpoint(checkpoint_path, **{**saved, **kwargs, "trust_remote_code": trust})

@@ -1,33 +1,178 @@
-"""What ``predict`` writes for a prompt: a greedy generation."""
+"""Complete prompts, as training taught it: what ``generate``, ``evaluate`` and ``predict`` share.
+
+An answer ends where an answer of the training data ended (``data/turn_end.py``), and at what else the base model ends
+with. Sampling settings that come with the base (a repetition penalty, for one) are left out: what is asked for here is
+all there is.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+
+from lit_lora.data.turn_end import TurnEnd, turn_end
+
+
+class Completion(NamedTuple):
+    """What a model wrote after a prompt."""
+
+    text: str
+    """Without special tokens and what ended it."""
+    cut: bool
+    """Whether it was still going on at ``max_new_tokens``."""
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, batch: dict[str, Any], *, max_new_tokens: int) -> dict[str, Any]:
-    """Generate from one prompt, greedily.
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    end: TurnEnd,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    streamer: Any = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Completion]:
+    """Completions, in the order of the prompts.
 
     Args:
-        model: has ``generate``, as transformers models do.
-        tokenizer: the model's.
+        model: in evaluation mode.
+        tokenizer: as used for training.
+        prompts: token ids of each prompt.
+        end: where an answer ends.
+        max_new_tokens: longest completion.
+        batch_size: prompts at a time; those of similar length go together, padded on the left.
+        temperature: 0 for the most likely token each time; above 0 to sample.
+        top_p: sample from the smallest set of tokens of this total probability.
+        streamer: as transformers has them; for one prompt.
+        progress: called with the number of prompts that are done.
+
+    Raises:
+        ValueError: if a prompt has a token that the model does not know.
+    """
+    check_vocabulary(model, prompts)
+    stops = stop_tokens(model, tokenizer, end)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[-1]
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=pad_id,
+        **{"do_sample": False, **sampling},
+    )
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    completions = [Completion("", False)] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        longest = max(len(prompts[index]) for index in indices)
+        ids = torch.full((len(indices), longest), pad_id, device=model.device)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(indices):
+            length = len(prompts[index])
+            ids[row, longest - length :] = torch.tensor(prompts[index])
+            mask[row, longest - length :] = 1
+        criteria = [_StopStrings(tokenizer, end.strings, longest)] if end.strings else []
+        with _generating_by(model, config):
+            output = model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, stopping_criteria=criteria, streamer=streamer
+            )
+        for index, written in zip(indices, output[:, longest:].tolist(), strict=True):
+            completions[index] = _completion(tokenizer, written, stops, end.strings)
+        if progress is not None:
+            progress(start + len(indices))
+    return completions
+
+
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any], *, max_new_tokens: int
+) -> dict[str, Any]:
+    """Answer one prompt of a conversation, greedily.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: as used for training.
         batch: ``prompt_ids``, ``(1, L)``, and where there is one, ``reference``.
-        max_new_tokens: longest generation, in tokens.
+        max_new_tokens: longest answer, in tokens.
 
     Returns:
-        ``prompt``, ``completion``, ``reference``.
+        ``prompt``, ``completion``, ``reference``, and whether it was ``cut``.
     """
-    prompt_ids = batch["prompt_ids"]
-    output_ids = model.generate(
-        prompt_ids,
-        attention_mask=torch.ones_like(prompt_ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
-    prompt = tokenizer.decode(prompt_ids[0], skip_special_tokens=True)
-    completion = tokenizer.decode(output_ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
-    return {"prompt": prompt, "completion": completion, "reference": batch.get("reference")}
+    ids = batch["prompt_ids"][0].tolist()
+    (written,) = complete(model, tokenizer, [ids], end=turn_end(tokenizer), max_new_tokens=max_new_tokens)
+    prompt = tokenizer.decode(ids, skip_special_tokens=True)
+    return {"prompt": prompt, "completion": written.text, "reference": batch.get("reference"), "cut": written.cut}
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: TurnEnd) -> list[int]:
+    """What ends an answer: the trained end, and what the base ends with as far as this tokenizer has it for that."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [*end.ids, *(token for token in own if token in special and token not in end.ids)]
+
+
+def check_vocabulary(model: PreTrainedModel, prompts: Sequence[list[int]]) -> None:
+    """Check that the model has an embedding for every token.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
+    highest = max((token for ids in prompts for token in ids), default=0)
+    if highest >= size:
+        raise ValueError(
+            f"token id {highest} is outside the model's vocabulary of {size}: the tokenizer is not the model's"
+        )
+
+
+def cut_note(completions: Sequence[Completion], max_new_tokens: int) -> str:
+    """A sentence on answers that did not come to their end; empty where all did."""
+    num_cut = sum(completion.cut for completion in completions)
+    if not num_cut:
+        return ""
+    were = "1 of 1 answers was" if len(completions) == 1 else f"{num_cut} of {len(completions)} answers were"
+    return f"{were} cut at max_new_tokens={max_new_tokens}"
+
+
+@contextmanager
+def _generating_by(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """``generate`` fills what a call leaves open from the model's own config, which here says nothing else."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _completion(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int], strings: Sequence[str]
+) -> Completion:
+    length = next((place for place, token in enumerate(ids) if token in stops), None)
+    text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
+    found = [text.index(string) for string in strings if string in text]
+    return Completion(text[: min(found)] if found else text, length is None and not found)
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends a row once one of these texts stands among what was generated."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], start: int) -> None:
+        self.tokenizer = tokenizer
+        self.strings = strings
+        self.start = start
+        self.window = max(len(string.encode()) for string in strings) + 1  # a token is a byte or more
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        recent = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
+        texts = self.tokenizer.batch_decode(recent, skip_special_tokens=True)
+        ended = [any(string in text for string in self.strings) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)

@@ -228,3 +228,6 @@ class PredictionWriter(BasePredictionWriter):
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for batch in predictions for entry in batch]
         atomic_write(path, lambda file: file.write("".join(lines).encode()))
         print(f"{len(lines)} generations in {path}")
+        num_cut = sum(entry.get("cut", False) for batch in predictions for entry in batch)
+        if num_cut and isinstance(pl_module, LoRALightningModule):
+            print(f"{num_cut} of {len(lines)} were cut at model.max_new_tokens={pl_module.max_new_tokens}")

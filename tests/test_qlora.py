@@ -259,7 +259,7 @@ def test_a_resumed_run_goes_on_and_another_base_is_refused(quantization, base, t
         assert torch.equal(parameter, resumed.trainable_parameters()[name]), name
 
     other = None if quantization.bits == 8 else QuantizationConfig(bits=8)
-    with pytest.raises(ValueError, match=r"quantization: saved .*Set them as saved to resume"):
+    with pytest.raises(ValueError, match=r"quantization.* was .*Set them as saved to resume"):
         _trainer(tmp_path).fit(_module(base, quantization=other), data(), ckpt_path=tmp_path / "a.ckpt")
     different = LoRALightningModule(base, lora=LoRAConfig(r=4), quantization=quantization)
     changed = load_base_model(base, quantization=quantization, seed=9)

@@ -13,7 +13,7 @@ import torch
 
 from lit_lora import QuantizationConfig
 from lit_lora.__main__ import main
-from lit_lora.tools.adapter_folder import trained_on
+from lit_lora.tools.adapter_folder import trained_quantization
 from tests.tiny import config
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
@@ -73,7 +73,7 @@ def test_the_exported_adapter_says_how_its_base_was_quantized_after_a_refused_re
     fit(**quantized)
     with pytest.raises(SystemExit):
         fit(ckpt_path="last")
-    assert trained_on("run/adapter").quantization == QuantizationConfig(block_size=32)
+    assert trained_quantization("run/adapter").quantization == QuantizationConfig(block_size=32)
     assert "block_size: 32" in Path("run/config.yaml").read_text()
 
 

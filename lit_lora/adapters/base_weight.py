@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 # On import bitsandbytes 0.50 warns that it cannot load an optional kernel, which nothing here uses: an inference kernel
-# of lower precision (see prepare_base_layer).
+# of lower precision.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 
@@ -40,8 +39,8 @@ def is_conv1d(module: Any) -> bool:
 
 def is_quantized(module: Any) -> bool:
     """Whether the weight is stored in 4 or 8 bits, so that it can be read but not written."""
-    if _is_4bit(module):
-        return _quant_state(module) is not None
+    if is_4bit(module):
+        return quant_state(module) is not None
     return _is_8bit(module) and not module.state.has_fp16_weights and _scales_8bit(module)[1] is not None
 
 
@@ -58,7 +57,12 @@ def is_intercepted(module: nn.Module) -> bool:
 
 def may_be_quantized(module: nn.Module) -> bool:
     """Whether the layer's class is one that :func:`is_quantized` can be true for."""
-    return _is_4bit(module) or _is_8bit(module)
+    return is_4bit(module) or _is_8bit(module)
+
+
+def is_4bit(module: nn.Module) -> bool:
+    """Whether this is bitsandbytes' 4-bit layer."""
+    return _is_instance(module, "bitsandbytes.nn.modules", "Linear4bit")
 
 
 def linear_shape(module: Any) -> tuple[int, int]:
@@ -72,7 +76,7 @@ def linear_shape(module: Any) -> tuple[int, int]:
 
 def compute_dtype(module: Any, input_dtype: torch.dtype) -> torch.dtype:
     """dtype of the layer's product for an input of this dtype: 4-bit layers may have one of their own."""
-    if _is_4bit(module):
+    if is_4bit(module):
         if module.compute_type_is_set and module.compute_dtype is not None:
             return module.compute_dtype
         return input_dtype
@@ -92,8 +96,8 @@ def read_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
         The weight itself or a view of it where that is possible, else a new tensor. Not to be written to.
     """
     if is_quantized(module):
-        if _is_4bit(module):
-            weight = _dequantize_4bit(module.weight.data, _quant_state(module))
+        if is_4bit(module):
+            weight = _dequantize_4bit(module.weight.data, quant_state(module))
             return weight if dtype is None else weight.to(dtype)
         codes, scales = _scales_8bit(module)
         # LLM.int8 (arXiv:2208.07339), eq. 4: rows scaled to [-127, 127]; the same operations as bitsandbytes' own.
@@ -117,33 +121,24 @@ def write_weight_(module: Any, weight: Tensor) -> None:
     module.weight = nn.Parameter(weight.to(old.dtype), requires_grad=old.requires_grad)
 
 
-def prepare_base_layer(name: str, module: Any) -> None:
-    """Make a 4-bit layer of bitsandbytes one that can be trained through; others are left alone.
+def unpack_(module: Any) -> None:
+    """Bring a 4-bit weight back that bitsandbytes repacked for AVX512-BF16, a layout without a backward.
 
-    On hosts with AVX512-BF16 an eval forward repacks the weight into a layout that has no backward, and the layer would
-    keep it in training. bitsandbytes has no public switch for this (0.50); it can go when it has one.
-
-    Raises:
-        ValueError: on a CPU, if blocks run over the ends of rows: with AVX512 bitsandbytes (0.50) then multiplies with
-            the scales of other blocks, without a word.
+    It does so in an eval forward of its own.
     """
-    if not _is_4bit(module):
-        return
-    module.support_avx512bf16_for_cpu = False
-    state = _quant_state(module)
-    computes = module.weight.device.type == "cpu" and not isinstance(module.weight, FakeTensor)
-    if state is not None and computes and module.in_features % state.blocksize:
-        raise ValueError(
-            f"block_size {state.blocksize} does not divide the {module.in_features} inputs of {name}, which "
-            "bitsandbytes computes wrongly on a CPU: take a smaller block_size (32 is the smallest), or add the layer "
-            "to quantization.skip_modules"
-        )
+    state = quant_state(module)
     if state is not None and getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
         module.weight.data, module.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
             module.weight.data, state
         )
+
+
+def quant_state(module: Any) -> Any:
+    """The block scales: bitsandbytes keeps them on the weight, and on the layer too in case the weight is rebuilt."""
+    state = getattr(module.weight, "quant_state", None)
+    return module.quant_state if state is None else state
 
 
 def bitsandbytes() -> Any:
@@ -202,18 +197,8 @@ def _is_instance(module: Any, module_name: str, class_name: str) -> bool:
     return loaded is not None and isinstance(module, getattr(loaded, class_name, ()))
 
 
-def _is_4bit(module: nn.Module) -> bool:
-    return _is_instance(module, "bitsandbytes.nn.modules", "Linear4bit")
-
-
 def _is_8bit(module: nn.Module) -> bool:
     return _is_instance(module, "bitsandbytes.nn.modules", "Linear8bitLt")
-
-
-def _quant_state(module: Any) -> Any:
-    """The block scales: bitsandbytes keeps them on the weight, and on the layer too in case the weight is rebuilt."""
-    state = getattr(module.weight, "quant_state", None)
-    return module.quant_state if state is None else state
 
 
 def _scales_8bit(module: Any) -> tuple[Tensor, Any]:

@@ -85,17 +85,68 @@ def lora_linear(
     """
     layer = weight if isinstance(weight, nn.Module) else None
     assert layer is not None or not weight.requires_grad, "the fast path has no gradient for the base weight"
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        product = adapter = out = torch.get_autocast_dtype(x.device.type)
-    else:
-        if isinstance(weight, Tensor) and x.dtype != weight.dtype:
-            x = x if up is None else _swiglu(x, up)
-            return lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling)  # fails just as F.linear does
-        product = x.dtype if layer is None else base_weight.compute_dtype(layer, x.dtype)
-        adapter, out = lora_A.dtype, x.dtype
-    dtypes = (product, adapter, out)
+    autocast = autocast_dtype(x)
+    if autocast is None and isinstance(weight, Tensor) and x.dtype != weight.dtype:
+        x = x if up is None else _swiglu(x, up)
+        return lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling)  # fails just as F.linear does
+    product = autocast or (x.dtype if layer is None else base_weight.compute_dtype(layer, x.dtype))
+    dtypes = (product, autocast or lora_A.dtype, autocast or x.dtype)
     plain = None if layer is not None else weight
     return _LoRALinear.apply(x, up, plain, bias, lora_A, lora_B, scaling, layer, dtypes)
+
+
+def quantized_linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """``x @ W.T + bias`` of a quantized layer, its weight dequantized in each direction instead of being kept.
+
+    Under autocast in its dtype, as ``F.linear`` computes.
+
+    Args:
+        x: input, ``(..., I)``.
+        layer: frozen, with a weight that ``base_weight.read_weight`` dequantizes.
+
+    Returns:
+        ``(..., O)``; can be differentiated once.
+    """
+    autocast = autocast_dtype(x)
+    dtypes = (autocast or base_weight.compute_dtype(layer, x.dtype), autocast or x.dtype)
+    return _QuantizedLinear.apply(x, layer.bias, layer, dtypes)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast converts a product's operands to; None where it does not."""
+    enabled = torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
+    return torch.get_autocast_dtype(x.device.type) if enabled else None
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """dtypes: of the product, of the output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Module, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> Tensor:
+        product, out = dtypes
+        ctx.layer, ctx.product, ctx.x_dtype = layer, product, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with _without_autocast(x):
+            weight = base_weight.read_weight(layer, product)
+            x_TI = x.reshape(-1, x.shape[-1]).to(product)
+            y_TO = products.linear(x_TI, weight, None if bias is None else bias.to(product)).to(out)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = grad_bias = None
+        with _without_autocast(grad):
+            grad_TO = grad.reshape(-1, grad.shape[-1])
+            if ctx.needs_input_grad[0]:
+                weight = base_weight.read_weight(ctx.layer, ctx.product)
+                grad_TI = products.matmul(grad_TO.to(ctx.product), weight).to(ctx.x_dtype)
+                grad_x = grad_TI.view(*grad.shape[:-1], grad_TI.shape[-1])
+            if ctx.needs_input_grad[1]:
+                grad_bias = grad_TO.sum(0, dtype=ctx.bias_dtype)
+        return grad_x, grad_bias, None, None
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -16,6 +16,7 @@ from lit_lora.adapters import base_weight
 from lit_lora.adapters.initializers import INITIALIZERS
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALayer, LoRALinear, TrainableCopy, adapter_modules
 from lit_lora.adapters.matching import layer_index, match_modules, ranges, some
+from lit_lora.adapters.quantized_forward import prepare_base_layer
 from lit_lora.config import LoRAConfig
 
 
@@ -166,7 +167,7 @@ def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
     config = plan.config
     num_base = sum(base_weight.num_elements(parameter) for parameter in model.parameters())
     for name, module in model.named_modules():
-        base_weight.prepare_base_layer(name, module)  # those that get no adapter too: gradients pass through them
+        prepare_base_layer(name, module)  # those that get no adapter too: gradients pass through them
     model.requires_grad_(False)
     for name, planned in plan.adapted.items():
         layer: LoRALayer

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lit_lora.adapters.trained_on import TrainedOn
 from lit_lora.config import LoRAConfig
 
 
@@ -20,6 +21,7 @@ def model_card(
     data: str | None,
     hyperparameters: Mapping[str, Any],
     results: Mapping[str, Any],
+    record: TrainedOn = TrainedOn(),  # noqa: B008 (frozen)
 ) -> str:
     """Write the model card.
 
@@ -29,6 +31,7 @@ def model_card(
         data: what the adapter was trained on.
         hyperparameters: settings of the run, by name.
         results: measurements, by name.
+        record: what it was trained with, as far as that is known.
 
     Returns:
         Markdown with YAML front matter.
@@ -52,19 +55,36 @@ def model_card(
         parts += ["## Data", "", data, ""]
     parts += _table("Training", hyperparameters)
     parts += _table("Results", results)
-    parts += [
-        "## Use",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
-        "```",
-        "",
-    ]
+    parts += ["## Use", "", "```python", *_use(base, record), "```", ""]
     return "\n".join(parts)
+
+
+def _use(base: str, record: TrainedOn) -> list[str]:
+    end = record.turn_end_ids
+    revision = f", revision={json.dumps(record.revision)}" if record.revision else ""
+    lines = [
+        "from peft import PeftModel",
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if end else ''}",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}{revision})",
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+    ]
+    if not end:
+        return lines
+    if record.format == "text":
+        prompt = 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
+    else:
+        prompt = (
+            'messages = [{"role": "user", "content": "Hello"}]\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)'
+        )
+    return [
+        *lines,
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        *prompt.splitlines(),
+        f"model.generate(**inputs, max_new_tokens=256, eos_token_id={end})  # as answers ended in training",
+    ]
 
 
 def is_hub_id(name: str) -> bool:

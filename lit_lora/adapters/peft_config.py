@@ -33,13 +33,19 @@ _SAME_BASE_STARTS = ("eva", "orthogonal")
 
 
 def to_peft_config(
-    config: LoRAConfig, base_model_name: str | None, *, task_type: str | None = None, fan_in_fan_out: bool = False
+    config: LoRAConfig,
+    base_model_name: str | None,
+    *,
+    revision: str | None = None,
+    task_type: str | None = None,
+    fan_in_fan_out: bool = False,
 ) -> dict[str, Any]:
     """The content of ``adapter_config.json``.
 
     Args:
         config: what was injected.
         base_model_name: Hub id or folder of the base model.
+        revision: branch, tag or commit of the base on the Hub.
         task_type: PEFT's name for the task, such as "CAUSAL_LM".
         fan_in_fan_out: whether the adapted layers store their weights transposed (GPT-2's ``Conv1D``).
     """
@@ -62,7 +68,7 @@ def to_peft_config(
         "peft_type": "LORA",
         "r": config.r,
         "rank_pattern": dict(config.rank_pattern),
-        "revision": None,
+        "revision": revision,
         "target_modules": config.target_modules,
         "target_parameters": None,
         "task_type": task_type,

@@ -26,7 +26,8 @@ from lit_lora.adapters.inject import InjectionReport, apply_plan, plan_injection
 from lit_lora.adapters.layers import LoRALayer, LoRALinear, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
 from lit_lora.adapters.peft_config import from_peft_config, to_peft_config
-from lit_lora.adapters.trained_on import noted_metadata
+from lit_lora.adapters.tokenizer_files import tokenizer_files
+from lit_lora.adapters.trained_on import noted, noted_metadata
 from lit_lora.atomic import FileToWrite, atomic_write_all
 from lit_lora.config import LoRAConfig
 from lit_lora.wording import in_words_of
@@ -44,6 +45,9 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 PREFIX = "base_model.model."
+_WEIGHTS = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
+_TOKENIZER_PATTERNS = ("*token*", "*.jinja", "vocab.*", "merges.txt", "*.model")
+"""Of files that a tokenizer may consist of; no code among them."""
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -85,6 +89,7 @@ def save_adapter(
     base_model_name: str | None = None,
     model_card: str | None = None,
     portable: bool = False,
+    tokenizer: Any = None,
 ) -> Path:
     """Write the adapter of a model as a folder that PEFT, transformers and vLLM load.
 
@@ -95,6 +100,7 @@ def save_adapter(
         model_card: text of ``README.md``; none is written if None.
         portable: fold every layer's scale into B and pad to one rank, for readers that know no rsLoRA and no rank or
             alpha patterns (vLLM, llama.cpp).
+        tokenizer: what it was trained with, saved beside it with its chat template; None leaves it out.
 
     Returns:
         The folder.
@@ -113,6 +119,7 @@ def save_adapter(
     content = to_peft_config(
         config,
         base_model_name or _name_of_base(model),
+        revision=noted(model).revision,
         task_type="CAUSAL_LM" if _is_causal_lm(model) else None,
         fan_in_fan_out=any(base_weight.is_conv1d(layer.base_layer) for _, layer in lora_layers(model)),
     )
@@ -133,6 +140,8 @@ def save_adapter(
     ]
     if model_card is not None:
         files.append(FileToWrite(folder / CARD_NAME, lambda f: f.write(model_card.encode())))
+    if tokenizer is not None:
+        files = [*_tokenizer_files(tokenizer, folder), *files]  # first: what is complete has its tokenizer
     atomic_write_all(files)
     return folder
 
@@ -152,7 +161,7 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: b
         ValueError: if the files are not a LoRA adapter that lit_lora implements, or do not fit the model, naming the
             tensors. The model is then unchanged.
     """
-    folder = _find_folder(folder_or_hub_id)
+    folder = find_folder(folder_or_hub_id)
     config = _read_config(folder / CONFIG_NAME)
     raw = _read_tensors(_find_weights(folder))
     state = _names_in_model(raw, folder)
@@ -174,6 +183,14 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: b
     return report
 
 
+def _tokenizer_files(tokenizer: Any, folder: Path) -> list[FileToWrite]:
+    files = []
+    for name, content in tokenizer_files(tokenizer).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        files.append(FileToWrite(folder / name, lambda f, content=content: f.write(content)))  # type: ignore[misc]
+    return files
+
+
 def _check_state(
     expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], source: str, hint: str = ""
 ) -> None:
@@ -193,7 +210,12 @@ def _check_state(
         raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}")
 
 
-def _find_folder(folder_or_hub_id: str | Path) -> Path:
+def find_folder(folder_or_hub_id: str | Path) -> Path:
+    """The folder of an adapter, downloaded where it is on the Hub.
+
+    Raises:
+        ValueError: if there is none.
+    """
     folder = Path(folder_or_hub_id)
     if folder.is_dir():
         return folder
@@ -206,7 +228,7 @@ def _find_folder(folder_or_hub_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"]))
+        return Path(snapshot_download(name, allow_patterns=[*_WEIGHTS, *_TOKENIZER_PATTERNS]))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(f"no adapter folder {name!r}, and none of that name on the Hub: {error}") from error
 

@@ -19,10 +19,10 @@ from lit_lora.adapters.base_weight import (
     is_linear_like,
     is_quantized,
     may_be_quantized,
-    prepare_base_layer,
     read_weight,
 )
 from lit_lora.adapters.int8_rows import Int8Embedding, Int8Head, quantize_embeddings_
+from lit_lora.adapters.quantized_forward import prepare_base_layer
 from lit_lora.config import QuantizationConfig
 
 _HEADS = ("lm_head", "embed_out", "output_projection")

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.atomic import remove_partial_files
+from lit_lora.data.data_record import data_record
 from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, tokenizer_digest
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
@@ -143,6 +144,7 @@ class SFTDataModule(pl.LightningDataModule):
         self.test_data: TokenizedDataset | None = None
         self.summary: DataSummary | None = None
         self._tokenizer = tokenizer
+        self._tokenizer_name: str | None = None
         self._datasets: dict[str, TokenizedDataset] = {}
         self._train_sampler: ResumableBatchSampler | None = None
         self._loaded_state: dict[str, Any] | None = None
@@ -159,16 +161,24 @@ class SFTDataModule(pl.LightningDataModule):
         if not isinstance(self._tokenizer, PreTrainedTokenizerBase):
             from lit_lora.models import load_tokenizer
 
-            name = self._tokenizer
+            name, revision = self._tokenizer, None
             if name is None:
-                name = getattr(self.trainer.lightning_module, "base", None) if self.trainer is not None else None
+                module = self.trainer.lightning_module if self.trainer is not None else None
+                name, revision = getattr(module, "base", None), getattr(module, "revision", None)
             if not isinstance(name, str):
                 raise ValueError(
                     "no tokenizer: the module has no attribute 'base' with the model's name; "
                     f"set {setting('data.tokenizer')} to a name, a folder, or 'bytes'"
                 )
-            self._tokenizer = load_tokenizer(name, trust_remote_code=self.trust_remote_code)
+            self._tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=self.trust_remote_code)
+            self._tokenizer_name = name
         return self._tokenizer
+
+    def trained_on(self) -> dict[str, Any]:
+        """What the record of an adapter says of this data; plain types."""
+        assert self.train_data is not None, "setup() comes before trained_on()"
+        format = self.train_data.statistics.format
+        return data_record(self.tokenizer, self.source_settings, name=self._tokenizer_name, format=format)
 
     def prepare_data(self) -> None:
         """Tokenize every source into the cache, on one process a machine; other runs may be writing there, too."""

@@ -62,13 +62,30 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, messages: Conversation) ->
     Args:
         tokenizer: as used for training.
         messages: the conversation so far; the last turn is the user's.
+
+    Raises:
+        ValueError: if the template refuses the messages.
     """
-    with _render_limit(tokenizer, [messages]):
+    with render_limit(tokenizer, [messages]):
         try:
-            text = _render(tokenizer, chat_template(tokenizer), messages, generation=True)
+            text = render(tokenizer, chat_template(tokenizer), messages, generation=True)
         except BadRow as error:
-            raise ValueError(f"the chat template cannot render this conversation: {error}") from error
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"the chat template cannot render these messages ({roles}): {error}") from error
     return _tokenize(tokenizer, [text])[0][0]
+
+
+def format_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of plain text that goes on, as in training: with what the tokenizer begins a text with, without an end.
+
+    Args:
+        tokenizer: as used for training.
+        text: plain text.
+    """
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    if ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def encode_examples(
@@ -108,13 +125,13 @@ def encode_examples(
     enders = end_tokens(tokenizer)
     encoded: dict[int, Encoded] = {}
     chats: list[tuple[int, Example, str, list[tuple[int, int]]]] = []
-    with _render_limit(tokenizer, [example.content for example in examples]):
+    with render_limit(tokenizer, [example.content for example in examples]):
         for position, example in enumerate(examples):
             if isinstance(example.content, str):
                 encoded[position] = _encode_text(tokenizer, example.line, example.content, max_length)
                 continue
             try:
-                text = _render(tokenizer, template, example.content)
+                text = render(tokenizer, template, example.content)
                 chats.append((position, example, text, _assistant_spans(tokenizer, template, example.content, text)))
             except BadRow as error:
                 problems.add(example.line, f"the chat template cannot render it: {error}")
@@ -134,7 +151,7 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return (special - others) | {tokenizer.eos_token_id}
 
 
-def _render_limit(
+def render_limit(
     tokenizer: PreTrainedTokenizerBase, contents: Sequence[Conversation | str]
 ) -> AbstractContextManager[None]:
     """For the templates of these contents: one that loops without end, or doubles a text over and over, is stopped."""
@@ -152,9 +169,20 @@ def _render_limit(
     return compute_limit(seconds, message, memory_bytes=RENDER_LIMIT_BYTES + 100 * num_characters)
 
 
-def _render(
+def render(
     tokenizer: PreTrainedTokenizerBase, template: str | None, messages: Conversation, *, generation: bool = False
 ) -> str:
+    """The text of a conversation.
+
+    Args:
+        tokenizer: as used for training.
+        template: from :func:`chat_template`.
+        messages: the conversation.
+        generation: add the start of an answer.
+
+    Raises:
+        BadRow: if the template fails of the messages.
+    """
     try:
         text = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=generation
@@ -175,7 +203,7 @@ def _assistant_spans(
     for index, turn in enumerate(conversation):
         if turn["role"] != "assistant":
             continue
-        prompt = _render(tokenizer, template, conversation[:index], generation=True)
+        prompt = render(tokenizer, template, conversation[:index], generation=True)
         start = len(prompt)
         if not full.startswith(prompt):
             # Some templates open the answer with more than it has in training, for example "<think>".
@@ -188,7 +216,7 @@ def _assistant_spans(
         if index == len(conversation) - 1:
             end = len(full)
         else:
-            through = _render(tokenizer, template, conversation[: index + 1])
+            through = render(tokenizer, template, conversation[: index + 1])
             end = len(through) if full.startswith(through) else _end_of_content(full, turn["content"], start, index)
         spans.append((start, end))
     return spans
@@ -258,11 +286,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tupl
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerBase, line: int, text: str, max_length: int) -> Encoded:
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    if ids[:2] == [tokenizer.bos_token_id] * 2:
-        ids = ids[1:]
-    if ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
+    ids = [*format_text(tokenizer, text), tokenizer.eos_token_id]
     mask = [False] + [True] * (len(ids) - 1)
     return _truncated(line, ids, mask, max_length)
 

@@ -1,19 +1,32 @@
-"""What the folder of an adapter says about its base: which one it is, and how it was quantized in training."""
+"""What the folder of an adapter says: which base it belongs to, and what it was trained with."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lit_lora.adapters.trained_on import TrainedOn
 from lit_lora.config import QuantizationConfig
 from lit_lora.tools.adapter_path import check_adapter_path
 from lit_lora.wording import setting
 
+if TYPE_CHECKING:
+    from torch import nn
 
-class TrainedOn(NamedTuple):
-    """How the base was quantized that an adapter was trained on."""
+
+class Base(NamedTuple):
+    """Which base model."""
+
+    name: str
+    """As in ``--model.base``."""
+    revision: str | None
+    """Branch, tag or commit on the Hub."""
+
+
+class Quantized(NamedTuple):
+    """How a base was quantized in training."""
 
     quantization: QuantizationConfig | None
     """None for full precision, or unknown."""
@@ -21,57 +34,108 @@ class TrainedOn(NamedTuple):
     """The file that says so; empty where none does."""
 
 
-def base_of_adapter(adapter: str) -> str:
-    """The base model that an adapter names.
+def local_folder(adapter: str) -> str:
+    """The folder of an adapter: itself, or where an adapter on the Hub was downloaded to.
 
     Raises:
-        ValueError: if it names none, or its ``adapter_config.json`` cannot be read.
-        FileNotFoundError: if the folder has no ``adapter_config.json``.
+        ValueError: if there is none.
     """
-    base = _named_base(adapter)
-    if base is None:
-        raise ValueError(f"{_config_path(adapter)} names no base model: give {setting('model.base')}")
-    return base
+    from lit_lora.adapters.peft_format import find_folder
 
-
-def warn_of_another_base(adapter: str, base: str) -> None:
-    """Warn if an adapter names another base than the one that is used: equal shapes load without complaint.
-
-    Raises:
-        ValueError: if its ``adapter_config.json`` cannot be read.
-        FileNotFoundError: if the folder has no ``adapter_config.json``.
-    """
     check_adapter_path(adapter)
-    if not Path(adapter).is_dir():  # on the Hub, or nowhere: loading it says which
-        return
+    return adapter if Path(adapter).exists() else str(find_folder(adapter))
+
+
+def base_of_adapter(adapter: str, base: str | None = None, revision: str | None = None) -> Base:
+    """The base model that an adapter names, or the one that is given, with a warning if it is another one.
+
+    Equal shapes load without complaint.
+
+    Args:
+        adapter: folder in PEFT's format.
+        base: None for the one that the adapter names.
+        revision: None for the one that the adapter names, of that base.
+
+    Raises:
+        ValueError: if neither names one, or ``adapter_config.json`` cannot be read.
+        FileNotFoundError: if the folder has no ``adapter_config.json``.
+    """
     named = _named_base(adapter)
-    if named is not None and _place(named) != _place(base):
-        warnings.warn(
-            f"the adapter in {adapter} was trained on {named!r} and is put on {base!r}: unless their weights are the "
-            "same, it will not compute what was trained",
-            UserWarning,
-            stacklevel=3,
-        )
+    if named is None:
+        if base is None:
+            raise ValueError(f"{_config_path(adapter)} names no base model: give --base")
+        return Base(base, revision)
+    if base is None or folder_record(adapter).base_hash is not None or _place(base) == _place(named.name):
+        if revision is not None and named.revision is not None and revision != named.revision:
+            _warn(f"the adapter in {adapter} was trained on revision {named.revision}, and is put on {revision}")
+        return Base(base or named.name, revision or named.revision)
+    _warn(
+        f"the adapter in {adapter} was trained on {named.name!r} and is put on {base!r}: unless their weights are the "
+        "same, it will not compute what was trained"
+    )
+    return Base(base, revision)
 
 
-def trained_on(adapter: str) -> TrainedOn:
-    """How the base was quantized in training: from the adapter's weights file, else its run's ``config.yaml``.
+def folder_record(adapter: str) -> TrainedOn:
+    """What the weights file of an adapter says that it was trained with; nothing is known where it does not.
+
+    Raises:
+        ValueError: if it cannot be read, naming it.
+    """
+    from lit_lora.adapters.peft_format import WEIGHTS_NAME
+    from lit_lora.adapters.trained_on import read_record
+
+    weights = Path(adapter) / WEIGHTS_NAME
+    return read_record(weights) if weights.is_file() else TrainedOn()
+
+
+def check_base(adapter: str, record: TrainedOn, model: nn.Module, place: Base, *, other_base: bool) -> None:
+    """Check that a base is the one that an adapter was trained on, by all of its weights.
+
+    Args:
+        adapter: for the message.
+        record: what it was trained with.
+        model: with the base.
+        place: where the base came from.
+        other_base: make a warning of it.
+
+    Raises:
+        ValueError: if it is another one.
+    """
+    from lit_lora.base_hash import base_hash, short
+
+    if record.base_hash is None:
+        return
+    found = base_hash(model).value
+    if found == record.base_hash:
+        return
+    named = _named_base(adapter) if Path(adapter).is_dir() else None
+    message = (
+        f"the adapter in {adapter} was trained on {named.name if named else 'another base'}, "
+        f"{short(record.base_hash)}, and {place.name} is {short(found)}: its weights are not the same, so it will not "
+        "compute what was trained"
+    )
+    if found.partition(":")[0] != record.base_hash.partition(":")[0]:
+        _warn(f"{message}, unless only the kind of file differs")
+    elif other_base:
+        _warn(message)
+    else:
+        raise ValueError(f"{message}. Give {setting('model.base')} as in training, or --other_base if you mean it")
+
+
+def trained_quantization(adapter: str) -> Quantized:
+    """How the base was quantized in training: from the adapter's record, else from its run's ``config.yaml``.
 
     Raises:
         ValueError: if that file cannot be read, naming it.
     """
-    from lit_lora.adapters.peft_format import WEIGHTS_NAME
-    from lit_lora.adapters.trained_on import recorded_quantization
-
-    weights = Path(adapter) / WEIGHTS_NAME
-    if weights.is_file():
-        known, quantization = recorded_quantization(weights)
-        if known:
-            return TrainedOn(quantization, str(weights))
+    record = folder_record(adapter)
+    if record.quantization is not None:
+        return Quantized(record.quantized, adapter)
     return _from_run(Path(adapter).resolve().parent / "config.yaml")
 
 
-def default_quantization(adapter: str, base: str) -> TrainedOn:
+def default_quantization(adapter: str, base: Base) -> Quantized:
     """How to quantize a base for an adapter: as in training, and not at all if it is stored quantized.
 
     Raises:
@@ -79,22 +143,27 @@ def default_quantization(adapter: str, base: str) -> TrainedOn:
     """
     from lit_lora.models import is_quantized_already
 
-    trained = trained_on(adapter)
-    return TrainedOn(None, "") if trained.quantization and is_quantized_already(base) else trained
+    trained = trained_quantization(adapter)
+    stored = trained.quantization is not None and is_quantized_already(base.name, base.revision)
+    return Quantized(None, "") if stored else trained
 
 
-def _from_run(path: Path) -> TrainedOn:
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _from_run(path: Path) -> Quantized:
     from lit_lora import strict_yaml
     from lit_lora.adapters.trained_on import quantization_from
 
     if not path.is_file():
-        return TrainedOn(None, "")
+        return Quantized(None, "")
     try:
         config = strict_yaml.read(path)
         model = config.get("model") if isinstance(config, dict) else config
         if not isinstance(model, dict):
             raise ValueError(f"got {_shown(model)} for model, expected a mapping with quantization among its fields")
-        return TrainedOn(quantization_from(model.get("quantization")), str(path))
+        return Quantized(quantization_from(model.get("quantization")), str(path))
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -111,7 +180,7 @@ def _config_path(adapter: str) -> Path:
     return path
 
 
-def _named_base(adapter: str) -> str | None:
+def _named_base(adapter: str) -> Base | None:
     path = _config_path(adapter)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -122,10 +191,12 @@ def _named_base(adapter: str) -> str | None:
             f"{path} holds {_shown(content)}, expected a JSON object as PEFT writes it: take an undamaged copy of the "
             "adapter"
         )
-    base = content.get("base_model_name_or_path")
+    base, revision = content.get("base_model_name_or_path"), content.get("revision")
     if base is not None and not isinstance(base, str):
         raise ValueError(f"{path}: base_model_name_or_path is {_shown(base)}, expected a name or folder: correct it")
-    return base or None
+    if revision is not None and not isinstance(revision, str):
+        raise ValueError(f"{path}: revision is {_shown(revision)}, expected a branch, tag or commit: correct it")
+    return Base(base, revision or None) if base else None
 
 
 def _shown(value: Any) -> str:

@@ -2,52 +2,88 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_lora.adapters.trained_on import TrainedOn
+    from lit_lora.tools.adapter_folder import Base
 
 
 def export(
     source: str,
     output: str,
     base: str | None = None,
+    revision: str | None = None,
     portable: bool = True,
+    other_base: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write an adapter in PEFT's format.
+    """Write an adapter in PEFT's format, with the tokenizer and the record of what it was trained with.
 
     Args:
         source: a checkpoint (.ckpt) of a run, or the folder of an adapter.
         output: folder to write to.
         base: base model, as in --model.base; by default the one that the source names.
+        revision: branch, tag or commit of the base on the Hub; by default the one that the source names.
         portable: one rank and one scale for all layers, for readers that know no rsLoRA and no rank or alpha patterns
             (vLLM, llama.cpp). The adapter computes the same.
+        other_base: put the adapter on a base although its weights are not those that it was trained on.
         trust_remote_code: run code that comes with the base.
     """
     from lit_lora.adapters.peft_format import load_adapter, save_adapter
+    from lit_lora.adapters.trained_on import forget, note, noted
+    from lit_lora.tools.adapter_folder import (
+        Base,
+        base_of_adapter,
+        check_base,
+        folder_record,
+        local_folder,
+        trained_quantization,
+    )
 
     if Path(source).suffix == ".ckpt":
         from lit_lora.module import LoRALightningModule
 
-        options = {"base": base} if base is not None else {}
+        options = {name: value for name, value in {"base": base, "revision": revision}.items() if value is not None}
         module = LoRALightningModule.load_from_checkpoint(source, trust_remote_code=trust_remote_code, **options)
         assert module.model is not None
-        model, base = module.model, module.base
+        model, place, folder = module.model, Base(module.base, module.revision), None
     else:
+        from lit_lora.models import load_base_model
+
+        source = local_folder(source)
         if Path(source).resolve() == Path(output).resolve():
             raise ValueError(f"output {output} is the adapter itself: give another folder")
-        from lit_lora.adapters.trained_on import forget_note, note_quantization
-        from lit_lora.models import load_base_model
-        from lit_lora.tools.adapter_folder import base_of_adapter, trained_on, warn_of_another_base
-
-        if base is None:
-            base = base_of_adapter(source)
-        else:
-            warn_of_another_base(source, base)
-        trained = trained_on(source)
-        model = load_base_model(base, device="cpu", trust_remote_code=trust_remote_code)
+        place, folder = base_of_adapter(source, base, revision), source
+        record, quantized = folder_record(source), trained_quantization(source)
+        model = load_base_model(place.name, device="cpu", revision=place.revision, trust_remote_code=trust_remote_code)
+        check_base(source, record, model, place, other_base=other_base)
         load_adapter(model, source)
-        forget_note(model)  # that this base is unquantized says nothing about the training
-        if trained.source:
-            note_quantization(model, trained.quantization)
-    folder = save_adapter(model, output, base_model_name=base, portable=portable)
-    print(f"adapter for {base} in {folder}")
-    return folder
+        forget(model)  # how this base was loaded says nothing about the training
+        note(model, **{**vars(record), "revision": place.revision})
+        if record.quantization is None and quantized.source:
+            note(model, quantization=quantized.quantization or "none")
+    chosen = _tokenizer(place, folder, noted(model), trust_remote_code)
+    written = save_adapter(model, output, base_model_name=place.name, portable=portable, tokenizer=chosen)
+    print(f"adapter for {place.name} in {written}")
+    return written
+
+
+def _tokenizer(
+    base: Base, folder: str | None, record: TrainedOn, trust_remote_code: bool
+) -> PreTrainedTokenizerBase | None:
+    """What the adapter was trained with, where that is known and found."""
+    from lit_lora.models import holds_tokenizer
+    from lit_lora.tools.adapter_tokenizer import tokenizer_for
+
+    if record.vocabulary_sha256 is None and not (folder is not None and holds_tokenizer(Path(folder))):
+        return None
+    try:
+        return tokenizer_for(base, folder, record, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        warnings.warn(f"the adapter is written without its tokenizer: {error}", UserWarning, stacklevel=3)
+        return None

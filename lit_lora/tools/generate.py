@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 from lit_lora.config import QuantizationConfig
 
@@ -11,8 +12,12 @@ def generate(
     prompt: str,
     base: str | None = None,
     adapter: str | None = None,
+    revision: str | None = None,
     quantization: QuantizationConfig | None = None,
     full_precision: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    tokenizer: str | None = None,
+    format: Literal["auto", "chat", "text"] = "auto",
     system: str | None = None,
     compare: bool = False,
     max_new_tokens: int = 256,
@@ -20,16 +25,21 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stream: bool = True,
+    other_base: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Answer one prompt through the model's chat template.
+    """Answer one prompt, as the adapter was trained: through the chat template, or by continuing plain text.
 
     Args:
-        prompt: the user's message; "-" reads it from standard input.
+        prompt: the user's message, or the beginning of a text; "-" reads it from standard input.
         base: base model, as in --model.base; by default the one that the adapter names.
         adapter: folder of an adapter in PEFT's format.
+        revision: branch, tag or commit of the base on the Hub; by default the one that the adapter names.
         quantization: how to quantize the base, such as --quantization.bits 4; by default as the adapter was trained.
         full_precision: leave the base unquantized whatever the adapter was trained on.
+        dtype: dtype of the base's weights; by default as the adapter was trained, and auto without an adapter.
+        tokenizer: name or folder of another tokenizer than that of the adapter, or of the base without one.
+        format: chat writes the prompt into the chat template, text continues it; auto does as the adapter was trained.
         system: system message before the prompt.
         compare: show the answer without the adapter first.
         max_new_tokens: longest answer, in tokens.
@@ -37,6 +47,7 @@ def generate(
         top_p: sample from the smallest set of tokens of this total probability.
         seed: for sampling.
         stream: print tokens as they come.
+        other_base: put the adapter on a base although its weights are not those that it was trained on.
         trust_remote_code: run code that comes with the base.
     """
     if compare and adapter is None:
@@ -45,6 +56,8 @@ def generate(
         raise ValueError(f"expected temperature >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
     if temperature == 0 and (top_p != 1.0 or seed is not None):
         raise ValueError("top_p and seed have no effect at temperature 0: set --temperature, or leave them out")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise ValueError("the prompt is empty")
@@ -53,35 +66,54 @@ def generate(
     from transformers import TextStreamer
 
     from lit_lora.adapters.merge import disable_lora
-    from lit_lora.data.tokenize import format_prompt
+    from lit_lora.data.tokenize import format_prompt, format_text
+    from lit_lora.data.turn_end import is_hidden, text_end, turn_end
+    from lit_lora.prediction import complete, cut_note
     from lit_lora.tools.inference import load_for_inference
 
-    model, tokenizer = load_for_inference(
+    model, chosen, trained_on = load_for_inference(
         base,
         adapter,
+        revision=revision,
         quantization=quantization,
         full_precision=full_precision,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        other_base=other_base,
         trust_remote_code=trust_remote_code,
     )
-    messages = [{"role": "system", "content": system}] if system else []
-    prompt_ids = torch.tensor([format_prompt(tokenizer, [*messages, {"role": "user", "content": text}])])
-    prompt_ids = prompt_ids.to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    plain = format == "text" or (format == "auto" and trained_on.format == "text")
+    if plain and system is not None:
+        raise ValueError("--system has no place in plain text, which the adapter was trained on: --format chat has one")
+    if plain:
+        if format == "auto":
+            print(
+                "continuing the text, as the adapter was trained on plain text; --format chat answers", file=sys.stderr
+            )
+        end, prompt_ids = text_end(chosen), format_text(chosen, text)
+    else:
+        messages = [{"role": "system", "content": system}] if system else []
+        end = turn_end(chosen)
+        prompt_ids = format_prompt(chosen, [*messages, {"role": "user", "content": text}])
+    streams = stream and is_hidden(chosen, end)  # what ends an answer is known only once it is there
 
     def answer() -> None:
         if seed is not None:
             torch.manual_seed(seed)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-        output = model.generate(  # type: ignore[operator]
-            input_ids=prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
+        completions = complete(
+            model,
+            chosen,
+            [prompt_ids],
+            end=end,
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=streamer,
-            **sampling,
+            temperature=temperature,
+            top_p=top_p,
+            streamer=TextStreamer(chosen, skip_prompt=True, skip_special_tokens=True) if streams else None,
         )
-        if not stream:
-            print(tokenizer.decode(output[0, prompt_ids.shape[1] :], skip_special_tokens=True))
+        if not streams:
+            print(completions[0].text)
+        if note := cut_note(completions, max_new_tokens):
+            print(note, file=sys.stderr)
 
     if compare:
         print("--- without the adapter")

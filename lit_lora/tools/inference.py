@@ -1,10 +1,9 @@
-"""Load a base with an adapter, generate, and measure the loss: what ``generate`` and ``evaluate`` share."""
+"""Load a base with an adapter as it was trained, and measure the loss: what ``generate`` and ``evaluate`` share."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,106 +11,109 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.adapters.peft_format import load_adapter
+from lit_lora.adapters.trained_on import TrainedOn
 from lit_lora.causal_lm import choose_path, language_model_loss
 from lit_lora.config import QuantizationConfig
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.formats import Examples
 from lit_lora.data.packing import collate_packed
 from lit_lora.data.tokenize import encode_examples
-from lit_lora.models import load_base_model, load_tokenizer
-from lit_lora.tools.adapter_folder import base_of_adapter, default_quantization, warn_of_another_base
+from lit_lora.models import load_base_model, resolve_dtype
+from lit_lora.prediction import check_vocabulary
+from lit_lora.tools.adapter_folder import (
+    Base,
+    base_of_adapter,
+    check_base,
+    default_quantization,
+    folder_record,
+    local_folder,
+)
+from lit_lora.tools.adapter_tokenizer import tokenizer_for
+
+
+class Loaded(NamedTuple):
+    """A model to run."""
+
+    model: PreTrainedModel
+    """In evaluation mode, with the adapter."""
+    tokenizer: PreTrainedTokenizerBase
+    """The adapter's; without an adapter, the base's."""
+    trained_on: TrainedOn
+    """What the adapter was trained with."""
 
 
 def load_for_inference(
     base: str | None,
     adapter: str | None,
     *,
+    revision: str | None = None,
     quantization: QuantizationConfig | None = None,
     full_precision: bool = False,
-    dtype: str = "auto",
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+    other_base: bool = False,
     trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> Loaded:
     """Load a base model, put an adapter on it if one is given, and load the tokenizer.
+
+    What is None is taken as the adapter was trained, where it says so.
 
     Args:
         base: as in ``--model.base``; None for the base that the adapter names.
-        adapter: folder in PEFT's format.
-        quantization: how to quantize the base; None for as the adapter was trained.
+        adapter: folder in PEFT's format, or an id on the Hub.
+        revision: of the base on the Hub.
+        quantization: how to quantize the base.
         full_precision: leave the base unquantized whatever the adapter was trained on.
         dtype: of the base's weights.
-        trust_remote_code: run code that comes with the base.
+        tokenizer: name or folder.
+        other_base: whether the base may have other weights than the one that the adapter was trained on.
+        trust_remote_code: run code that comes with the base or the tokenizer.
 
     Raises:
-        ValueError: if neither tells the base, or the adapter's files cannot be read.
+        ValueError: if neither tells the base, or the adapter's files cannot be read or do not belong together.
         FileNotFoundError: if the adapter folder has no ``adapter_config.json``.
     """
-    if base is None:
-        if adapter is None:
-            raise ValueError("which model? Give --base, or --adapter with a config that names its base")
-        base = base_of_adapter(adapter)
-    elif adapter is not None:
-        warn_of_another_base(adapter, base)
     if full_precision and quantization is not None:
         raise ValueError("full_precision and quantization exclude each other: give one of them")
-    if adapter is not None and quantization is None and not full_precision:
-        quantization, source = default_quantization(adapter, base)
-        if quantization is not None:
-            print(
-                f"the base is quantized to {quantization.bits} bits, as the adapter was trained ({source}); "
-                "--full_precision leaves it as it is",
-                file=sys.stderr,
-            )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, record = torch.device("cuda" if torch.cuda.is_available() else "cpu"), TrainedOn()
+    if adapter is None:
+        if base is None:
+            raise ValueError("which model? Give --base, or --adapter whose config names its base")
+        place = Base(base, revision)
+    else:
+        adapter = local_folder(adapter)
+        place, record = base_of_adapter(adapter, base, revision), folder_record(adapter)
+        if quantization is None and not full_precision:
+            quantization, source = default_quantization(adapter, place)
+            if quantization is not None:
+                print(
+                    f"the base is quantized to {quantization.bits} bits, as the adapter was trained ({source}); "
+                    "--full_precision leaves it as it is",
+                    file=sys.stderr,
+                )
+    dtype = dtype or trained_dtype(record, device)
+    chosen = tokenizer_for(place, adapter, record, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     model = load_base_model(
-        base, dtype=dtype, quantization=quantization, device=device, trust_remote_code=trust_remote_code
+        place.name,
+        dtype=dtype,
+        quantization=quantization,
+        device=device,
+        revision=place.revision,
+        trust_remote_code=trust_remote_code,
     )
     if adapter is not None:
+        check_base(adapter, record, model, place, other_base=other_base)
         load_adapter(model, adapter)
-    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    return model.eval(), tokenizer
+    return Loaded(model.eval(), chosen, record)
 
 
-@torch.no_grad()
-def generate_all(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 16,
-    progress: Callable[[int], None] | None = None,
-) -> list[str]:
-    """Greedy completions, in the order of the prompts.
-
-    Args:
-        model: in evaluation mode.
-        tokenizer: decodes; special tokens are left out.
-        prompts: token ids of each prompt.
-        max_new_tokens: longest completion.
-        batch_size: prompts at a time; those of similar length go together, padded on the left.
-        progress: called with the number of prompts that are done.
-    """
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    completions = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        longest = max(len(prompts[index]) for index in indices)
-        ids = torch.full((len(indices), longest), pad_id, device=model.device)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(indices):
-            length = len(prompts[index])
-            ids[row, longest - length :] = torch.tensor(prompts[index])
-            mask[row, longest - length :] = 1
-        output = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id
-        )
-        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-        for index, text in zip(indices, texts, strict=True):
-            completions[index] = text
-        if progress is not None:
-            progress(start + len(indices))
-    return completions
+def trained_dtype(record: TrainedOn, device: torch.device) -> str:
+    """dtype of the base's weights as in training, said where it is not what this device would take; else "auto"."""
+    if record.dtype is None:
+        return "auto"
+    if resolve_dtype(record.dtype, device) != resolve_dtype("auto", device):
+        print(f"the base is in {record.dtype}, as the adapter was trained; --dtype auto changes it", file=sys.stderr)
+    return record.dtype
 
 
 @torch.no_grad()
@@ -121,6 +123,7 @@ def mean_loss(
     examples: Examples,
     *,
     max_length: int,
+    train_on_prompt: bool = False,
     batch_size: int = 16,
 ) -> float:
     """Mean negative log-likelihood of the target tokens of all examples, in nats; as validation measures it.
@@ -130,12 +133,15 @@ def mean_loss(
         tokenizer: the model's.
         examples: conversations and texts.
         max_length: tokens of an example, the rest is cut off.
+        train_on_prompt: count the tokens of prompts too.
         batch_size: examples at a time.
 
     Raises:
-        ValueError: if no target is left within ``max_length``.
+        ValueError: if no target is left within ``max_length``, or the model does not know a token.
     """
-    encoded = encode_examples(tokenizer, examples.items, examples.problems, max_length=max_length)
+    encoded = encode_examples(
+        tokenizer, examples.items, examples.problems, max_length=max_length, train_on_prompt=train_on_prompt
+    )
     tokenized = [
         TokenizedExample(index, np.array(example.ids, np.int32), np.array(example.mask, np.bool_))
         for index, example in enumerate(encoded)
@@ -143,6 +149,7 @@ def mean_loss(
     ]
     if not tokenized:
         raise ValueError(f"none of the {len(encoded)} examples has a target token among its first {max_length}")
+    check_vocabulary(model, [example.ids for example in encoded])
     path = choose_path(model)
     nll_sum, num_targets = 0.0, 0
     for start in range(0, len(tokenized), batch_size):

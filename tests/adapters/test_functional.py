@@ -232,7 +232,7 @@ def test_an_eval_forward_does_not_repack_4_bit_weights():
     with torch.no_grad():
         layer(torch.randn(3, 64))
     assert torch.equal(layer.base_layer.weight.data, codes)
-    assert not layer.base_layer.support_avx512bf16_for_cpu
+    assert not getattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu", False)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lit_lora import LoRAConfig
 from lit_lora.adapters.inject import inject_lora
 from lit_lora.callbacks import ConvergenceAssertion, HFAdapterExport
+from lit_lora.data.byte_tokenizer import byte_tokenizer
 
 # PEFT asks transformers by a name that transformers 5 deprecates, and the Hub for a base that has no id.
 pytestmark = [
@@ -104,6 +105,29 @@ def test_last_and_best_load_in_peft(make_trainer, tmp_path, make_model):
         torch.testing.assert_close(in_peft(tmp_path / folder)(TOKENS).logits, at_step[step])
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+class Counting(pl.LightningDataModule):
+    """Someone's own datamodule, with a tokenizer and a description of its own."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def train_dataloader(self):
+        return DataLoader([TOKENS] * 6, batch_size=None)
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), "a name", None], ids=["tokenizer", "name", "none"])
+@pytest.mark.parametrize("make_model", [with_lit_lora, with_peft])
+def test_the_tokenizer_of_the_datamodule_lies_beside_the_adapter(make_trainer, tmp_path, make_model, tokenizer):
+    trainer = make_trainer(HFAdapterExport(monitor=None, base_model_name="someone/tiny"), max_steps=1)
+    trainer.fit(Foreign(make_model()), datamodule=Counting(tokenizer))
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    saved = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"} | (
+        saved if hasattr(tokenizer, "save_pretrained") else set()
+    )
 
 
 @pytest.mark.parametrize("make_model", [with_lit_lora, with_peft])

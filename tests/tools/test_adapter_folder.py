@@ -18,7 +18,7 @@ from lit_lora.__main__ import main
 from lit_lora.adapters import base_weight
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.data.byte_tokenizer import byte_tokenizer
-from lit_lora.tools.adapter_folder import trained_on
+from lit_lora.tools.adapter_folder import trained_quantization
 from lit_lora.tools.export import export
 from lit_lora.tools.inference import load_for_inference
 from lit_lora.tools.merge import merge
@@ -55,9 +55,9 @@ def adapter(base, tmp_path):
 def test_an_adapter_says_how_its_base_was_quantized_whatever_the_run_folder_says(quantization, base, tmp_path):
     adapter = _make_adapter(base, tmp_path / "run" / "adapter", quantization)
     (tmp_path / "run" / "config.yaml").write_text("model: {quantization: {bits: 4, quant_type: fp4}}\n")
-    assert trained_on(adapter).quantization == quantization
+    assert trained_quantization(adapter).quantization == quantization
     export(adapter, str(tmp_path / "exported"))
-    assert trained_on(str(tmp_path / "exported")).quantization == quantization
+    assert trained_quantization(str(tmp_path / "exported")).quantization == quantization
     with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
@@ -76,13 +76,13 @@ def test_merge_takes_the_base_as_trained_after_the_config_was_replaced(base, tmp
 
 def test_an_adapter_without_a_note_is_taken_as_its_run_says_and_exported_with_it(adapter, tmp_path):
     _without_metadata(adapter)
-    assert trained_on(adapter) == (None, "")
+    assert trained_quantization(adapter) == (None, "")
     export(adapter, str(tmp_path / "unknown"))
-    assert trained_on(str(tmp_path / "unknown")) == (None, "")
+    assert trained_quantization(str(tmp_path / "unknown")) == (None, "")
     (tmp_path / "run" / "config.yaml").write_text(json.dumps({"model": {"quantization": asdict(NF4_32)}}))
-    assert trained_on(adapter).quantization == NF4_32
+    assert trained_quantization(adapter).quantization == NF4_32
     export(adapter, str(tmp_path / "exported"))
-    assert trained_on(str(tmp_path / "exported")).quantization == NF4_32
+    assert trained_quantization(str(tmp_path / "exported")).quantization == NF4_32
 
 
 def _without_metadata(adapter: str) -> None:
@@ -98,7 +98,7 @@ def _without_metadata(adapter: str) -> None:
 )
 def test_inference_quantizes_the_base_as_in_training_unless_told(options, quantized, base, tmp_path, capsys):
     adapter = _make_adapter(base, tmp_path / "adapter", NF4_32)
-    model, _ = load_for_inference(None, adapter, **options)
+    model, _, _ = load_for_inference(None, adapter, **options)
     layer = dict(lora_layers(model))["model.layers.0.self_attn.q_proj"].base_layer
     assert base_weight.is_quantized(layer) is quantized
     assert ("quantized to 4 bits, as the adapter was trained" in capsys.readouterr().err) is (not options)
@@ -193,7 +193,7 @@ def test_a_broken_config_beside_an_adapter_is_named_and_has_a_way_round(content,
         assert str(path) in message
         assert expected in message
         assert "--quantization.bits 4" in message
-    assert trained_on(str(Path(adapter).rename(tmp_path / "away"))) == (None, "")
+    assert trained_quantization(str(Path(adapter).rename(tmp_path / "away"))) == (None, "")
 
 
 @pytest.mark.parametrize("note", ["{", '{"bitz": 4}', "3"])

@@ -22,7 +22,7 @@ from lit_lora import (
 from lit_lora.adapters import base_weight
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.adapters.merge import merge_lora
-from lit_lora.adapters.trained_on import forget_note
+from lit_lora.adapters.trained_on import forget
 from lit_lora.data.byte_tokenizer import byte_tokenizer
 from lit_lora.tools.export import export
 from lit_lora.tools.merge import merge
@@ -49,7 +49,7 @@ def adapter(base: str, tmp_path: Path) -> str:
     inject_lora(model, LoRAConfig(r=4, rank_pattern={"q_proj": 2}, use_rslora=True, init_lora_weights=False))
     for _, layer in lora_layers(model):
         layer.factors()[1].data.mul_(0.3)
-    forget_note(model)
+    forget(model)
     save_adapter(model, folder)
     (tmp_path / "run" / "config.yaml").write_text("model: {quantization: {bits: 4}}\n")
     return str(folder)
