@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.enums import StrEnum
 
 from lit_lora.atomic import atomic_write, make_folder
 from lit_lora.callbacks import (
@@ -45,7 +46,7 @@ from lit_lora.module import LoRALightningModule
 from lit_lora.outcome import Outcome, read_outcome
 from lit_lora.run_folder import CONFIG_NAME, RunFolder, find_checkpoint, new_run_folder, resumed_run_folder, run_folders
 from lit_lora.run_record import PredictionWriter, RunRecord
-from lit_lora.trainer_settings import check_trainer
+from lit_lora.trainer_settings import check_trainer, missing_end
 
 RUN_FOLDER_VARIABLE = "LIT_LORA_RUN_FOLDER"
 """Tells the processes that a distributed run starts which folder the first one chose."""
@@ -167,7 +168,10 @@ class LoRACLI(LightningCLI):
         for key in ("train", "validation", "test"):
             if config.data.get(key):
                 config.data[key] = _shipped(config.data[key]) or config.data[key]
-        if found := problems_of(config, parser, sys.argv[1:], PARTS):
+        found = problems_of(config, parser, sys.argv[1:], PARTS)
+        if not found and self.config["subcommand"] == "fit":
+            found = missing_end(**config.trainer)
+        if found:
             raise ValueError("\n  ".join([f"{len(found)} problems:", *found] if found[1:] else found))
         if config.get("ckpt_path") and Path(config.ckpt_path).is_file():
             read_checkpoint(config.ckpt_path)  # before Lightning reads settings from it, with whatever error it meets
@@ -228,7 +232,10 @@ class LoRACLI(LightningCLI):
             extra += [self.record, ConfigWriter(self._write_config)]
         if self.subcommand == "predict":
             extra.append(PredictionWriter())
-        trainer["callbacks"] = [*(trainer.get("callbacks") or []), *extra]
+        given = trainer.get("callbacks") or []
+        trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), *extra]
+        if trainer.get("enable_checkpointing") is False:
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -348,6 +355,10 @@ def _suggestion(message: str, parser: LightningArgumentParser) -> str:
 
 
 CALLBACK_NAMES = [callback.__name__ for callback in CALLBACKS.values()]
+
+
+# For `lightning.pytorch.callbacks.Timer`, whose default is one: YAML has no text for an enumeration, be it of strings.
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
 
 
 def _refuse_older(checkpoint: Path, folder: Path, max_steps: int) -> None:

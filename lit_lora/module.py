@@ -10,6 +10,7 @@ number of micro-batches instead; :meth:`optimizer_step` puts that right before a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_lora import causal_lm, compilation, liger_kernels, optimization, training_state
+from lit_lora import causal_lm, compilation, hyperparameters, liger_kernels, training_state
 from lit_lora.activation_budget import ActivationBudget
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import InjectionReport, inject_lora
@@ -34,9 +35,12 @@ from lit_lora.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.metrics import TrainingMetrics
 from lit_lora.models import load_base_model
+from lit_lora.optimization import Optimization
+from lit_lora.optimizer_trial import EVALUATED_AGAIN
 from lit_lora.prediction import answer
 from lit_lora.step_metrics import EvaluationMeans, LossOutput, StepRecorder
-from lit_lora.trainer_settings import refuse_sharding
+from lit_lora.trainer_settings import check_built
+from lit_lora.training_point import TrainingPoint
 
 __all__ = ["LoRALightningModule", "LossOutput"]
 
@@ -155,6 +159,7 @@ class LoRALightningModule(L.LightningModule):
         self._recorder = StepRecorder()
         self._resume_state: dict[str, Any] | None = None
         self._means = EvaluationMeans()
+        self._point = TrainingPoint()
         self._activation_budget: ActivationBudget | None = None
         self._compile_clock: compilation.CompileClock | None = None
 
@@ -182,14 +187,24 @@ class LoRALightningModule(L.LightningModule):
         nll_sum, num_correct = causal_lm.language_model_loss(self.model, batch, self.path, accuracy=accuracy)  # type: ignore[arg-type]
         return LossOutput(nll_sum, batch["target_ids"].numel(), num_correct, batch.get("num_tokens"))
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Refuse a Trainer, optimizer or schedule that no run can go well with: nothing is loaded yet.
+
+        Raises:
+            ValueError: naming the setting, and what to set instead.
+        """
+        check_built(self.trainer)
+        own = type(self).configure_optimizers is LoRALightningModule.configure_optimizers
+        return self._optimization.try_out(self.trainer) if own and self.trainer.state.fn == "fit" else []
+
     def configure_model(self) -> None:
         """Load the base, inject the adapters, freeze everything else. Does nothing the second time.
 
         Raises:
-            ValueError: if the Trainer's strategy splits the model over processes.
+            ValueError: for a Trainer that no run can go well with.
         """
         if self._trainer is not None:
-            refuse_sharding(type(self._trainer.strategy).__name__)
+            check_built(self._trainer)
         if self.model is not None:
             return
         if self.compile_layers:
@@ -241,16 +256,25 @@ class LoRALightningModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Adapter parameters and a schedule that steps with the optimizer."""
-        return optimization.configure(
-            self.trainer, list(self.trainable_parameters().values()),
-            optimizer=self.optimizer_callable, learning_rate=self.learning_rate, weight_decay=self.weight_decay,
-            lr_scheduler=self.lr_scheduler_callable, lr_schedule=self.lr_schedule, warmup_ratio=self.warmup_ratio,
+        return self._optimization.configure(self.trainer, list(self.trainable_parameters().values()))
+
+    @property
+    def _optimization(self) -> Optimization:
+        return Optimization(
+            self.optimizer_callable, self.learning_rate, self.weight_decay,
+            self.lr_scheduler_callable, self.lr_schedule, self.warmup_ratio,
         )  # fmt: skip
+
+    def on_fit_start(self) -> None:
+        """Give the settings of the run to the loggers."""
+        if self.trainer.enable_autolog_hparams:
+            hyperparameters.log(self.trainer, self._settings())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, up to a constant factor; see :meth:`optimizer_step`."""
         if self._activation_budget is not None:
             self._activation_budget.prepare(batch["input_ids"].numel())
+        self._point.enter()
         output = self.compute_loss(batch)
         self._recorder.window.add(output)
         return output.loss_sum / _LOSS_DIVISOR
@@ -262,14 +286,22 @@ class LoRALightningModule(L.LightningModule):
         for the constant C, N micro-batches and W ranks, so it is multiplied by ``C * N * W / supervised tokens``.
         That happens before callbacks see, clip or log gradients, and before a loss scaler unscales them.
         """
+        evaluations = itertools.count()
 
         def closure() -> Any:
+            if next(evaluations):
+                raise RuntimeError(EVALUATED_AGAIN.format(type(self.trainer.optimizers[0]).__name__, "again"))
             loss = optimizer_closure()
             self._normalise_gradients()
             return loss
 
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        with self._point.held():
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
         self._finish_step(optimizer)
+
+    def on_after_backward(self) -> None:
+        """Leave the training point, between the micro-batches of a step too: whatever comes may evaluate or save."""
+        self._point.leave()
 
     def _normalise_gradients(self) -> None:
         totals = self._recorder.reduce(self.device, self._sum_over_ranks)
@@ -374,9 +406,12 @@ class LoRALightningModule(L.LightningModule):
         Raises:
             RuntimeError: in the middle of a batch, where there is no state to continue from.
         """
+        if self.model is None:  # a run that was refused, by a callback that saves on exceptions: let it be heard
+            return
         checkpoint[training_state.KEY] = training_state.collect(
             self.trainer, self._identity, self._settings(), self._recorder, self.trainable_parameters()
         )
+        checkpoint[training_state.KEY]["training_point"] = self._point.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint belongs to this base and these adapters; keep the rest for the start of training.
@@ -393,8 +428,10 @@ class LoRALightningModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Continue a resumed run where it was: random state, and the gradients of an unfinished window."""
         self._recorder.start_clock()
+        self._point = TrainingPoint(self.trainer.optimizers, self.trainable_parameters())
         state, self._resume_state = self._resume_state, None
         if state is not None:
+            self._point.load_state_dict(state.get("training_point", {}))
             training_state.restore(state, self.trainer, self._recorder.window, self.trainable_parameters())
 
     @property

@@ -53,7 +53,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "activation_budget": {"activation_checkpointing", "amounts", "causal_lm", "storage_tracker"},
     "compilation": {"activation_checkpointing", "adapters"},
     "liger_kernels": set(),
-    "optimization": {"schedule"},
+    "training_point": set(),
+    "optimizer_trial": {"training_point"},
+    "optimization": {"schedule", "optimizer_trial", "training_point"},
+    "hyperparameters": set(),
     "step_metrics": set(),
     "prediction": set(),
     "frozen_statistics": set(),
@@ -61,8 +64,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training_state": {"checkpoint", "step_metrics", "data.resume"},
     "module": {
         "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "activation_checkpointing",
-        "compilation", "liger_kernels", "optimization", "trainer_settings", "step_metrics", "training_state",
-        "prediction", "frozen_statistics", "activation_budget", "amounts", "gated_mlp",
+        "compilation", "liger_kernels", "optimization", "optimizer_trial", "training_point", "hyperparameters",
+        "trainer_settings", "step_metrics", "training_state", "prediction", "frozen_statistics", "activation_budget",
+        "amounts", "gated_mlp",
     },
     "callbacks": {"adapters", "checkpoint"},
     "tools": {

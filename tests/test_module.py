@@ -11,7 +11,6 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -29,7 +28,6 @@ from lit_lora.checkpoint import AtomicCheckpointIO, DamagedCheckpointError, read
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.module import LossOutput
-from lit_lora.trainer_settings import refuse_sharding
 from tests.tiny import SIZES, config, examples
 
 LENGTHS = (7, 12, 5, 9, 14, 6, 8, 11)
@@ -365,24 +363,6 @@ def test_a_vision_model_is_fine_tuned_through_two_hooks(tmp_path):
 def test_settings_are_checked_when_they_are_made(options, message):
     with pytest.raises(ValueError, match=message):
         LoRALightningModule("base", **options)
-
-
-def test_a_strategy_that_splits_the_model_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    module = LoRALightningModule("random:nothing-of-that-name")
-    try:
-        with pytest.raises(ValueError, match=r"'ModelParallelStrategy' splits the model .* Use 'ddp'"):
-            _trainer(tmp_path, strategy=ModelParallelStrategy(), devices=1).fit(module, [None], [None])
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    "strategy", ["fsdp", "FSDPStrategy", "deepspeed_stage_2", "lightning.pytorch.strategies.FSDPStrategy"]
-)
-def test_every_kind_of_sharding_is_refused(strategy):
-    with pytest.raises(ValueError, match="splits the model"):
-        refuse_sharding(strategy)
 
 
 def test_own_optimizer_and_schedule_are_used(base, tmp_path):

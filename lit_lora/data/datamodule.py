@@ -168,6 +168,19 @@ class SFTDataModule(pl.LightningDataModule):
             self._tokenizer = load_tokenizer(name, trust_remote_code=self.trust_remote_code)
         return self._tokenizer
 
+    def settings(self) -> dict[str, Any]:
+        """What it was built with, for loggers."""
+        tokenizer = self._tokenizer
+        return {
+            "train": self.train_source,
+            "validation": self.validation_source,
+            "validation_fraction": self.validation_fraction,
+            "test": self.test_source,
+            "tokenizer": tokenizer if isinstance(tokenizer, str | None) else tokenizer.name_or_path or str(tokenizer),
+            **asdict(self.source_settings),
+            **asdict(self.batch_settings),
+        }
+
     def prepare_data(self) -> None:
         """Tokenize every source into the cache, on one process a machine; other runs may be writing there, too."""
         remove_partial_files(self.cache_dir, older_than_s=ABANDONED_S)
