@@ -47,6 +47,7 @@ def test_every_callback_that_is_refused_is_tried():
         assert any(issubclass(one, kind) for one in tried), kind
 
 
+@pytest.mark.filterwarnings("ignore:.*was called without a model")  # from the one that saves on exceptions
 @pytest.mark.parametrize(("message", "options"), BUILT)
 def test_a_trainer_of_ones_own_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, message, options):
     module = LoRALightningModule("random:nothing-of-that-name")
