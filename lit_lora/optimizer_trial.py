@@ -7,6 +7,7 @@ evaluation) it says only when asked. A step here takes milliseconds; in the run 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -57,7 +58,7 @@ def build(setting: str, make: Callable[[Any], Built], argument: Any) -> Built:
 
 
 def check(optimizer: Optimizer, *, accumulates: bool, gives_closure: bool) -> None:
-    """Take two steps, and refuse an optimizer that a run could not be right with.
+    """Take a few steps, and refuse an optimizer that a run could not be right with.
 
     Args:
         optimizer: of :func:`parameters`.
@@ -88,16 +89,18 @@ def check(optimizer: Optimizer, *, accumulates: bool, gives_closure: bool) -> No
         return loss
 
     point = TrainingPoint([optimizer], {str(number): p for number, p in enumerate(held)})
-    for _ in range(2):  # what moves parameters before it evaluates them has nowhere to go in the first step
+    for _ in range(3):  # what moves parameters before it evaluates them has nowhere to move to in the first two
         point.enter()
         before = [p.detach().clone() for p in held]
         evaluated_at.clear()
         try:
-            if gives_closure:
-                optimizer.step(closure)  # type: ignore[arg-type]
-            else:
-                closure()
-                optimizer.step()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it will say so again
+                if gives_closure:
+                    optimizer.step(closure)  # type: ignore[arg-type]
+                else:
+                    closure()
+                    optimizer.step()
         except Exception as error:  # other people's code
             raise ValueError(f"{name} cannot train adapters here: {type(error).__name__}: {error}") from error
         point.leave()
