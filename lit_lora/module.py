@@ -39,11 +39,12 @@ from lit_lora.optimization import Optimization
 from lit_lora.optimizer_trial import EVALUATED_AGAIN
 from lit_lora.prediction import answer
 from lit_lora.step_metrics import EvaluationMeans, LossOutput, StepRecorder
-from lit_lora.trainer_settings import check_built
+from lit_lora.trainer_settings import check_built, check_monitors
 from lit_lora.training_point import TrainingPoint
 
 __all__ = ["LoRALightningModule", "LossOutput"]
 
+LOGGED = ("train_loss", "val_loss", "val_perplexity", "val_token_accuracy")
 _LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
 _PLAIN_SETTINGS = (
     "base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule", "warmup_ratio",
@@ -196,6 +197,15 @@ class LoRALightningModule(L.LightningModule):
         check_built(self.trainer)
         own = type(self).configure_optimizers is LoRALightningModule.configure_optimizers
         return self._optimization.try_out(self.trainer) if own and self.trainer.state.fn == "fit" else []
+
+    def setup(self, stage: str) -> None:
+        """Check what callbacks wait for: the data is there, and nothing else is loaded yet.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+        """
+        if stage == "fit" and type(self) is LoRALightningModule:  # others may log more
+            check_monitors(self.trainer, LOGGED)
 
     def configure_model(self) -> None:
         """Load the base, inject the adapters, freeze everything else. Does nothing the second time.

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jsonargparse import Namespace
@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
     DeviceStatsMonitor,
+    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
@@ -156,6 +157,14 @@ def check_trainer(
         raise ValueError(f"gradient_clip_val must be at least 0 and finite, got {gradient_clip_val}")
     if check_val_every_n_epoch is not None and check_val_every_n_epoch < 1:
         raise ValueError(f"check_val_every_n_epoch must be at least 1, got {check_val_every_n_epoch}")
+    if others.get("val_check_interval") == 0:
+        raise ValueError("val_check_interval must be at least 1 micro-batch, or a share of an epoch above 0")
+    for unit in ("steps", "epochs"):
+        least, most = others.get(f"min_{unit}"), others.get(f"max_{unit}")
+        if least is not None and most not in (None, -1) and least > most:
+            raise ValueError(f"min_{unit} {least} has no effect above max_{unit} {most}")
+    if others.get("gradient_clip_algorithm") is not None and not gradient_clip_val:
+        raise ValueError("gradient_clip_algorithm has no effect without gradient_clip_val")
     if log_every_n_steps is not None and log_every_n_steps < 0:
         raise ValueError(f"log_every_n_steps must not be negative, got {log_every_n_steps}")
     plain = {key: value for key, value in others.items() if isinstance(value, (str, int, float))}
@@ -191,6 +200,33 @@ def check_built(trainer: Trainer) -> None:
     for setting, found in problems.items():
         for problem in filter(None, found):
             raise ValueError(f"trainer.{setting}: {problem}")
+
+
+def check_monitors(trainer: Trainer, logged: Collection[str]) -> None:
+    """Check what callbacks wait for, once it is known whether there is validation data.
+
+    Args:
+        trainer: with its callbacks.
+        logged: what the module logs; a name with a slash is some callback's.
+
+    Raises:
+        ValueError: if a callback waits for a metric that nobody logs.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
+        if not isinstance(monitor, str) or "/" in monitor or monitor.startswith("lr-"):
+            continue
+        if monitor not in logged:
+            raise ValueError(f"{kind}: nothing logs its monitor {monitor!r}; set it to one of {', '.join(logged)}")
+        if (
+            isinstance(callback, (EarlyStopping, ModelCheckpoint))
+            and monitor.startswith("val_")
+            and not trainer.enable_validation
+        ):
+            raise ValueError(
+                f"{kind} waits for {monitor!r}, and there is no validation: set data.validation or "
+                "data.validation_fraction, or its monitor to train_loss"
+            )
 
 
 def missing_end(

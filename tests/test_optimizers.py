@@ -282,11 +282,11 @@ def test_counting_the_steps_of_the_epochs_loses_no_state_of_a_loader(base, tmp_p
     def loader():
         return Stateful(_tokenized(), batch_size=1, collate_fn=collate_packed)
 
-    trainer = _trainer(tmp_path, max_steps=3, max_epochs=2)
-    trainer.fit(_module(base), loader())
-    trainer.save_checkpoint(tmp_path / "middle.ckpt")
+    path = tmp_path / "middle.ckpt"
+    save = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda trainer, *_: trainer.save_checkpoint(path))
+    _trainer(tmp_path, max_steps=3, max_epochs=2, callbacks=save).fit(_module(base), loader())
     Stateful.loaded = None
-    _trainer(tmp_path, max_steps=-1, max_epochs=2).fit(_module(base), loader(), ckpt_path=tmp_path / "middle.ckpt")
+    _trainer(tmp_path, max_steps=-1, max_epochs=2).fit(_module(base), loader(), ckpt_path=path)
     assert Stateful.loaded is not None
 
 

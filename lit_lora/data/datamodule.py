@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.atomic import remove_partial_files
 from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, default_cache_dir, tokenizer_digest
+from lit_lora.data.limits import check_limits
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
 from lit_lora.data.resume import check_fingerprint, rank_batches_consumed
-from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, split_indices
+from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches, split_indices
 from lit_lora.data.sources import source_digest
 from lit_lora.data.summary import DataSummary, summarize
 from lit_lora.data.tokenize import format_prompt
@@ -213,6 +214,10 @@ class SFTDataModule(pl.LightningDataModule):
             self.summary = summarize(train, self.tokenizer, self.batch_settings, num_validation=num_validation)
             if self._rank == 0:
                 print(self.summary)
+            if self.trainer is not None:
+                check_limits(
+                    self.trainer, lambda: self._num_batches(train), lambda: self._num_batches(self.validation_data)
+                )
             if self.validation_data is None and self.trainer is not None:
                 # Lightning warns about an empty list of loaders; this is how a Trainer without validation is asked for.
                 self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
@@ -370,6 +375,10 @@ class SFTDataModule(pl.LightningDataModule):
             settings = self._settings_of(source)
             self._datasets[source] = tokenize_source(source, self.tokenizer, settings, cache_dir=self.cache_dir)
         return self._datasets[source]
+
+    def _num_batches(self, data: TokenizedDataset | None) -> int:
+        """Of this rank, in an epoch."""
+        return 0 if data is None else -(-len(plan_batches(data.lengths, self.batch_settings)) // self._world_size)
 
     def _evaluation_loader(self, data: TokenizedDataset) -> DataLoader:
         settings = replace(self.batch_settings, shuffle=False)
