@@ -3,14 +3,11 @@
 For a causal language model it is complete. For any other ``nn.Module`` override two hooks: :meth:`load_base` (which
 base) and :meth:`compute_loss` (which loss).
 
-The loss of an optimizer step is the sum over its supervised tokens divided by their number, over all micro-batches and
-all ranks, so that four batches of one equal one batch of four however long the examples are. Lightning divides by the
-number of micro-batches instead; :meth:`optimizer_step` puts that right before anyone reads the gradients.
+How a step's loss and gradients count tokens is its base class's matter: :mod:`lit_lora.token_loss`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -36,16 +33,14 @@ from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.metrics import TrainingMetrics
 from lit_lora.models import load_base_model
 from lit_lora.optimization import Optimization
-from lit_lora.optimizer_trial import EVALUATED_AGAIN
 from lit_lora.prediction import answer
-from lit_lora.step_metrics import EvaluationMeans, LossOutput, StepRecorder
+from lit_lora.step_metrics import LossOutput
+from lit_lora.token_loss import LOGGED, TokenLossModule
 from lit_lora.trainer_settings import check_built, check_monitors
 from lit_lora.training_point import TrainingPoint
 
 __all__ = ["LoRALightningModule", "LossOutput"]
 
-LOGGED = ("train_loss", "val_loss", "val_perplexity", "val_token_accuracy")
-_LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
 _PLAIN_SETTINGS = (
     "base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule", "warmup_ratio",
     "packing", "shared_prefix", "chunked_loss", "fused_lora", "recompute_mlp", "compile_layers", "liger",
@@ -53,7 +48,7 @@ _PLAIN_SETTINGS = (
 )  # fmt: skip
 
 
-class LoRALightningModule(L.LightningModule):
+class LoRALightningModule(TokenLossModule):
     """LoRA or QLoRA fine-tuning of a frozen base model."""
 
     def __init__(
@@ -157,10 +152,7 @@ class LoRALightningModule(L.LightningModule):
         self.model: nn.Module | None = None
         self.injection_report: InjectionReport | None = None
         self.path: causal_lm.Path | None = None
-        self._recorder = StepRecorder()
         self._resume_state: dict[str, Any] | None = None
-        self._means = EvaluationMeans()
-        self._point = TrainingPoint()
         self._activation_budget: ActivationBudget | None = None
         self._compile_clock: compilation.CompileClock | None = None
 
@@ -281,114 +273,18 @@ class LoRALightningModule(L.LightningModule):
             hyperparameters.log(self.trainer, self._settings())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch, up to a constant factor; see :meth:`optimizer_step`."""
+        """Loss of one micro-batch, up to a constant factor."""
         if self._activation_budget is not None:
             self._activation_budget.prepare(batch["input_ids"].numel())
-        self._point.enter()
-        output = self.compute_loss(batch)
-        self._recorder.window.add(output)
-        return output.loss_sum / _LOSS_DIVISOR
+        return super().training_step(batch, batch_idx)
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """One optimizer step on gradients that are normalised by the supervised tokens of the whole step.
-
-        After the closure's backward pass a gradient is ``sum over micro-batches and ranks of nll_sum / (C * N * W)``
-        for the constant C, N micro-batches and W ranks, so it is multiplied by ``C * N * W / supervised tokens``.
-        That happens before callbacks see, clip or log gradients, and before a loss scaler unscales them.
-        """
-        evaluations = itertools.count()
-
-        def closure() -> Any:
-            if next(evaluations):
-                raise RuntimeError(EVALUATED_AGAIN.format(type(self.trainer.optimizers[0]).__name__, "again"))
-            loss = optimizer_closure()
-            self._normalise_gradients()
-            return loss
-
-        with self._point.held():
-            super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        self._finish_step(optimizer)
-
-    def on_after_backward(self) -> None:
-        """Leave the training point, between the micro-batches of a step too: whatever comes may evaluate or save."""
-        self._point.leave()
-
-    def _normalise_gradients(self) -> None:
-        totals = self._recorder.reduce(self.device, self._sum_over_ranks)
-        factor = _LOSS_DIVISOR * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        gradients = [p.grad for p in self.trainable_parameters().values() if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, (factor / totals[1].clamp(min=1)).to(gradients[0].dtype))
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return torch.as_tensor(self.trainer.strategy.reduce(values, reduce_op="sum"))
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Take the norms of the unclipped gradients and of the parameters, and log the step's loss."""
-        parameters = list(self.trainable_parameters().values())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        self._recorder.measure(gradients, [p.detach() for p in parameters], self.device)
-        self.log("train_loss", self._recorder.loss, prog_bar=True, rank_zero_only=True)
-        # 0 where callbacks have dropped the gradients, as of a step that is not finite: nothing was learned from it.
-        self.log("train_targets", self._recorder.num_targets * bool(gradients), rank_zero_only=True)
-
-    def _finish_step(self, optimizer: Any) -> None:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        self._recorder.finish(
-            step=self.trainer.global_step + 1,
-            loss_scale=scaler.get_scale() if scaler is not None else 1.0,
-            learning_rate=optimizer.param_groups[0]["lr"],
-        )
+    def finish_step(self, optimizer: Any) -> None:
+        """Record the step, and what compilation took of it."""
+        super().finish_step(optimizer)
         if self._compile_clock is not None:
             self._compile_clock.report()
-        # Reading a value makes the host wait for a CUDA device, so there it is done on logging steps only.
-        if self.device.type == "cpu" or self._recorder.num_pending >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            self.flush_metrics()
 
-    @property
-    def training_metrics(self) -> TrainingMetrics:
-        """The record of the run up to the last :meth:`flush_metrics`."""
-        return self._recorder.metrics
-
-    def flush_metrics(self) -> TrainingMetrics:
-        """Bring ``training_metrics`` up to the last step, and return it. Waits for the device."""
-        return self._recorder.flush()
-
-    # ------------------------------------------------------------------ validation, test, prediction
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a batch to the means of loss and accuracy."""
-        self._means.add(self.compute_loss(batch, accuracy=True))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a batch to the means of loss and accuracy."""
-        self._means.add(self.compute_loss(batch, accuracy=True))
-
-    def on_validation_epoch_start(self) -> None:
-        """Start new means."""
-        self._means = EvaluationMeans().to(self.device)
-
-    def on_test_epoch_start(self) -> None:
-        """Start new means."""
-        self._means = EvaluationMeans().to(self.device)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val_loss`` (nats per token), ``val_perplexity`` and ``val_token_accuracy``."""
-        results = self._finish_evaluation("val")
-        at_start = self.trainer.num_sanity_val_steps == math.inf and self.trainer.global_step == 0
-        whole = not self.trainer.sanity_checking or at_start
-        if whole and results:
-            self.flush_metrics().validation.append({"step": self.trainer.global_step, **results})
-        self._recorder.start_clock()
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test_loss``, ``test_perplexity`` and ``test_token_accuracy``."""
-        self._finish_evaluation("test")
-
-    def _finish_evaluation(self, prefix: str) -> dict[str, float]:
-        results = self._means.results(prefix)
-        self.log_dict(results, prog_bar=True, rank_zero_only=True)
-        return {name: value.item() for name, value in results.items()}
+    # ------------------------------------------------------------------ prediction
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """A list of one generation: see :func:`lit_lora.prediction.answer`."""

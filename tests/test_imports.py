@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optimizer_trial": {"training_point"},
     "optimization": {"schedule", "optimizer_trial", "training_point"},
     "hyperparameters": set(),
+    "token_loss": {"optimizer_trial", "training_point", "step_metrics"},
     "step_metrics": set(),
     "prediction": set(),
     "frozen_statistics": set(),
@@ -64,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training_state": {"checkpoint", "step_metrics", "data.resume"},
     "module": {
         "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "activation_checkpointing",
-        "compilation", "liger_kernels", "optimization", "optimizer_trial", "training_point", "hyperparameters",
+        "compilation", "liger_kernels", "optimization", "token_loss", "training_point", "hyperparameters",
         "trainer_settings", "step_metrics", "training_state", "prediction", "frozen_statistics", "activation_budget",
         "amounts", "gated_mlp",
     },

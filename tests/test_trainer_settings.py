@@ -3,6 +3,8 @@ own, by a line that names the setting."""
 
 from __future__ import annotations
 
+import json
+
 import lightning as L
 import pytest
 import torch
@@ -10,7 +12,8 @@ from jsonargparse import Namespace
 from lightning.pytorch import callbacks, plugins
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lit_lora import LoRALightningModule
+from lit_lora import LoRALightningModule, SFTDataModule
+from lit_lora.callbacks import TrainingCheckpoint
 from lit_lora.trainer_settings import CALLBACKS, check_trainer, missing_end
 
 
@@ -47,7 +50,7 @@ def test_every_callback_that_is_refused_is_tried():
         assert any(issubclass(one, kind) for one in tried), kind
 
 
-@pytest.mark.filterwarnings("ignore:.*was called without a model")  # from the one that saves on exceptions
+@pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=")  # from the one that saves on exceptions
 @pytest.mark.parametrize(("message", "options"), BUILT)
 def test_a_trainer_of_ones_own_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, message, options):
     module = LoRALightningModule("random:nothing-of-that-name")
@@ -91,6 +94,10 @@ def test_a_trainer_of_ones_own_is_refused_before_anything_is_loaded(tmp_path, mo
             "DeviceStatsMonitor writes to a logger",
         ),
         ({"barebones": True}, "trainer.num_sanity_val_steps"),
+        ({"val_check_interval": 0}, "val_check_interval must be at least 1"),
+        ({"min_steps": 5, "max_steps": 4}, "min_steps 5 has no effect above max_steps 4"),
+        ({"min_epochs": 5, "max_epochs": 4}, "min_epochs 5 has no effect above max_epochs 4"),
+        ({"gradient_clip_algorithm": "value"}, "gradient_clip_algorithm has no effect without gradient_clip_val"),
     ],
 )
 def test_settings_are_refused_before_a_trainer_is_built(options, message):
@@ -102,6 +109,51 @@ def test_settings_are_refused_before_a_trainer_is_built(options, message):
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true", "single_device"])
 def test_what_works_is_not_refused(precision, strategy):
     check_trainer(precision=precision, strategy=strategy)
+
+
+LATE = [
+    ("trainer.val_check_interval 7 is more than the 6 micro-batches", {"val_check_interval": 7}, {}),
+    ("trainer.val_check_interval 4 is more than the 3", {"val_check_interval": 4, "limit_train_batches": 3}, {}),
+    ("trainer.limit_train_batches .* 0.1 of 6 micro-batches is none", {"limit_train_batches": 0.1}, {}),
+    ("trainer.limit_val_batches .* 0.1 of 2 micro-batches is none", {"limit_val_batches": 0.1}, {}),
+    ("trainer.limit_train_batches .* 0.1 of 6 .* 0.167 or more", {"overfit_batches": 0.1}, {}),
+    ("EarlyStopping: nothing logs its monitor 'val_acc'", {"callbacks": callbacks.EarlyStopping("val_acc")}, {}),
+    ("TrainingCheckpoint: nothing logs", {"callbacks": TrainingCheckpoint(monitor="loss")}, {}),
+    (
+        "ModelCheckpoint waits for 'val_loss', and there is no validation: set data.validation",
+        {"callbacks": callbacks.ModelCheckpoint(monitor="val_loss")},
+        {"validation_fraction": 0},
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "options", "data"), LATE)
+def test_what_only_the_data_can_show_is_refused_before_the_model_is_loaded(tmp_path, message, options, data):
+    rows = [{"prompt": f"say {i}", "completion": "it"} for i in range(16)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"tokenizer": "bytes", "batch_size": 2, "cache_dir": tmp_path / "cache", "validation_fraction": 0.25}
+    loaded = SFTDataModule(str(tmp_path / "train.jsonl"), **{**settings, **data})
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, default_root_dir=tmp_path, logger=False, enable_progress_bar=False, **options
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(LoRALightningModule("random:nothing-of-that-name"), datamodule=loaded)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"val_check_interval": 6},
+        {"val_check_interval": 7, "check_val_every_n_epoch": None},
+        {"val_check_interval": 7, "limit_val_batches": 0},
+        {"limit_train_batches": 0.2, "limit_val_batches": 0.5},
+        {"callbacks": callbacks.EarlyStopping("train_loss")},
+        {"callbacks": callbacks.EarlyStopping("grad_norm/total")},
+    ],
+)
+def test_limits_that_the_data_can_keep_are_not_refused(tmp_path, options):
+    with pytest.raises(FileNotFoundError, match="nothing-of-that-name"):
+        test_what_only_the_data_can_show_is_refused_before_the_model_is_loaded(tmp_path, "refused", options, {})
 
 
 def test_a_timer_is_an_end():

@@ -6,19 +6,20 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.atomic import remove_partial_files
 from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, default_cache_dir, tokenizer_digest
 from lit_lora.data.limits import check_limits
+from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
 from lit_lora.data.resume import check_fingerprint, rank_batches_consumed
@@ -30,34 +31,6 @@ from lit_lora.data.tokenize import format_prompt
 DEFAULT_BATCH_SIZE = 4
 ABANDONED_S = 3600.0
 """Age at which no process can be writing a temporary file of the cache any more."""
-
-
-class ResumableDataLoader(DataLoader):
-    """A DataLoader over :class:`ResumableBatchSampler`.
-
-    It answers Lightning's question whether it can resume; the position itself is kept by the data module, for all
-    workers.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: see :meth:`SFTDataModule.state_dict`."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load: see :meth:`SFTDataModule.load_state_dict`."""
-
-
-class PromptDataset(Dataset):
-    """Prompts to answer, with the reference answers."""
-
-    def __init__(self, prompts: list[dict[str, Any]]) -> None:
-        self.prompts = prompts
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.prompts[index]
 
 
 class SFTDataModule(pl.LightningDataModule):
@@ -295,7 +268,7 @@ class SFTDataModule(pl.LightningDataModule):
             reference = content[last]["content"]
             prompts.append({"prompt_ids": ids, "reference": reference, "example_ids": torch.tensor([index])})
         share = prompts[self._rank :: self._world_size]
-        return DataLoader(PromptDataset(share), batch_size=1, collate_fn=_only, generator=self._generator())
+        return DataLoader(PromptDataset(share), batch_size=1, collate_fn=only, generator=self._generator())
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data and what it depends on; plain types."""
@@ -405,8 +378,3 @@ class SFTDataModule(pl.LightningDataModule):
         model = getattr(module, "model", None)
         if isinstance(model, PreTrainedModel):
             check_vocabulary(data, model.config.get_text_config().vocab_size)
-
-
-def _only(batch: list[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The single example of a batch."""
-    return batch[0]

@@ -22,7 +22,7 @@ def check_limits(trainer: Any, count_train: Callable[[], int], count_validation:
     """
     for setting, count in (("limit_train_batches", count_train), ("limit_val_batches", count_validation)):
         limit = getattr(trainer, setting)
-        if isinstance(limit, float) and 0 < limit < 1 and 0 < (num_batches := count()) and num_batches * limit < 1:
+        if isinstance(limit, float) and 0 < limit < 1 and (num_batches := count()) > 0 and num_batches * limit < 1:
             raise ValueError(
                 f"trainer.{setting} (or overfit_batches) {limit} of {num_batches} micro-batches is none: set it to "
                 f"{1 / num_batches:.3g} or more, or to a number of micro-batches"
@@ -34,6 +34,6 @@ def check_limits(trainer: Any, count_train: Callable[[], int], count_validation:
         num_batches = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
         if interval > num_batches:
             raise ValueError(
-                f"trainer.val_check_interval {interval} is more than the {num_batches} micro-batches of an epoch: set it "
-                "to as many or fewer, or trainer.check_val_every_n_epoch null to count over epochs"
+                f"trainer.val_check_interval {interval} is more than the {num_batches} micro-batches of an epoch: set "
+                "it to as many or fewer, or trainer.check_val_every_n_epoch null to count over epochs"
             )
