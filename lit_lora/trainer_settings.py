@@ -163,6 +163,8 @@ def check_trainer(
         least, most = others.get(f"min_{unit}"), others.get(f"max_{unit}")
         if least is not None and most not in (None, -1) and least > most:
             raise ValueError(f"min_{unit} {least} has no effect above max_{unit} {most}")
+    if others.get("max_time") is not None and _has_timer(others.get("callbacks")):
+        raise ValueError("max_time has no effect beside a Timer in trainer.callbacks: leave one of them out")
     if others.get("gradient_clip_algorithm") is not None and not gradient_clip_val:
         raise ValueError("gradient_clip_algorithm has no effect without gradient_clip_val")
     if log_every_n_steps is not None and log_every_n_steps < 0:
@@ -242,9 +244,7 @@ def missing_end(
         callbacks: mappings with ``class_path``; a Timer among them is an end.
         others: not looked at.
     """
-    if max_steps != -1 or max_epochs is not None or max_time is not None or fast_dev_run:
-        return []
-    if any(issubclass(_class(callback["class_path"]), Timer) for callback in _listed(callbacks)):
+    if max_steps != -1 or max_epochs is not None or max_time is not None or fast_dev_run or _has_timer(callbacks):
         return []
     return [
         "trainer: nothing says when the run ends: set trainer.max_steps, trainer.max_epochs or trainer.max_time "
@@ -293,6 +293,10 @@ def callback_problem(kind: type[Callback], settings: Mapping[str, Any], *, has_l
     if issubclass(kind, NEED_A_LOGGER) and not has_logger:
         return f"{kind.__name__} writes to a logger, and there is none: set trainer.logger, or leave it out"
     return None
+
+
+def _has_timer(callbacks: Any) -> bool:
+    return any(issubclass(_class(callback["class_path"]), Timer) for callback in _listed(callbacks))
 
 
 def _described(given: Any) -> str:
