@@ -170,7 +170,7 @@ class LoRACLI(LightningCLI):
                 config.data[key] = _shipped(config.data[key]) or config.data[key]
         found = problems_of(config, parser, sys.argv[1:], PARTS)
         if not found and self.config["subcommand"] == "fit":
-            found = missing_end(**config.trainer)
+            found = missing_end(**vars(config.trainer))
         if found:
             raise ValueError("\n  ".join([f"{len(found)} problems:", *found] if found[1:] else found))
         if config.get("ckpt_path") and Path(config.ckpt_path).is_file():

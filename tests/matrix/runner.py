@@ -18,25 +18,22 @@ import torch
 import yaml
 
 from benchmarks.fault_runs import Process
-from tests.matrix.settings import REFUSED, REFUSED_PAIRS, ROWS, Options, options_of
+from tests.matrix.settings import ALONE, KILLED_ALONE, REFUSED, REFUSED_PAIRS, ROWS, Options, options_of
 from tests.tiny import config
 
 KILLED_IN_BATCH = 6
 """Of those that a run begins: inside an accumulation window of three, and between two validations."""
 
-Step = tuple[str, Options, bool, tuple[str, ...]]
-"""Name of the log, settings, whether to be killed, further arguments."""
-
 
 def case_names() -> list[str]:
     """Of all that is run."""
     pairs = [" x ".join(sorted(value for _, value in pair)) for pair in REFUSED_PAIRS]
-    return [*(f"row {number}" for number in range(len(ROWS))), *(case.what for case in REFUSED), *pairs]
+    return [*(f"row {number}" for number in range(len(ROWS))), *ALONE, *(case.what for case in REFUSED), *pairs]
 
 
 def _cases() -> dict[str, Options]:
     pairs = [options_of(dict(sorted(pair))) for pair in REFUSED_PAIRS]
-    options = [*(options_of(row) for row in ROWS), *(case.options for case in REFUSED), *pairs]
+    options = [*(options_of(row) for row in ROWS), *ALONE.values(), *(case.options for case in REFUSED), *pairs]
     return dict(zip(case_names(), options, strict=True))
 
 
@@ -75,8 +72,9 @@ class Project:
             for group in groups:
                 place = place.setdefault(group, {})
             place[name] = value
-        for logger in nested["trainer"].get("logger") or []:
-            logger["init_args"]["save_dir"] = str(run)
+        if isinstance(loggers := nested["trainer"].get("logger"), list):
+            for logger in loggers:
+                logger["init_args"]["save_dir"] = str(run)
         path = run.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(nested))
         return path
@@ -115,7 +113,8 @@ def main(folder: str, names: list[str]) -> None:
     import lit_lora.cli  # noqa: F401
 
     project, cases = Project(Path(folder)), _cases()
-    killed = {f"row {number}" for number, row in enumerate(ROWS) if row["run"] == "killed and resumed"}
+    rows = {f"row {number}" for number, row in enumerate(ROWS) if row["run"] == "killed and resumed"}
+    killed = rows | KILLED_ALONE
     waiting = [_run(project, name, cases[name], name in killed) for name in names]
     labels = dict(zip(map(id, waiting), names, strict=True))
     codes: dict[str, list[int | None]] = {name: [] for name in names}

@@ -53,7 +53,9 @@ COLUMNS: dict[str, dict[str, Options]] = {
         "cosine": {"model.lr_schedule": "cosine"},
         "linear": {"model.lr_schedule": "linear", "model.warmup_ratio": 0.2},
         "ReduceLROnPlateau": _schedule("lightning.pytorch.cli.ReduceLROnPlateau", monitor="val_loss", patience=0),
-        "OneCycleLR": _schedule("torch.optim.lr_scheduler.OneCycleLR", max_lr=0.01, total_steps=6, cycle_momentum=False),
+        "OneCycleLR": _schedule(
+            "torch.optim.lr_scheduler.OneCycleLR", max_lr=0.01, total_steps=6, cycle_momentum=False
+        ),
         "CosineAnnealingWarmRestarts": _schedule("torch.optim.lr_scheduler.CosineAnnealingWarmRestarts", T_0=3),
     },
     "end": {
@@ -93,6 +95,50 @@ COLUMNS: dict[str, dict[str, Options]] = {
     "run": {"undisturbed": {}, "killed and resumed": {}},
 }
 """Column -> value -> what sets it. Whatever is no refused pair works."""
+
+
+ALONE: dict[str, Options] = {
+    "logger: true": {"trainer.logger": True},
+    "fast_dev_run: 3": {"trainer.fast_dev_run": 3},
+    "overfit_batches: 3": {"trainer.overfit_batches": 3, "trainer.val_check_interval": 1.0},
+    "limit_train_batches: 0.5": {"trainer.limit_train_batches": 0.5},
+    "limit_val_batches: 0": {"trainer.limit_val_batches": 0},
+    "num_sanity_val_steps: 0": {"trainer.num_sanity_val_steps": 0},
+    "val_check_interval: 0.5": {"trainer.val_check_interval": 0.5},
+    "check_val_every_n_epoch: null": {"trainer.check_val_every_n_epoch": None, "trainer.val_check_interval": 5},
+    "reload_dataloaders_every_n_epochs: 1": {"trainer.reload_dataloaders_every_n_epochs": 1, "trainer.max_epochs": 2},
+    "min_epochs: 1": {"trainer.min_epochs": 1, "trainer.max_epochs": 2},
+    "detect_anomaly: true": {"trainer.detect_anomaly": True},
+    "deterministic: true": {"trainer.deterministic": True},
+    "benchmark: true": {"trainer.benchmark": True},
+    "inference_mode: false": {"trainer.inference_mode": False},
+    "use_distributed_sampler: true, one process": {"trainer.use_distributed_sampler": True},
+    "sync_batchnorm: true": {"trainer.sync_batchnorm": True},
+    "profiler: simple": {"trainer.profiler": "simple"},
+    "profiler: advanced": {"trainer.profiler": "advanced"},
+    "enable_model_summary: true": {"trainer.enable_model_summary": True},
+    "enable_autolog_hparams: false": {"trainer.enable_autolog_hparams": False},
+    "model_registry: name": {"trainer.model_registry": "name"},
+    "one callback, not in a list": {"trainer.callbacks": _callback("LambdaCallback")["trainer.callbacks"][0]},
+    "callbacks: RichProgressBar": {**_callback("RichProgressBar"), "trainer.enable_progress_bar": True},
+    "callbacks: ThroughputMonitor": _callback("ThroughputMonitor", batch_size_fn="operator.length_hint"),
+    "strategy: single_device": {"trainer.strategy": "single_device"},
+    "strategy: ddp_find_unused_parameters_true": {
+        "trainer.strategy": "ddp_find_unused_parameters_true",
+        "trainer.devices": 1,
+    },
+    "strategy: DDPStrategy(static_graph=True)": {
+        "trainer.strategy": {
+            "class_path": "lightning.pytorch.strategies.DDPStrategy",
+            "init_args": {"static_graph": True},
+        }
+    },
+}
+"""Setting that works -> what sets it."""
+
+KILLED_ALONE = {"overfit_batches: 3", "limit_train_batches: 0.5", "check_val_every_n_epoch: null",
+                "reload_dataloaders_every_n_epochs: 1"}  # fmt: skip
+"""Those that change what is trained on when: a run with them is killed and resumed, too."""
 
 
 class Refused(NamedTuple):

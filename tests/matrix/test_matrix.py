@@ -19,13 +19,27 @@ from safetensors.torch import load_file
 
 from benchmarks.fault_runs import same
 from lit_lora.checkpoint import read_checkpoint
+from tests.command_line import lit_lora
 from tests.matrix.pairwise import pairs_of, pairwise
-from tests.matrix.runner import case_names
-from tests.matrix.settings import COLUMNS, NOT_TRIED, REFUSED, REFUSED_PAIRS, ROWS, allowed
+from tests.matrix.runner import Project, case_names
+from tests.matrix.settings import (
+    ALONE,
+    COLUMNS,
+    KILLED_ALONE,
+    NOT_TRIED,
+    REFUSED,
+    REFUSED_PAIRS,
+    ROWS,
+    allowed,
+    options_of,
+)
+from tests.matrix.table import tables, written
 
 ROOT = Path(__file__).parents[2]
 WORKING = [f"row {number}" for number in range(len(ROWS))]
-WHY = dict(zip(case_names()[len(ROWS) :], [*(case.why for case in REFUSED), *REFUSED_PAIRS.values()], strict=True))
+WHY = dict(
+    zip(case_names()[len(ROWS) + len(ALONE) :], [*(case.why for case in REFUSED), *REFUSED_PAIRS.values()], strict=True)
+)
 
 
 class Ended(NamedTuple):
@@ -90,6 +104,16 @@ def test_a_row_works(ended, case):
         assert same(state_at_the_end(run.folder / "resumed"), state_at_the_end(folder)), row
 
 
+@pytest.mark.parametrize("case", ALONE)
+def test_a_setting_works(ended, case):
+    run = ended(case)
+    assert run.codes == ([0, -9, 0] if case in KILLED_ALONE else [0]), run.log()[-3000:]
+    headline = "NOT JUDGED: adapter export" if case.startswith("fast_dev_run") else "proved"  # it writes nothing
+    assert re.search(rf"^lit_lora: {headline}$", run.log(), re.MULTILINE), run.log()[-2000:]
+    if case in KILLED_ALONE:
+        assert same(state_at_the_end(run.folder / "resumed"), state_at_the_end(run.folder / "whole"))
+
+
 @pytest.mark.parametrize("case", WHY)
 def test_it_is_refused_before_the_model_is_loaded(ended, case):
     run = ended(case)
@@ -99,6 +123,25 @@ def test_it_is_refused_before_the_model_is_loaded(ended, case):
     assert "Forward path" not in run.log()
     assert "Traceback" not in run.log()
     assert not list(run.folder.rglob("*.ckpt"))
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"optimizer": "AdamWScheduleFree", "schedule": "constant", "precision": "bf16-mixed", "clipping": "norm",
+         "callbacks": "EarlyStopping", "accumulation": "3", "logger": "two of Lightning's"},
+        {"optimizer": "SGD", "schedule": "ReduceLROnPlateau", "callbacks": "ModelCheckpoint", "base": "4 bits",
+         "dropout": "0.1", "clipping": "value", "batches": "padded"},
+    ],
+)  # fmt: skip
+def test_two_processes_work(tmp_path, row):
+    options = {**options_of(row), "trainer.strategy": "ddp", "trainer.devices": 2}
+    path = Project(tmp_path).write_config(tmp_path / "run", options)
+    done = lit_lora("fit", "--config", path)
+    assert re.search(r"^lit_lora: proved$", done.stdout, re.MULTILINE)
+    assert "frozen tensors bit-identical" in done.stdout
+    assert adapter(tmp_path / "run")
 
 
 def test_every_pair_of_values_is_tried_or_says_why_not():
@@ -117,3 +160,7 @@ def test_pairwise_is_the_same_each_time_and_misses_nothing():
     assert rows == pairwise(columns, lambda row: not {("a", "a1"), ("b", "b1")} <= row.items())
     assert len(set().union(*map(pairs_of, rows))) == 10 * 9 - 1
     assert len(rows) < 20
+
+
+def test_the_page_of_the_documentation_repeats_the_tables():
+    assert written() == tables(), "run python -m tests.matrix.table"
