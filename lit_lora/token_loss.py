@@ -98,6 +98,8 @@ class TokenLossModule(L.LightningModule):
         parameters = list(self.trainable_parameters().values())
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._recorder.measure(gradients, [p.detach() for p in parameters], self.device)
+        if self.trainer.barebones:  # which has no place to log to
+            return
         self.log("train_loss", self._recorder.loss, prog_bar=True, rank_zero_only=True)
         # 0 where callbacks have dropped the gradients, as of a step that is not finite: nothing was learned from it.
         self.log("train_targets", self._recorder.num_targets * bool(gradients), rank_zero_only=True)
@@ -156,5 +158,6 @@ class TokenLossModule(L.LightningModule):
 
     def _finish_evaluation(self, prefix: str) -> dict[str, float]:
         results = self._means.results(prefix)
-        self.log_dict(results, prog_bar=True, rank_zero_only=True)
+        if not self.trainer.barebones:
+            self.log_dict(results, prog_bar=True, rank_zero_only=True)
         return {name: value.item() for name, value in results.items()}

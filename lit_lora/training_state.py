@@ -131,9 +131,16 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Make Lightning's counters in a loaded checkpoint agree with the data's position, in place.
 
     Raises:
-        ValueError: if this number of ranks cannot continue there.
+        ValueError: if this number of ranks cannot continue there, or it holds weights only.
     """
-    if trainer.state.fn != "fit" or DATA_STATE_KEY not in checkpoint:
+    if trainer.state.fn != "fit":
+        return
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(
+            f"{trainer.ckpt_path} holds weights only (ModelCheckpoint with save_weights_only), which nothing can be "
+            "continued from: resume from a file that TrainingCheckpoint wrote, step=NUMBER.ckpt"
+        )
+    if DATA_STATE_KEY not in checkpoint:
         return
     loops = checkpoint["loops"]["fit_loop"]
     batches, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]

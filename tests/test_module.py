@@ -365,6 +365,23 @@ def test_settings_are_checked_when_they_are_made(options, message):
         LoRALightningModule("base", **options)
 
 
+def test_a_trainer_without_logs_trains_without_a_warning(base, tmp_path):
+    module = _module(base)
+    trainer = L.Trainer(barebones=True, accelerator="cpu", max_steps=2, default_root_dir=tmp_path)
+    trainer.fit(module, _loader(4), _loader(4))
+    assert len(module.training_metrics.steps) == 2
+
+
+def test_a_checkpoint_of_weights_only_is_not_gone_on_from(base, tmp_path):
+    trainer = _trainer(tmp_path, max_steps=1)
+    trainer.fit(_module(base), _loader())
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match=r"weights.ckpt holds weights only .* TrainingCheckpoint"):
+        _trainer(tmp_path).fit(_module(base), _loader(), ckpt_path=tmp_path / "weights.ckpt")
+    loaded = LoRALightningModule.load_from_checkpoint(tmp_path / "weights.ckpt")
+    _assert_same(_adapters(loaded), _adapters(trainer.lightning_module))
+
+
 def test_own_optimizer_and_schedule_are_used(base, tmp_path):
     module = _module(
         base,
