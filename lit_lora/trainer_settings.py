@@ -191,7 +191,7 @@ def check_built(trainer: Trainer) -> None:
         ValueError: for the first setting that is refused.
     """
     strategy, plugin, callbacks = trainer.strategy, trainer.precision_plugin, trainer.callbacks  # type: ignore[attr-defined]
-    has_logger = bool(trainer.loggers)
+    has_logger = bool(trainer.loggers) or trainer.state.fn != "fit"
     problems = {
         "strategy": [
             strategy_problem(" ".join([type(strategy).__name__, getattr(strategy, "_start_method", None) or ""]))
@@ -205,20 +205,22 @@ def check_built(trainer: Trainer) -> None:
 
 
 def check_monitors(trainer: Trainer, logged: Collection[str]) -> None:
-    """Check what callbacks wait for, once it is known whether there is validation data.
+    """Check what callbacks of Lightning's and ours wait for, once it is known whether there is validation data.
 
     Args:
         trainer: with its callbacks.
-        logged: what the module logs; a name with a slash is some callback's.
+        logged: what the module logs; a name with a slash is some callback's, and other people's may log any.
 
     Raises:
         ValueError: if a callback waits for a metric that nobody logs.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    known = [callback for callback in callbacks if type(callback).__module__.startswith(("lightning.", "lit_lora."))]
+    for callback in known:
         kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
         if not isinstance(monitor, str) or "/" in monitor or monitor.startswith("lr-"):
             continue
-        if monitor not in logged:
+        if monitor not in logged and len(known) == len(callbacks):
             raise ValueError(f"{kind}: nothing logs its monitor {monitor!r}; set it to one of {', '.join(logged)}")
         if (
             isinstance(callback, (EarlyStopping, ModelCheckpoint))

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import schedulefree
 import torch
+import yaml
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ from transformers.optimization import Adafactor, AdafactorSchedule
 from lit_lora import LoRALightningModule, SFTDataModule
 from lit_lora.adapters.peft_format import save_adapter
 from lit_lora.checkpoint import AtomicCheckpointIO, read_checkpoint
+from lit_lora.csv_log import PatientCSVLogger
 from lit_lora.data.packing import collate_packed
 from tests.resume_project import run
 from tests.test_exact_resume import assert_same_end, project  # noqa: F401 (a fixture)
@@ -304,7 +306,8 @@ class Told(L.pytorch.loggers.logger.DummyLogger):
 
 @pytest.mark.parametrize("autolog", [True, False])
 def test_every_logger_is_told_the_settings_once_in_plain_types(project, tmp_path, autolog):  # noqa: F811
-    loggers = [Told(), Told(), L.pytorch.loggers.CSVLogger(tmp_path, name="csv")]
+    files = [L.pytorch.loggers.CSVLogger(tmp_path, name="csv"), PatientCSVLogger(tmp_path, name="ours")]
+    loggers = [Told(), Told(), *files]
     module = LoRALightningModule(project["base"], learning_rate=0.02, optimizer=OPTIMIZERS["RMSprop"])
     data = SFTDataModule(project["train"], tokenizer="bytes", batch_size=3, cache_dir=tmp_path / "cache")
     trainer = _trainer(
@@ -322,6 +325,7 @@ def test_every_logger_is_told_the_settings_once_in_plain_types(project, tmp_path
     assert (told["data"]["train"], told["data"]["batch_size"]) == (project["train"], 3)
     assert (told["trainer"]["accumulate_grad_batches"], told["trainer"]["max_steps"]) == (2, 1)
     assert (told["optimizer"]["name"], told["optimizer"]["lr"]) == ("RMSprop", 0.001)
-    assert "learning_rate: 0.02" in (tmp_path / "csv" / "version_0" / "hparams.yaml").read_text()
+    for name in ("csv", "ours"):
+        assert yaml.safe_load((tmp_path / name / "version_0" / "hparams.yaml").read_text()) == told
     (path,) = tmp_path.rglob("*.ckpt")
     assert "hyper_parameters" not in read_checkpoint(path)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import callbacks, plugins
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lit_lora import LoRALightningModule, SFTDataModule
@@ -19,6 +20,10 @@ from lit_lora.trainer_settings import CALLBACKS, check_trainer, missing_end
 
 class MyAveraging(callbacks.WeightAveraging):
     """Of a user's own, derived from one of Lightning's."""
+
+
+class LogsExactMatch(callbacks.Callback):
+    """Of a user's own."""
 
 
 BUILT = [
@@ -149,11 +154,18 @@ def test_what_only_the_data_can_show_is_refused_before_the_model_is_loaded(tmp_p
         {"limit_train_batches": 0.2, "limit_val_batches": 0.5},
         {"callbacks": callbacks.EarlyStopping("train_loss")},
         {"callbacks": callbacks.EarlyStopping("grad_norm/total")},
+        {"callbacks": [callbacks.EarlyStopping("exact_match"), LogsExactMatch()]},
     ],
 )
 def test_limits_that_the_data_can_keep_are_not_refused(tmp_path, options):
     with pytest.raises(FileNotFoundError, match="nothing-of-that-name"):
         test_what_only_the_data_can_show_is_refused_before_the_model_is_loaded(tmp_path, "refused", options, {})
+
+
+def test_a_callback_that_needs_a_logger_does_so_in_a_fit_only(tmp_path):
+    trainer = L.Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=LearningRateMonitor())
+    with pytest.raises(FileNotFoundError, match="nothing-of-that-name"):
+        trainer.validate(LoRALightningModule("random:nothing-of-that-name"), [None])
 
 
 def test_a_timer_is_an_end():
