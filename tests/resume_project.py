@@ -98,6 +98,7 @@ def run(
         "moments": trainer.optimizers[0].state_dict()["state"] if trainer.optimizers else {},
         "learning_rate": [group["lr"] for group in trainer.optimizers[0].param_groups],
         "losses": module.flush_metrics().losses,
+        "rates": [step.learning_rate for step in module.training_metrics.steps],
         "norms": [step.grad_norm for step in module.training_metrics.steps],
         "validation": module.training_metrics.validation,
         "global_step": trainer.global_step,

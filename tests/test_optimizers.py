@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import schedulefree
 import torch
+import transformers
 import yaml
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins import MixedPrecision
@@ -222,6 +223,37 @@ def test_gradients_are_clipped_in_every_precision(base, tmp_path, precision, alg
 
 
 # ------------------------------------------------------------------ schedules
+
+
+SCHEDULES = {
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=5),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=8, power=2.0),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.02, total_steps=10),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[2]
+    ),
+    "transformers' cosine": lambda o: transformers.get_cosine_schedule_with_warmup(o, 2, 10),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The epoch parameter in `scheduler.step", "ignore:Detected call of `lr_scheduler.step"
+)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_of_ones_own_steps_with_the_optimizer_and_is_exact_over_a_stop(project, tmp_path, name):  # noqa: F811
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    plain, expected = SCHEDULES[name](optimizer), []
+    for _ in range(5):
+        expected.append(optimizer.param_groups[0]["lr"])
+        plain.step()
+    options = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01), "lr_scheduler": SCHEDULES[name]}
+    settings = {**project, "max_steps": 5, "accumulate": 2, "module_options": options}
+    whole = run(folder=str(tmp_path / "whole"), **settings)
+    assert whole["rates"] == pytest.approx(expected)
+    stopped = run(folder=str(tmp_path / "run"), stop_after=5, **settings)
+    assert_same_end(whole, run(folder=str(tmp_path / "run"), ckpt_path=stopped["ckpt_path"], **settings))
 
 
 @pytest.mark.parametrize("stop_after", [2, 3, 6])
