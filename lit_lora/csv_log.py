@@ -40,20 +40,21 @@ class PatientCSVLogger(CSVLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any = None) -> None:
-        """Write them into ``hparams.yaml``, at the next save if not now."""
+        """Keep them for ``hparams.yaml``, which comes with the first rows: a run that takes no step writes nothing."""
         self._settings = params
-        self.save()
 
     @rank_zero_only
     def save(self) -> None:
         """Write the rows that are not in the file yet."""
         try:
             writer = self.experiment
-            if self._settings is not None:
-                text = yaml.safe_dump(self._settings, sort_keys=False)
-                atomic_write(Path(self.log_dir) / writer.NAME_HPARAMS_FILE, lambda file: file.write(text.encode()))
-                self._settings = None
             if writer.metrics:
+                folder = Path(self.log_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                if self._settings is not None:
+                    text = yaml.safe_dump(self._settings, sort_keys=False)
+                    atomic_write(folder / writer.NAME_HPARAMS_FILE, lambda file: file.write(text.encode()))
+                    self._settings = None
                 _add_rows(Path(writer.metrics_file_path), writer.metrics)
                 writer.metrics = []
         except OSError as error:
