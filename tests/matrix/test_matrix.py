@@ -56,7 +56,8 @@ class Ended(NamedTuple):
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ended]:
     """All cases that were asked for are run by the first one."""
     items = [item for item in request.session.items if item.path == request.path]
-    names = list(dict.fromkeys(item.callspec.params["case"] for item in items if hasattr(item, "callspec")))
+    parameters = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    names = list(dict.fromkeys(given["case"] for given in parameters if "case" in given))
     folder = tmp_path_factory.mktemp("matrix")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.matrix.runner", str(folder), json.dumps(names)]
