@@ -1,4 +1,4 @@
-# Everything runs from a fresh virtual environment that only needs Python and a package index.
+# Everything runs from a fresh virtual environment that only needs Python 3.11 or newer and a package index.
 # make VENV=/elsewhere/venv PYTHON=python3.11 ... puts it elsewhere or takes another Python.
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +16,9 @@ help:  ## this text
 
 # torch first and by itself: the later steps then find it installed and do not look for another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); $$python -c 'import sys; v = sys.version_info; sys.exit( \
+	  "%s is Python %d.%d, lit_lora needs 3.11 or newer: make PYTHON=python3.11 ..." % (sys.executable, v[0], v[1]) \
+	  if v < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt $(TORCH)
 	$(PIP) install --quiet -c constraints.txt -e '.[test]'

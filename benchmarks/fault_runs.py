@@ -149,13 +149,25 @@ class Project:
                 "validation_fraction": 0.1, "cache_dir": str(self.folder / "cache"),
             },
             "checkpoint": {"every_n_steps": 2},
+            "convergence": {"min_decrease": -9.0},
             "export": {"every_n_steps": 2},
         }  # fmt: skip
 
-    def fit(self, name: str, log: str, *arguments: str, prepare: Callable[[], None] | None = None) -> Process:
+    def fit(
+        self,
+        name: str,
+        log: str,
+        *arguments: str,
+        prepare: Callable[[], None] | None = None,
+        train: Path | None = None,
+        base: str | None = None,
+    ) -> Process:
         (self.folder / name).mkdir(exist_ok=True)
         path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(self.config(name)))
+        config = self.config(name)
+        config["data"]["train"] = str(train or config["data"]["train"])
+        config["model"]["base"] = base or config["model"]["base"]
+        path.write_text(yaml.safe_dump(config))
         return Process(["fit", "--config", str(path), *arguments], self.folder / f"{log}.log", prepare)
 
     def checkpoints(self, name: str) -> list[Path]:
@@ -172,7 +184,15 @@ class Project:
             "optimizer": content["optimizer_states"],
             "schedule": content["lr_schedulers"],
             "metrics": steps,
+            "adapter": self.adapter(newest.parent.parent / "adapter"),
         }
+
+    def adapter(self, folder: Path) -> dict[str, Any]:
+        """What the exported adapter holds."""
+        from safetensors.torch import load_file
+
+        config = json.loads((folder / "adapter_config.json").read_text())
+        return {"config": config, "tensors": load_file(folder / "adapter_model.safetensors")}
 
     def finished(self, name: str) -> list[Path]:
         """Folders of the runs that came to their end."""

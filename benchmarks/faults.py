@@ -26,7 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from fault_runs import LIMIT_S, Budget, Process, Project, Tally, same
+from fault_runs import LIMIT_S, Budget, Project, Tally, same
+from fault_states import states, wait_for_a_checkpoint
 
 from lit_lora.checkpoint import newest_checkpoint, read_checkpoint
 
@@ -127,11 +128,6 @@ def replace_by_file(folder: Path) -> None:
 def restore(folder: Path) -> None:
     folder.unlink()
     folder.with_name(f"kept-{folder.name}").rename(folder)
-
-
-def wait_for_a_checkpoint(process: Process, folder: Path) -> None:
-    while not list(folder.glob("*.ckpt")) and process.poll() is None:
-        time.sleep(0.005)
 
 
 def disks(project: Project, rng: random.Random, budget: Budget) -> list[Tally]:
@@ -323,6 +319,7 @@ def main() -> None:
         lambda: kills(project, rng, budget, options.kills),
         lambda: disks(project, rng, budget),
         lambda: disks_for_a_while(project, rng, budget),
+        lambda: states(project, rng, budget),
         lambda: corruptions(project, rng, budget, options.corruptions),
         lambda: [Tally(*entry) for entry in bad_inputs(project, options.seed, budget)],
     ]

@@ -26,6 +26,14 @@ class KnowsSourceLines(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsChanges(Protocol):
+    """A module that can tell which settings were changed when its run was resumed."""
+
+    setting_changes: list[dict[str, Any]]
+    """Each with its ``step``, and ``settings``: name -> as it was and as it is."""
+
+
 def log_interval(trainer: pl.Trainer) -> int:
     """Optimizer steps from one logging step to the next; 0 where nothing is ever logged."""
     interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, set outside of the class

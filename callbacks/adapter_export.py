@@ -35,7 +35,7 @@ from lit_lora.adapters.peft_format import (
     save_adapter,
 )
 from lit_lora.atomic import atomic_write, remove_partial_files
-from lit_lora.callbacks._trainer import writes_files
+from lit_lora.callbacks._trainer import KnowsChanges, writes_files
 from lit_lora.callbacks.training_checkpoint import TrainingCheckpoint
 from lit_lora.callbacks.verdict import Check, Verdict
 
@@ -336,9 +336,16 @@ def _hyperparameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict
         "weight_decay": group.get("weight_decay"),
     }
     hparams = {name: value for name, value in pl_module.hparams.items() if _is_plain(value)}
+    changes = pl_module.setting_changes if isinstance(pl_module, KnowsChanges) else []
+    changed = {
+        f"{name}, up to step {change['step']}": was
+        for change in changes
+        for name, (was, _) in change["settings"].items()
+    }
     return (
         {name: value for name, value in known.items() if _is_plain(value)}
         | hparams
+        | changed
         | {
             "optimizer steps": trainer.global_step,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,

@@ -104,7 +104,7 @@ class GradientNormLogger(Check):
         if on_non_finite not in ("stop", "skip"):
             raise ValueError(f"on_non_finite must be 'stop' or 'skip', got {on_non_finite!r}")
         if max_skips < 1:
-            raise ValueError(f"max_skips must be at least 1, got {max_skips}; use on_non_finite='stop' for none")
+            raise ValueError(f"max_skips must be at least 1, got {max_skips}; on_non_finite stop allows none")
         if window < MIN_HISTORY:
             raise ValueError(f"window must be at least {MIN_HISTORY} steps, got {window}")
         if spike_std <= 0:
@@ -330,7 +330,7 @@ class GradientNormLogger(Check):
         self.verdict = Verdict(self.name, False, reason)
         raise NonFiniteError(
             f"{reason}. {where}; look there for empty or extreme examples, then lower the learning rate, clip "
-            "gradients, or use on_non_finite='skip'"
+            "gradients, or set on_non_finite to skip"
         )
 
     def _skip(self, trainer: pl.Trainer, record: _Step, who: str) -> None:

@@ -111,7 +111,7 @@ class MemoryProfiler(Check):
         if on_exceeded not in ("warn", "stop"):
             raise ValueError(f"on_exceeded must be 'warn' or 'stop', got {on_exceeded!r}")
         if on_exceeded == "stop" and budget_mib is None and max_growth_mib_per_1000_steps is None:
-            raise ValueError("on_exceeded='stop' has no effect without budget_mib or max_growth_mib_per_1000_steps")
+            raise ValueError("on_exceeded stop has no effect without budget_mib or max_growth_mib_per_1000_steps")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
         self.budget_mib = budget_mib

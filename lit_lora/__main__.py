@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
+
+from lit_lora.environment import warn_of_unknown_variables
 
 TRAINER_VERBS = {
     "fit": "fine-tune a model and prove it",
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         close = difflib.get_close_matches(verb, [*TRAINER_VERBS, *TOOLS], n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join([*TRAINER_VERBS, *TOOLS])}"
         _fail(f"no verb {verb!r}: {hint}", code=2)
+    warn_of_unknown_variables()
     for name, value in ALLOCATION_VARIABLES.items():
         os.environ.setdefault(name, value)
     try:
@@ -89,20 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run_tool(verb: str, arguments: list[str]) -> None:
-    from jsonargparse import auto_cli
-
     function = getattr(importlib.import_module(f"lit_lora.tools.{verb}"), verb)
     if list(inspect.signature(function).parameters) == ["arguments"]:  # it reads the command line itself
         function(arguments)
         return
-    auto_cli(function, args=_with_flag_values(function, arguments), as_positional=True, prog=f"lit-lora {verb}")
+    from lit_lora.tools.parser import call
 
-
-def _with_flag_values(function: Callable[..., object], arguments: Sequence[str]) -> list[str]:
-    """``--compare`` alone means ``--compare true``."""
-    flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
-    given = [*arguments, ""]
-    return [f"{a}=true" if a in flags and b not in ("true", "false") else a for a, b in itertools.pairwise(given)]
+    call(function, arguments)
 
 
 def _fail(message: str, *, code: int) -> NoReturn:

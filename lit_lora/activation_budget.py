@@ -22,6 +22,7 @@ from lit_lora import causal_lm
 from lit_lora.activation_checkpointing import checkpoint_layers, repeated_layers
 from lit_lora.amounts import parse_bytes
 from lit_lora.storage_tracker import StorageTracker
+from lit_lora.wording import setting
 
 _KEPT_FREE = 0.1  # of what is free, under "auto"
 
@@ -111,8 +112,8 @@ def layers_to_checkpoint(
             return k
     raise ValueError(
         f"activations of {batch_tokens} tokens need {measured.needed(count) / 1e6:,.0f} MB with all {count} layers "
-        f"recomputed, activation_memory allows {budget_bytes / 1e6:,.0f} MB: raise it, or lower data.batch_size, "
-        "data.max_length or data.max_tokens_per_batch"
+        f"recomputed, activation_memory allows {budget_bytes / 1e6:,.0f} MB: raise it, or lower "
+        f"{setting('data.batch_size')}, {setting('data.max_length')} or {setting('data.max_tokens_per_batch')}"
     )
 
 

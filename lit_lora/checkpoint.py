@@ -10,7 +10,6 @@ complete when it took that name. Only tensors and plain types go in: files are r
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import zipfile
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_lora.atomic import atomic_write
 
@@ -29,7 +28,6 @@ SAVED = "lit_lora_saved"
 """Where a checkpoint says when it was saved: ``at_s``, and ``count`` of those in its folder."""
 
 SUFFIX = ".ckpt"
-_SAMPLES = 64
 
 
 class DamagedCheckpointError(ValueError):
@@ -177,27 +175,6 @@ def _pieces(value: Any) -> Iterator[bytes | memoryview]:
         yield repr(value).encode()
 
 
-def base_fingerprint(model: nn.Module) -> str:
-    """Tells one frozen base from another: its parameters' names, shapes, and a sample of their values.
-
-    Values are rounded to bfloat16 first, so that a base is the same whether it was loaded in 16 or 32 bits; a
-    quantized one is another.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0].replace(".base_layer", "")):
-        if parameter.requires_grad:
-            continue
-        data = parameter.detach().reshape(-1)
-        digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)};".encode())
-        if parameter.is_meta or data.numel() == 0:
-            continue
-        sample = data[:: max(1, data.numel() // _SAMPLES)][:_SAMPLES].cpu()
-        if sample.is_floating_point():
-            sample = sample.to(torch.bfloat16)
-        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def rng_state() -> dict[str, Any]:
     """State of every random generator of this process that training may draw from, as tensors and plain types."""
     version, internal, gauss = random.getstate()
@@ -223,14 +200,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), int(position), int(has_gauss), cached))
-
-
-def describe_mismatch(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Fields that differ between two plain configurations, each as "name: saved X, now Y"."""
-    plain = [json.loads(json.dumps(fields)) for fields in (saved, current)]
-    keys = sorted(plain[0].keys() | plain[1].keys())
-    return [
-        f"{key}: saved {plain[0].get(key)!r}, now {plain[1].get(key)!r}"
-        for key in keys
-        if plain[0].get(key) != plain[1].get(key)
-    ]

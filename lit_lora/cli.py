@@ -7,14 +7,12 @@ new run never writes into the folder of an earlier one: it takes the next free n
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.enums import StrEnum
 
+from lit_lora import strict_yaml
 from lit_lora.atomic import atomic_write, make_folder
 from lit_lora.callbacks import (
     ConvergenceAssertion,
@@ -39,23 +38,25 @@ from lit_lora.callbacks import (
 )
 from lit_lora.callbacks._trainer import why_past_its_end
 from lit_lora.checkpoint import AtomicCheckpointIO, read_checkpoint
-from lit_lora.config_check import problems_in, problems_of
+from lit_lora.command_line import in_order, without_contradictions
+from lit_lora.config_check import DATA_KEYS, parser_of, problems_in, problems_of
 from lit_lora.csv_log import PatientCSVLogger
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.module import LoRALightningModule
 from lit_lora.outcome import Outcome, read_outcome
+from lit_lora.parse_errors import reason
 from lit_lora.run_folder import CONFIG_NAME, RunFolder, find_checkpoint, new_run_folder, resumed_run_folder, run_folders
 from lit_lora.run_record import PredictionWriter, RunRecord
+from lit_lora.setting_check import known_settings, refuse
+from lit_lora.shipped import shipped
 from lit_lora.trainer_settings import check_trainer, missing_end
+from lit_lora.wording import for_command_line
 
 RUN_FOLDER_VARIABLE = "LIT_LORA_RUN_FOLDER"
 """Tells the processes that a distributed run starts which folder the first one chose."""
 
 CHECKPOINT_VARIABLE = "LIT_LORA_CKPT_PATH"
 """Likewise, which checkpoint to go on from; empty for none."""
-
-SHIPPED = Path(str(resources.files("lit_lora.configs")))
-"""Where configs and data that come with the package lie."""
 
 CALLBACKS = {
     "gradient_norm": GradientNormLogger,
@@ -82,12 +83,16 @@ def run(arguments: Sequence[str]) -> None:
         SystemExit: with a code of its own for a run that failed a check.
     """
     _leave_out_noise()
-    sys.argv = [sys.argv[0], *_with_shipped_configs(arguments)]  # Lightning starts other ranks with this script
+    sys.argv = [sys.argv[0], *arguments]  # Lightning starts other ranks with this script
     inherited = {name: os.environ.get(name) for name in (RUN_FOLDER_VARIABLE, CHECKPOINT_VARIABLE)}
     try:
         cli = _run()
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        if (path := os.environ.get(CHECKPOINT_VARIABLE)) and _is_of_loading(error):
+            raise ValueError(f"{path} is not as lit_lora writes it: {type(error).__name__}: {error}") from error
+        raise
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
@@ -105,7 +110,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def parse_fit(arguments: Sequence[str]) -> Any:
     """The settings of a ``fit`` with these arguments, config files read and defaults filled in. Nothing is run."""
-    sys.argv = [sys.argv[0], "fit", *_with_shipped_configs(arguments)]
+    sys.argv = [sys.argv[0], "fit", *arguments]
     try:
         _run(_ParsingCLI)
     except _Parsed as parsed:
@@ -113,6 +118,7 @@ def parse_fit(arguments: Sequence[str]) -> Any:
     raise AssertionError("the command line was run")
 
 
+@for_command_line()
 def _run(cli: type[LoRACLI] | None = None) -> LoRACLI:
     return (cli or LoRACLI)(
         LoRALightningModule,
@@ -130,7 +136,7 @@ def _run(cli: type[LoRACLI] | None = None) -> LoRACLI:
             "log_every_n_steps": 10,
             "num_sanity_val_steps": -1,  # the whole validation set once before training: the loss to compare with
         },
-        parser_kwargs={"prog": "lit-lora", "env_prefix": "LIT_LORA", "default_env": True},
+        parser_kwargs={"prog": "lit-lora"},
     )
 
 
@@ -149,13 +155,30 @@ class LoRACLI(LightningCLI):
             if self.run_folder is not None:
                 self.run_folder.release()
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verb of this command line: a parser for each of the others would be built for nothing."""
+        verbs = LightningCLI.subcommands()
+        return {sys.argv[1]: verbs[sys.argv[1]]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give every proving callback its key."""
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, then check the config as a whole."""
+        """Put the command line in order, parse it, then check the config as a whole."""
+        verb, *rest = sys.argv[1:]
+        unreadable: list[str] = []
+        try:
+            rest = in_order(rest)
+            sys.argv[2:], notices = without_contradictions(rest, known_settings(parser_of(parser, verb)), unreadable)
+        except ValueError as error:
+            refuse([str(error)])
+        if unreadable:
+            refuse(problems_in(parser, sys.argv[1:], PARTS))
+        for notice in notices:
+            rank_zero_info(notice)
         super().parse_arguments(parser, args)
         self.check_config(self.config[self.config["subcommand"]], parser)
 
@@ -163,16 +186,17 @@ class LoRACLI(LightningCLI):
         """Find shipped data, and refuse what no run can go well with.
 
         Raises:
-            ValueError: listing all problems, or naming a checkpoint that cannot be read.
+            SystemExit: after listing all problems.
+            ValueError: naming a checkpoint that cannot be read.
         """
-        for key in ("train", "validation", "test"):
-            if config.data.get(key):
-                config.data[key] = _shipped(config.data[key]) or config.data[key]
+        for key in DATA_KEYS:
+            if config.get(key):
+                config[key] = shipped(config[key]) or config[key]
         found = problems_of(config, parser, sys.argv[1:], PARTS)
         if not found and self.config["subcommand"] == "fit":
             found = missing_end(**vars(config.trainer))
         if found:
-            raise ValueError("\n  ".join([f"{len(found)} problems:", *found] if found[1:] else found))
+            refuse(found)
         if config.get("ckpt_path") and Path(config.ckpt_path).is_file():
             read_checkpoint(config.ckpt_path)  # before Lightning reads settings from it, with whatever error it meets
 
@@ -264,8 +288,8 @@ class LoRACLI(LightningCLI):
         """Whether a config that was written is another than that of this run, but for where it goes on from."""
         self._dump_config()
         try:
-            written = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+            written = strict_yaml.read(path)
+        except (OSError, ValueError):
             return True
         return not isinstance(written, dict) or {**written, "ckpt_path": None} != {
             **self.config_dump,
@@ -281,7 +305,7 @@ class LoRACLI(LightningCLI):
         if path.exists():
             earlier = len(list(folder.glob("config.*.yaml"))) + 1
             path.rename(folder / f"config.{earlier}.yaml")
-        text = yaml.safe_dump(self.config_dump, sort_keys=False)
+        text = strict_yaml.dump(self.config_dump)
         atomic_write(path, lambda file: file.write(text.encode()))
 
 
@@ -315,46 +339,28 @@ class _Parsed(Exception):
 
 class _ParsingCLI(LoRACLI):
     def check_config(self, config: Any, parser: LightningArgumentParser) -> None:
+        super().check_config(config, parser)
         raise _Parsed(config)
 
 
 class _Parser(LightningArgumentParser):
-    """Errors in one line, with a suggestion."""
+    """Strict YAML, no abbreviated options, and one report of all that is wrong."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"parser_mode": strict_yaml.install(), "allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if os.environ.get("LIT_LORA_TRACEBACK") and ex is not None:
             raise ex
         if not self.exit_on_error:
             raise ValueError(message) from ex
-        text = " ".join(str(message).split())
-        found = problems_in(self, sys.argv[1:], PARTS)
-        if len(found) > 1:
-            print(
-                f"lit-lora: error: {len(found)} problems:",
-                *(f"  {problem}" for problem in found),
-                sep="\n",
-                file=sys.stderr,
-            )
-        else:
-            print(f"lit-lora: error: {found[0] if found else text + _suggestion(text, self)}", file=sys.stderr)
-        raise SystemExit(2)
+        refuse(problems_in(self, sys.argv[1:], PARTS) or [reason(str(message))])
 
 
-def _suggestion(message: str, parser: LightningArgumentParser) -> str:
-    quoted = re.findall(r"""[`'"]-{0,2}([\w.]+)[`'"]|--([\w.]+)""", message)
-    words = [first or second for first, second in quoted]
-    known = sorted({action.dest for action in parser._actions if action.dest})
-    for word in words:
-        candidates = {*known, *(key.rpartition(".")[2] for key in known), *CALLBACK_NAMES}
-        if word in candidates:
-            continue
-        close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.7)
-        if close:
-            return f". Did you mean {close[0]!r}?"
-    return ""
-
-
-CALLBACK_NAMES = [callback.__name__ for callback in CALLBACKS.values()]
+def _is_of_loading(error: Exception) -> bool:
+    """Whether an error came up while a checkpoint was loaded, in Lightning's code or in ours."""
+    files = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    return any(Path(name).name in ("checkpoint_connector.py", "training_state.py") for name in files)
 
 
 # For `lightning.pytorch.callbacks.Timer`, whose default is one: YAML has no text for an enumeration, be it of strings.
@@ -386,34 +392,3 @@ def _leave_out_noise() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(("💡", "`weights_only`")))
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
-
-
-def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:
-    """``--config quickstart.yaml`` finds the file that ships with the package where there is no such file here."""
-    resolved = list(arguments)
-    for index, argument in enumerate(resolved):
-        flag, _, value = argument.partition("=")
-        if flag not in ("--config", "-c"):
-            continue
-        if not value and index + 1 < len(resolved):
-            resolved[index + 1] = _find_config(resolved[index + 1])
-        elif value:
-            resolved[index] = f"{flag}={_find_config(value)}"
-    return resolved
-
-
-def _find_config(name: str) -> str:
-    if Path(name).exists() or not name.endswith((".yaml", ".yml")):
-        return name
-    if shipped := _shipped(name):
-        return shipped
-    known = [str(path.relative_to(SHIPPED)) for path in sorted(SHIPPED.rglob("*.yaml"))]
-    close = difflib.get_close_matches(name.removeprefix("configs/"), known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"shipped are {', '.join(known)}"
-    raise FileNotFoundError(f"no config file {name}: {hint}")
-
-
-def _shipped(name: str) -> str | None:
-    """The file of that name that comes with the package, where there is none here."""
-    path = SHIPPED / name.removeprefix("configs/")
-    return str(path) if not Path(name).exists() and path.is_file() else None

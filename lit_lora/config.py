@@ -119,4 +119,4 @@ class QuantizationConfig:
         if not 32 <= self.block_size <= 4096 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two from 32 to 4096, got {self.block_size}")
         if self.bits == 8 and (self.quant_type != "nf4" or not self.double_quant or self.block_size != 64):
-            raise ValueError("quant_type, double_quant and block_size only apply to bits=4: leave them out")
+            raise ValueError("quant_type, double_quant and block_size only apply to 4 bits: leave them out")

@@ -24,17 +24,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from lit_lora import base_hash
 from lit_lora.adapters import quantize
 from lit_lora.adapters.base_weight import is_linear_like
 from lit_lora.adapters.trained_on import note_quantization
 from lit_lora.config import QuantizationConfig
 from lit_lora.whole_model import load_whole, readable
+from lit_lora.wording import advice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RANDOM = "random:"
 BYTE_TOKENIZER = "bytes"
+
+_SAY_NOTHING = ("_name_or_path", "architectures", "transformers_version")
+"""Of a config: where it lay and who wrote it."""
 
 _LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -125,8 +130,11 @@ def load_base_model(
             in_transformers = quantize.transformers_quantization_config(quantization, torch_dtype)
         if in_transformers is not None:
             options["quantization_config"] = in_transformers
+    beside_loading = base_hash.hash_weights(location, gguf_file, revision)
     with torch.device(device):
         model = load_whole(location, options)
+    # A model of the Hub may have come only now.
+    base_hash.note_base(model, beside_loading or base_hash.hash_weights(location, gguf_file, revision))
     if base in KNOWN_MODELS:
         model.config.name_or_path = KNOWN_MODELS[base].hub_id  # what an adapter tells the world
     if gguf_file:  # the weights are plain now
@@ -153,7 +161,8 @@ def load_tokenizer(
     if base.startswith(RANDOM):
         name = base.removeprefix(RANDOM)
         if name in ARCHITECTURES or name.endswith(".json"):
-            raise ValueError(f"{base!r} has no tokenizer of its own: set data.tokenizer, for example to 'bytes'")
+            fix = advice("set {}, for example to 'bytes'", "data.tokenizer", otherwise="give a base that has one")
+            raise ValueError(f"{base!r} has no tokenizer of its own: {fix}")
         base = name
     location, gguf_file = resolve_base(base)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
@@ -189,7 +198,7 @@ def resolve_base(base: str) -> tuple[str, str | None]:
         if not list(path.glob("*.safetensors")):
             pickles = sorted(p.name for p in (*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")))
             detail = f"; {', '.join(pickles)} may run code when loaded and is not read" if pickles else ""
-            raise ValueError(f"{path} holds no *.safetensors{detail}: save the model with safe_serialization=True")
+            raise ValueError(f"{path} holds no *.safetensors{detail}: save the model as safetensors")
         return str(path), None
     if path.exists():
         raise ValueError(f"{path} is a file: expected a model folder, a .gguf file or a Hub id")
@@ -229,6 +238,9 @@ def _random_model(
         _fill(model, "", model, device, quantization)
     model.tie_weights()
     model.config.name_or_path = base
+    fields = {name: value for name, value in config.to_dict().items() if name not in _SAY_NOTHING}
+    recipe = {"config": fields, "seed": seed, "dtype": str(dtype), "device": device.type}
+    base_hash.note_base(model, base_hash.hash_recipe(**recipe))
     if quantization is not None:
         quantize.finish_quantization_(model, quantization)
     note_quantization(model, quantization)

@@ -8,6 +8,7 @@ How a step's loss and gradients count tokens is its base class's matter: :mod:`l
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.amounts import parse_bytes
+from lit_lora.base_hash import forget_base
 from lit_lora.checkpoint import read_checkpoint
 from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.frozen_statistics import keep_batch_norm_frozen
@@ -34,18 +36,13 @@ from lit_lora.metrics import TrainingMetrics
 from lit_lora.models import load_base_model
 from lit_lora.optimization import Optimization
 from lit_lora.prediction import answer
+from lit_lora.resume_settings import Difference
 from lit_lora.step_metrics import LossOutput
 from lit_lora.token_loss import LOGGED, TokenLossModule
 from lit_lora.trainer_settings import check_built, check_monitors
 from lit_lora.training_point import TrainingPoint
 
 __all__ = ["LoRALightningModule", "LossOutput"]
-
-_PLAIN_SETTINGS = (
-    "base", "revision", "trust_remote_code", "learning_rate", "weight_decay", "lr_schedule", "warmup_ratio",
-    "packing", "shared_prefix", "chunked_loss", "fused_lora", "recompute_mlp", "compile_layers", "liger",
-    "gradient_checkpointing", "activation_memory", "max_new_tokens",
-)  # fmt: skip
 
 
 class LoRALightningModule(TokenLossModule):
@@ -153,6 +150,10 @@ class LoRALightningModule(TokenLossModule):
         self.injection_report: InjectionReport | None = None
         self.path: causal_lm.Path | None = None
         self._resume_state: dict[str, Any] | None = None
+        self._differences: list[Difference] = []
+        self._given: dict[str, Any] = {}
+        self.setting_changes: list[dict[str, Any]] = []
+        """What was changed when the run was resumed: ``step``, and ``settings`` by name, each as it was and is."""
         self._activation_budget: ActivationBudget | None = None
         self._compile_clock: compilation.CompileClock | None = None
 
@@ -214,6 +215,8 @@ class LoRALightningModule(TokenLossModule):
         if self.liger:
             liger_kernels.check_available(torch.get_default_device())
         model = self.load_base()
+        if type(self).load_base is not LoRALightningModule.load_base:
+            forget_base(model)  # what was loaded may have been changed
         if self.liger:
             rank_zero_info(f"Liger kernels: {', '.join(liger_kernels.apply(model))}")
         self.injection_report = inject_lora(model, self.lora)
@@ -267,11 +270,6 @@ class LoRALightningModule(TokenLossModule):
             self.lr_scheduler_callable, self.lr_schedule, self.warmup_ratio,
         )  # fmt: skip
 
-    def on_fit_start(self) -> None:
-        """Give the settings of the run to the loggers."""
-        if self.trainer.enable_autolog_hparams:
-            hyperparameters.log(self.trainer, self._settings())
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, up to a constant factor."""
         if self._activation_budget is not None:
@@ -314,10 +312,9 @@ class LoRALightningModule(TokenLossModule):
         """
         if self.model is None:  # a run that was refused, by a callback that saves on exceptions: let it be heard
             return
-        checkpoint[training_state.KEY] = training_state.collect(
-            self.trainer, self._identity, self._settings(), self._recorder, self.trainable_parameters()
-        )
-        checkpoint[training_state.KEY]["training_point"] = self._point.state_dict()
+        state = training_state.collect(self.trainer, self._identity, self._recorder, self.trainable_parameters())
+        own = {"optimizer": self._given, "changes": self.setting_changes, "training_point": self._point.state_dict()}
+        checkpoint[training_state.KEY] = {**state, **own}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint belongs to this base and these adapters; keep the rest for the start of training.
@@ -325,11 +322,24 @@ class LoRALightningModule(TokenLossModule):
         Raises:
             ValueError: naming what differs.
         """
-        state = training_state.check(checkpoint, self._identity, self.trainable_parameters())
+        state, self._differences = training_state.check(checkpoint, self._identity, self.trainable_parameters())
         self._resume_state = state
         self._recorder.metrics = TrainingMetrics.from_state_dict(state["metrics"])
+        self.setting_changes = list(state["changes"])
         if self._trainer is not None:  # without one, nothing is continued
             training_state.align(checkpoint, self.trainer)
+
+    def on_fit_start(self) -> None:
+        """Note what the optimizer was given, before a checkpoint brings what it had; tell loggers the settings.
+
+        Raises:
+            ValueError: if the checkpoint's optimizer or schedule is of another class.
+        """
+        self._given = training_state.given(self.trainer)
+        if self._resume_state is not None:
+            training_state.check_optimizer(self._resume_state["optimizer"], self._given)
+        if self.trainer.enable_autolog_hparams:
+            hyperparameters.log(self.trainer, self._settings())
 
     def on_train_start(self) -> None:
         """Continue a resumed run where it was: random state, and the gradients of an unfinished window."""
@@ -339,18 +349,25 @@ class LoRALightningModule(TokenLossModule):
         if state is not None:
             self._point.load_state_dict(state.get("training_point", {}))
             training_state.restore(state, self.trainer, self._recorder.window, self.trainable_parameters())
+            found = self._differences + training_state.apply_settings(state, self.trainer, self._given)
+            self.setting_changes += training_state.said(found, self.trainer)
 
     @property
     def _identity(self) -> training_state.Identity:
         assert self.model is not None, "configure_model has not run"
-        return training_state.Identity(self.base, self.model, self.lora, self.quantization)
+        return training_state.Identity(self.base, self.model, self._settings())
 
     def _settings(self) -> dict[str, Any]:
+        """All that the module was given, by name, plain types; optimizer and schedule say themselves what they are."""
+        names = inspect.signature(LoRALightningModule.__init__).parameters.keys() - {
+            "self",
+            "optimizer",
+            "lr_scheduler",
+        }
+        values = {name: getattr(self, {"dtype": "dtype_name"}.get(name, name)) for name in sorted(names)}
         return {
-            "lora": asdict(self.lora),
-            "quantization": asdict(self.quantization) if self.quantization is not None else None,
-            "dtype": self.dtype_name,
-            **{name: getattr(self, name) for name in _PLAIN_SETTINGS},
+            name: asdict(value) if isinstance(value, (LoRAConfig, QuantizationConfig)) else value
+            for name, value in values.items()
         }
 
     @classmethod

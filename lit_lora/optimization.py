@@ -11,8 +11,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from lit_lora import optimizer_trial, schedule
+from lit_lora import optimizer_trial, resume_settings, schedule
+from lit_lora.resume_settings import Difference
 from lit_lora.training_point import has_two_points
 
 
@@ -107,3 +109,35 @@ class Optimization:
         if self.optimizer is not None:
             return self.optimizer(parameters)
         return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
+
+
+def apply_given(
+    optimizer: Optimizer, scheduler: Any, saved: list[dict[str, Any]], given: list[dict[str, Any]]
+) -> list[Difference]:
+    """Set hyperparameters of a restored optimizer to what is given now, where that is not what was given before.
+
+    Args:
+        optimizer: with the state of a checkpoint, which also brought its hyperparameters.
+        scheduler: its schedule, likewise restored; None for none.
+        saved: of each parameter group what was given when the run began.
+        given: what is given now.
+
+    Returns:
+        What differs.
+    """
+    found: list[Difference] = []
+    for index, (group, before, now) in enumerate(zip(optimizer.param_groups, saved, given, strict=True)):
+        for difference in resume_settings.new_hyperparameters(before, now):
+            name = difference.name
+            if name in ("lr", "initial_lr"):
+                group["lr"] = group["lr"] * (now[name] / before[name]) if before.get(name) else now[name]
+                if name == "initial_lr" and hasattr(scheduler, "base_lrs"):
+                    scheduler.base_lrs[index] = now[name]
+            if name != "lr":
+                group[name] = now[name]
+            if index == 0 or difference not in found:
+                found.append(difference)
+    if isinstance(scheduler, LambdaLR):  # its form may have changed too: with the number of steps, or by name
+        for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(scheduler.last_epoch)
+    return [d._replace(name="learning_rate" if d.name in ("lr", "initial_lr") else d.name) for d in found]

@@ -10,7 +10,7 @@ import json
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lit_lora.atomic import atomic_write
 from lit_lora.callbacks.verdict import Verdict
@@ -33,6 +33,10 @@ class Outcome:
     """Whether training came to its end; a check may end it before."""
     stopped_early: bool = False
     """Whether something else than the Trainer's number of steps and epochs ended it."""
+    base: str = ""
+    """Hash of the base."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Settings that were changed when the run was resumed, each with the step from which it holds."""
     no_step_left: str = ""
     """Why nothing was judged: what left no step to take."""
     losses: list[str] = field(default_factory=list)
@@ -68,7 +72,12 @@ class Outcome:
     def __str__(self) -> str:
         headline = self.result if self.result == "proved" else f"{self.result.upper()}: {', '.join(self.reasons)}"
         checks = [f"  {verdict.name:<16}{_mark(verdict)}{verdict.detail}" for verdict in self.verdicts]
-        return "\n".join(["", f"lit_lora: {headline}", *self.losses, *checks, *self.speed])
+        changed = [
+            f"  {'changed':<16}from step {change['step']} on: {name} was {was}, is {now}"
+            for change in self.changes
+            for name, (was, now) in change["settings"].items()
+        ]
+        return "\n".join(["", f"lit_lora: {headline}", *self.losses, *checks, *changed, *self.speed])
 
     def save(self, folder: Path) -> None:
         """Write ``verdict.json``, whole or not at all."""

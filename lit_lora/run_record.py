@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_lora.atomic import atomic_write, make_folder, remove_partial_files
+from lit_lora.base_hash import base_hash
 from lit_lora.callbacks import HFAdapterExport, MemoryProfiler, Verdict
 from lit_lora.callbacks._trainer import why_past_its_end
 from lit_lora.callbacks.verdict import Check, NotProvedError
@@ -57,11 +58,13 @@ class RunRecord(L.Callback):
             remove_partial_files(place)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print which layers have adapters."""
+        """Print which layers have adapters, on which base."""
         self._started = self._ended = False
         trainer.should_stop = trainer.should_stop or self.is_over
         if trainer.is_global_zero and isinstance(pl_module, LoRALightningModule) and pl_module.injection_report:
             print(pl_module.injection_report.table())
+            assert pl_module.model is not None
+            print(f"base:      {base_hash(pl_module.model)}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on there is something to record."""
@@ -192,8 +195,8 @@ def _checks(trainer: L.Trainer) -> list[Check]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Check)]  # type: ignore[attr-defined]
 
 
-def _measured(module: LoRALightningModule) -> dict[str, list[str]]:
-    """Lines on losses and speed of the whole run."""
+def _measured(module: LoRALightningModule) -> dict[str, Any]:
+    """Lines on losses and speed of the whole run, the hash of its base, and what was changed."""
     metrics = module.flush_metrics()
     lines = []
     if steps := [step for step in metrics.steps if step.num_target_tokens]:
@@ -204,7 +207,9 @@ def _measured(module: LoRALightningModule) -> dict[str, list[str]]:
         accuracy = f", token accuracy {entry['val_token_accuracy']:.1%}" if "val_token_accuracy" in entry else ""
         lines.append(f"  {'validation':<16}{start}{entry['val_loss']:.3f}{accuracy}")
     speed = [f"  {'speed':<16}{metrics.tokens_per_s:,.0f} tokens/s"] if len(metrics.steps) > 1 else []
-    return {"losses": lines, "speed": speed}
+    assert module.model is not None
+    base = base_hash(module.model).value
+    return {"losses": lines, "speed": speed, "base": base, "changes": module.setting_changes}
 
 
 class PredictionWriter(BasePredictionWriter):

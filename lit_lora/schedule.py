@@ -11,6 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_lora.wording import setting
+
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
@@ -109,7 +111,8 @@ def build(
         raise ValueError(f"lr_schedule must be one of {', '.join(SCHEDULES)}, got {name!r}")
     if num_steps is None:
         if name != "constant":
-            raise ValueError(f"lr_schedule {name!r} needs an end: set trainer.max_steps or trainer.max_epochs")
+            ends = f"{setting('trainer.max_steps')} or {setting('trainer.max_epochs')}"
+            raise ValueError(f"lr_schedule {name!r} needs an end: set {ends}")
         return LambdaLR(optimizer, lambda step: 1.0)
     warmup_steps = math.ceil(warmup_ratio * num_steps)
     decay = SCHEDULES[name]

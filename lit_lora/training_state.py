@@ -1,51 +1,45 @@
 """The state of a run beside Lightning's own: what an exact continuation needs, and what it belongs to.
 
 Lightning keeps the optimizer, the schedule, callbacks and its counters. Here come the random state of every rank, the
-gradients and sums of an unfinished accumulation window, the metrics so far, and who base and adapters are, so that a
-checkpoint of another model is refused instead of loaded. Lightning's counters are made to agree with the data's
-position, which also moves a run between numbers of processes.
+gradients and sums of an unfinished accumulation window, the metrics so far, who base and adapters are, so that a
+checkpoint of another model is refused instead of loaded, and all settings, so that none changes unsaid. Lightning's
+counters are made to agree with the data's position, which also moves a run between numbers of processes.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lit_lora.checkpoint import base_fingerprint, describe_mismatch, rng_state, set_rng_state
-from lit_lora.config import LoRAConfig, QuantizationConfig
-from lit_lora.data.resume import DATA_STATE_KEY, align_loop_progress
+import lit_lora
+from lit_lora import optimization, resume_settings
+from lit_lora.adapters.layers import LoRALayer, adapter_modules
+from lit_lora.base_hash import base_hash, short
+from lit_lora.checkpoint import rng_state, set_rng_state
+from lit_lora.data.resume import align_loop_progress, data_state
+from lit_lora.resume_settings import Difference
 from lit_lora.step_metrics import StepRecorder, StepWindow
 
 KEY = "lit_lora"
 """Where all of this lies in a checkpoint."""
 
-_STRUCTURE = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-)
+FORMAT = 1
+"""Of what :func:`collect` returns; to be raised when it changes."""
 
 
 class Identity(NamedTuple):
-    """Which model a checkpoint belongs to."""
+    """Which model a checkpoint belongs to, and how it is trained."""
 
     base: str
     model: nn.Module
-    lora: LoRAConfig
-    quantization: QuantizationConfig | None
+    settings: dict[str, Any]
+    """All that the module was given, plain types."""
 
 
 def is_whole(trainer: Trainer) -> bool:
@@ -54,15 +48,12 @@ def is_whole(trainer: Trainer) -> bool:
     return progress.started == progress.processed
 
 
-def collect(
-    trainer: Trainer, identity: Identity, settings: dict[str, Any], recorder: StepRecorder, parameters: dict[str, Any]
-) -> dict[str, Any]:
+def collect(trainer: Trainer, identity: Identity, recorder: StepRecorder, parameters: dict[str, Any]) -> dict[str, Any]:
     """The state to save; every rank must call it.
 
     Args:
         trainer: between two batches.
         identity: the model.
-        settings: what builds the module again.
         recorder: sums of the unfinished window, and the metrics so far.
         parameters: those that train, by name.
 
@@ -85,46 +76,94 @@ def collect(
         torch.distributed.all_gather_object(gathered, ranks[0])
         ranks = gathered
     return {
+        "format": FORMAT,
+        "version": lit_lora.__version__,
         "base": identity.base,
-        "base_fingerprint": base_fingerprint(identity.model),
-        "settings": settings,
+        "base_hash": base_hash(identity.model).value,
+        "base_dtype": _dtype_of(identity.model),
+        "adapters": _adapters_of(identity.model),
+        "settings": identity.settings,
+        "trainer": resume_settings.trainer_settings(trainer),
         "ranks": ranks,
         "metrics": recorder.flush().state_dict(),
     }
 
 
-def check(checkpoint: dict[str, Any], identity: Identity, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Check that a checkpoint belongs to this base and these adapters.
-
-    Returns:
-        What :func:`collect` saved.
+def read(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`collect` saved.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: if there is nothing of it, it is of another version, or was edited.
     """
     state = checkpoint.get(KEY)
     if not isinstance(state, dict):
         raise ValueError("this checkpoint was not written by a LoRALightningModule: it holds no base and no adapters")
-    settings = state["settings"]
-    lora = asdict(identity.lora)
-    differences = describe_mismatch(
-        {name: settings["lora"].get(name) for name in _STRUCTURE}, {name: lora[name] for name in _STRUCTURE}
-    )
-    quantization = asdict(identity.quantization) if identity.quantization is not None else None
-    differences += describe_mismatch({"quantization": settings["quantization"]}, {"quantization": quantization})
-    if differences:
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"the checkpoint has format {state.get('format')!r} and was written by lit_lora {state.get('version')!r}, "
+            f"this is lit_lora {lit_lora.__version__}, which reads format {FORMAT}: take the version that wrote it"
+        )
+    kinds = {"base": str, "base_hash": str, "adapters": dict, "settings": dict, "trainer": dict, "ranks": list}
+    kinds |= {"metrics": dict, "optimizer": dict, "changes": list}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise ValueError(f"the checkpoint lacks {', '.join(wrong)}: it is not as lit_lora {state['version']} writes it")
+    return state
+
+
+def check(
+    checkpoint: dict[str, Any], identity: Identity, parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], list[Difference]]:
+    """Check that a checkpoint belongs to this base and these adapters.
+
+    Returns:
+        What :func:`collect` saved, and settings that differ from it and are applied.
+
+    Raises:
+        ValueError: naming what there is no going on with.
+    """
+    state = read(checkpoint)
+    refused, applied = resume_settings.module_differences(state["settings"], identity.settings)
+    if state["adapters"] != _adapters_of(identity.model):
+        lora = resume_settings.differences(
+            state["settings"].get("lora", {}), _plain_lora(identity), prefix="model.lora."
+        )
+        refused += [d for d in lora if d not in applied] or [Difference("the adapted layers", "others", "these")]
+    if refused:
         raise ValueError(
             "the checkpoint's adapters differ from the configured ones: "
-            + "; ".join(differences)
+            + "; ".join(map(str, refused))
             + ". Set them as saved to resume, or start a new run"
         )
-    if state["base_fingerprint"] != base_fingerprint(identity.model):
+    ours = base_hash(identity.model).value
+    if state["base_hash"] != ours:
         raise ValueError(
-            f"the checkpoint belongs to another base: it was trained on {state['base']!r}, this is {identity.base!r} "
-            "with other weights. Set model.base to the base that it was trained on"
+            f"the checkpoint belongs to another base: it was trained on {state['base']!r}, "
+            f"{short(state['base_hash'])}; this is {identity.base!r}, {short(ours)}, whose weights are not the same "
+            "bit for bit. Set model.base to the base that it was trained on"
         )
+    if state.get("base_dtype") != _dtype_of(identity.model):
+        applied.append(Difference("dtype of the base", state.get("base_dtype"), _dtype_of(identity.model)))
     _check_keys(checkpoint["state_dict"], parameters)
-    return state
+    return state, applied
+
+
+def _plain_lora(identity: Identity) -> dict[str, Any]:
+    return json.loads(json.dumps(identity.settings["lora"]))
+
+
+def _adapters_of(model: nn.Module) -> dict[str, list[Any]]:
+    """What each adapted module has become, whatever names and patterns chose it."""
+    return {
+        name: [type(module).__name__, *((module.r, module.scaling) if isinstance(module, LoRALayer) else ())]
+        for name, module in adapter_modules(model)
+    }
+
+
+def _dtype_of(model: nn.Module) -> str | None:
+    frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
+    dtype = next(frozen, None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
@@ -140,13 +179,15 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             f"{trainer.ckpt_path} holds weights only (ModelCheckpoint with save_weights_only), which nothing can be "
             "continued from: resume from a file that TrainingCheckpoint wrote, step=NUMBER.ckpt"
         )
-    if DATA_STATE_KEY not in checkpoint:
+    _refuse_other_window(checkpoint[KEY], trainer)
+    data: Mapping[str, Any] | None = data_state(checkpoint, trainer)
+    if data is None:
         return
     loops = checkpoint["loops"]["fit_loop"]
     batches, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
     num_batches = batches["current"]["processed"]
     in_validation = len({*validation["current"].values()}) + len({*validation["total"].values()}) > 2
-    align_loop_progress(checkpoint, trainer.world_size)
+    align_loop_progress(checkpoint, trainer)
     if not in_validation:
         return
     # Stopped in a validation: it is done again from its start, so that its means are whole. What Lightning takes for a
@@ -154,13 +195,78 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     for counters in validation["total"], validation["current"]:
         counters.update(dict.fromkeys(counters, 0))
     validation["total"].update(ready=1, started=1)
-    same_ranks = checkpoint[DATA_STATE_KEY]["world_size"] == trainer.world_size
-    if checkpoint[DATA_STATE_KEY]["consumed"] == 0 and same_ranks:  # at the end of an epoch, which is open until then
+    if (
+        data["consumed"] == 0 and data["world_size"] == trainer.world_size
+    ):  # at the end of an epoch, which is open until then
         for counters in loops["epoch_progress"].values():
             opened = counters["processed"]
             counters.update(ready=opened, started=opened, processed=opened - 1, completed=opened - 1)
         batches["current"].update(dict.fromkeys(batches["current"], num_batches))
         batches["is_last_batch"] = True
+
+
+def given(trainer: Trainer) -> dict[str, Any]:
+    """Classes and hyperparameters of the optimizer and its schedule, as they are before a checkpoint is loaded."""
+    configs = trainer.lr_scheduler_configs
+    return resume_settings.optimizer_settings(trainer.optimizers[0], configs[0].scheduler if configs else None)
+
+
+def check_optimizer(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that the optimizer's state can be gone on with.
+
+    Raises:
+        ValueError: if the optimizer or its schedule is of another class, or has other groups.
+    """
+    different = [
+        f"model.{name} was {saved.get(name)}, is {now[name]}"
+        for name in ("optimizer", "lr_scheduler")
+        if saved.get(name) != now[name]
+    ]
+    if len(saved.get("groups", [])) != len(now["groups"]):
+        different.append(
+            f"the optimizer had {len(saved.get('groups', []))} groups of parameters, has {len(now['groups'])}"
+        )
+    if different:
+        raise ValueError(
+            f"the state of the optimizer cannot be gone on with: {'; '.join(different)}. Set it as saved to resume, or "
+            "start a new run"
+        )
+
+
+def apply_settings(state: Mapping[str, Any], trainer: Trainer, now: Mapping[str, Any]) -> list[Difference]:
+    """Let what is given now hold in place of what the checkpoint brought; what of it differs.
+
+    Args:
+        state: what :func:`collect` saved.
+        trainer: with the optimizer and its schedule, restored.
+        now: from :func:`given`.
+    """
+    configs = trainer.lr_scheduler_configs
+    scheduler = configs[0].scheduler if configs else None
+    found = optimization.apply_given(trainer.optimizers[0], scheduler, state["optimizer"]["groups"], now["groups"])
+    found = [difference._replace(name=f"model.{difference.name}") for difference in found]
+    return found + resume_settings.differences(state["trainer"], resume_settings.trainer_settings(trainer))
+
+
+def said(found: list[Difference], trainer: Trainer) -> list[dict[str, Any]]:
+    """Say what differs from here on, and return it as an entry of the run's record; none if nothing does."""
+    if not found:
+        return []
+    step = trainer.global_step
+    rank_zero_info(f"Changed from step {step} on: {'; '.join(map(str, found))}")
+    return [{"step": step, "settings": {d.name: [d.saved, d.now] for d in found}}]
+
+
+def _refuse_other_window(state: Mapping[str, Any], trainer: Trainer) -> None:
+    """In the middle of an accumulation window the window has to stay what it was."""
+    saved = state["trainer"]
+    before = saved["trainer.accumulate_grad_batches"] * saved["trainer.devices x num_nodes"]
+    now = trainer.accumulate_grad_batches * trainer.world_size
+    if before != now and any(entry["window"] is not None for entry in state["ranks"]):
+        raise ValueError(
+            f"the checkpoint lies within an optimizer step of {before} micro-batches (accumulate_grad_batches x "
+            f"processes), now there are {now}: resume with as many, or from a checkpoint at the end of a step"
+        )
 
 
 def restore(

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lit_lora.wording import setting
+
 T = TypeVar("T")
 INDEX = "model.safetensors.index.json"
 
@@ -64,10 +66,7 @@ def readable(location: str, load: Callable[[], T]) -> T:
     except Exception as error:  # a broken file reaches us as any of a dozen types
         reason = (str(error).strip().splitlines() or [""])[0]
         if "trust_remote_code" in str(error):
-            reason = (
-                "it comes with code of its own, which runs only with trust_remote_code: --model.trust_remote_code true "
-                "for fit, validate, test and predict, --trust_remote_code for the other verbs"
-            )
+            reason = f"it comes with code of its own, which runs only with {setting('model.trust_remote_code', True)}"
         raise ValueError(f"cannot load {location}: {type(error).__name__}: {reason}") from error
 
 

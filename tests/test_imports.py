@@ -20,7 +20,7 @@ FILES = {
     **{f"lit_lora.callbacks.{p.stem}": p for p in sorted((ROOT / "callbacks").glob("*.py"))},
 }  # fmt: skip
 
-LEAVES = {"config", "metrics", "atomic"}
+LEAVES = {"config", "metrics", "atomic", "wording", "compute_limit", "environment"}
 """Rooms that every other one may import. They import nothing of ours, and neither torch nor Lightning."""
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "drift": set(),
     "whole_model": set(),
     "causal_lm": {"losses", "attention", "adapters", "shared_prefix"},
-    "models": {"adapters", "data.byte_tokenizer", "whole_model"},
+    "models": {"adapters", "base_hash", "data.byte_tokenizer", "whole_model"},
     "data": {"models", "data.byte_tokenizer", "data.resume"},
     "amounts": set(),
     "storage_tracker": set(),
@@ -55,36 +55,47 @@ MAY_IMPORT: dict[str, set[str]] = {
     "liger_kernels": set(),
     "training_point": set(),
     "optimizer_trial": {"training_point"},
-    "optimization": {"schedule", "optimizer_trial", "training_point"},
+    "optimization": {"schedule", "optimizer_trial", "training_point", "resume_settings"},
     "hyperparameters": set(),
     "token_loss": {"optimizer_trial", "training_point", "step_metrics"},
     "step_metrics": set(),
     "prediction": set(),
     "frozen_statistics": set(),
     "data.resume": set(),
-    "training_state": {"checkpoint", "step_metrics", "data.resume"},
+    "base_hash": set(),
+    "resume_settings": set(),
+    "training_state": {
+        "adapters", "base_hash", "checkpoint", "optimization", "resume_settings", "step_metrics", "data.resume",
+    },
     "module": {
         "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "activation_checkpointing",
         "compilation", "liger_kernels", "optimization", "token_loss", "training_point", "hyperparameters",
-        "trainer_settings", "step_metrics", "training_state", "prediction", "frozen_statistics", "activation_budget",
-        "amounts", "gated_mlp",
+        "base_hash", "resume_settings", "trainer_settings", "step_metrics", "training_state", "prediction",
+        "frozen_statistics", "activation_budget", "amounts", "gated_mlp",
     },
     "callbacks": {"adapters", "checkpoint"},
     "tools": {
         "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "data", "memory", "drift",
-        "tools.fetch", "callbacks", "module",
+        "tools.fetch", "callbacks", "module", "strict_yaml", "shipped",
     },
     "csv_log": set(),
     "outcome": {"callbacks"},
     "run_folder": {"checkpoint"},
-    "run_record": {"module", "callbacks", "checkpoint", "csv_log", "outcome"},
-    "config_check": {"data", "models"},
+    "run_record": {"module", "base_hash", "callbacks", "checkpoint", "csv_log", "outcome"},
+    "strict_yaml": set(),
+    "shipped": set(),
+    "synonyms": set(),
+    "parse_errors": set(),
+    "command_line": {"strict_yaml", "shipped"},
+    "setting_check": {"command_line", "parse_errors", "strict_yaml", "synonyms"},
+    "config_check": {"command_line", "data", "models", "setting_check", "shipped"},
     "cli": {
         "module", "data", "callbacks", "checkpoint", "csv_log", "outcome", "run_folder", "run_record", "config_check",
-        "trainer_settings",
+        "trainer_settings", "command_line", "parse_errors", "setting_check", "shipped", "strict_yaml",
     },
+    "tools.parser": {"command_line", "parse_errors", "setting_check", "strict_yaml"},
     "tools.estimate": {"amounts", "cli", "memory", "data"},
-    "__main__": {"cli", "tools", "tools.fetch", "tools.estimate"},
+    "__main__": {"cli", "tools", "tools.fetch", "tools.estimate", "tools.parser"},
 }  # fmt: skip
 """Room -> rooms below it that it may import, beside ``LEAVES``. A room is a module or a folder; the longest name
 wins."""
@@ -179,7 +190,15 @@ def test_callbacks_need_no_more_than_lightning_and_torch(module: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["lit_lora", "lit_lora.config", "lit_lora.metrics", "lit_lora.atomic", "lit_lora.__main__", "lit_lora.tools.fetch"],
+    [
+        "lit_lora",
+        "lit_lora.config",
+        "lit_lora.metrics",
+        "lit_lora.atomic",
+        "lit_lora.__main__",
+        "lit_lora.tools.fetch",
+        "lit_lora.tools.parser",
+    ],
 )
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))"

@@ -239,7 +239,7 @@ def test_another_structure_is_refused_naming_the_field(base, tmp_path):
     trainer = _trainer(tmp_path, max_steps=1)
     trainer.fit(_module(base), _loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="r: saved 4, now 8"):
+    with pytest.raises(ValueError, match=r"model.lora.r was 4, is 8"):
         _trainer(tmp_path).fit(_module(base, lora=LoRAConfig(r=8)), _loader(), ckpt_path=tmp_path / "a.ckpt")
 
 

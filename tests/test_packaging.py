@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import subprocess
 import sys
+import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,6 @@ import pytest
 from packaging.requirements import Requirement
 
 import lit_lora
-
-tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11 to read pyproject.toml")
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -87,3 +87,51 @@ def test_constraints_pin_every_direct_dependency_within_its_range() -> None:
     assert len(direct) >= 15
     for requirement in direct:
         assert pins[requirement.name.lower().replace("_", "-")] in requirement.specifier
+
+
+DISTRIBUTIONS = {"bitsandbytes": "bitsandbytes", "liger_kernel": "liger-kernel", "jinja2": "jinja2", "yaml": "pyyaml"}
+"""Names of distributions that differ from the module's, and of those that need not be installed here."""
+
+
+def test_what_is_imported_is_declared() -> None:
+    """In the wheel's metadata, not only brought along by something else, or by what the tests need."""
+    project = PROJECT["project"]
+    texts = [*project["dependencies"], *project["optional-dependencies"]["liger"]]
+    declared = {Requirement(text).name.lower() for text in texts}
+    imported: dict[str, str] = {}
+    for path in [*sorted((ROOT / "lit_lora").rglob("*.py")), *sorted((ROOT / "callbacks").rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            imported |= {name.partition(".")[0]: path.name for name in names}
+    thirds = imported.keys() - sys.stdlib_module_names - {"lit_lora"}
+    assert len(thirds) >= 15
+    undeclared = {top: imported[top] for top in sorted(thirds) if DISTRIBUTIONS.get(top, top) not in declared}
+    assert undeclared == {}
+
+
+@pytest.mark.parametrize("name", ["accelerate", "bitsandbytes", "gguf", "jinja2", "jsonargparse"])
+def test_what_only_transformers_and_lightning_import_for_us_is_declared(name: str) -> None:
+    """Quantized weights and ``device_map`` (accelerate), GGUF files, chat templates, the command line."""
+    assert name in {Requirement(text).name.lower() for text in PROJECT["project"]["dependencies"]}
+
+
+def test_the_oldest_python_is_the_same_everywhere() -> None:
+    oldest = PROJECT["project"]["requires-python"].removeprefix(">=")
+    assert PROJECT["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    assert PROJECT["tool"]["mypy"]["python_version"] == oldest
+    assert f"Python ({oldest} or newer)" in (ROOT / "README.md").read_text()
+    assert f"v < ({oldest.replace('.', ', ')})" in (ROOT / "Makefile").read_text()
+
+
+def test_make_refuses_an_older_python_before_anything_is_installed(tmp_path: Path) -> None:
+    """With an interpreter that only says that it is older."""
+    old = tmp_path / "python3.9"
+    old.write_text(f"#!{sys.executable}\nimport sys\nsys.version_info = (3, 9)\nexec(sys.argv[2])\n")
+    old.chmod(0o755)
+    finished = subprocess.run(
+        ["make", "setup", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert finished.returncode != 0
+    assert "is Python 3.9, lit_lora needs 3.11 or newer" in finished.stderr.splitlines()[0]
+    assert not (tmp_path / "venv").exists()

@@ -29,6 +29,7 @@ from lit_lora.adapters.peft_config import from_peft_config, to_peft_config
 from lit_lora.adapters.trained_on import noted_metadata
 from lit_lora.atomic import FileToWrite, atomic_write_all
 from lit_lora.config import LoRAConfig
+from lit_lora.wording import in_words_of
 
 __all__ = [
     "adapter_state_dict",
@@ -266,7 +267,11 @@ def _check_equals_base(model: nn.Module, name: str, tensor: Tensor, folder: Path
     if tensor.shape != base.shape:
         raise ValueError(
             f"{folder} was trained with a resized vocabulary: {name} is {tuple(tensor.shape)}, the model has "
-            f"{tuple(base.shape)}. Call model.resize_token_embeddings({tensor.shape[0]}) and add its weights first"
+            f"{tuple(base.shape)}. "
+            + in_words_of(
+                python=f"Call model.resize_token_embeddings({tensor.shape[0]}) and add its weights first",
+                command_line="Give the base that was resized for it, with its weights, as the base",
+            )
         )
     if not torch.equal(tensor.to(device=base.device, dtype=base.dtype), base):
         raise ValueError(

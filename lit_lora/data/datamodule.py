@@ -17,16 +17,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.atomic import remove_partial_files
-from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, default_cache_dir, tokenizer_digest
+from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, tokenizer_digest
 from lit_lora.data.limits import check_limits
 from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
 from lit_lora.data.resume import check_fingerprint, rank_batches_consumed
 from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches, split_indices
-from lit_lora.data.sources import source_digest
 from lit_lora.data.summary import DataSummary, summarize
 from lit_lora.data.tokenize import format_prompt
+from lit_lora.environment import cache_folder
+from lit_lora.wording import setting
 
 DEFAULT_BATCH_SIZE = 4
 ABANDONED_S = 3600.0
@@ -110,7 +111,7 @@ class SFTDataModule(pl.LightningDataModule):
         self.packing = packing
         self.num_workers = num_workers
         self.trust_remote_code = trust_remote_code
-        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.cache_dir = cache_folder("tokenized") if cache_dir is None else Path(cache_dir).expanduser()
         self.train_data: TokenizedDataset | None = None
         self.validation_data: TokenizedDataset | None = None
         self.test_data: TokenizedDataset | None = None
@@ -119,6 +120,7 @@ class SFTDataModule(pl.LightningDataModule):
         self._datasets: dict[str, TokenizedDataset] = {}
         self._train_sampler: ResumableBatchSampler | None = None
         self._loaded_state: dict[str, Any] | None = None
+        self._fingerprint: dict[str, Any] | None = None
         self._limit_val_batches: int | float | None = None
 
     @property
@@ -137,7 +139,7 @@ class SFTDataModule(pl.LightningDataModule):
             if not isinstance(name, str):
                 raise ValueError(
                     "no tokenizer: the module has no attribute 'base' with the model's name; "
-                    "set data.tokenizer to a name, a folder, or 'bytes'"
+                    f"set {setting('data.tokenizer')} to a name, a folder, or 'bytes'"
                 )
             self._tokenizer = load_tokenizer(name, trust_remote_code=self.trust_remote_code)
         return self._tokenizer
@@ -183,6 +185,7 @@ class SFTDataModule(pl.LightningDataModule):
             self.test_data = self._tokenized(self.test_source)
         self.train_data = train
         if stage == "fit":
+            self._fingerprint = self._take_fingerprint()
             num_validation = 0 if self.validation_data is None else len(self.validation_data)
             self.summary = summarize(train, self.tokenizer, self.batch_settings, num_validation=num_validation)
             if self._rank == 0:
@@ -227,14 +230,16 @@ class SFTDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Validation batches, in the data's order."""
         if self.validation_data is None:
-            raise ValueError("there is no validation data: set data.validation or data.validation_fraction")
+            names = f"{setting('data.validation')} or {setting('data.validation_fraction')}"
+            raise ValueError(f"there is no validation data: set {names}")
         return self._evaluation_loader(self.validation_data)
 
     def test_dataloader(self) -> DataLoader:
         """Test batches: the validation data where there is no test data."""
         data = self.validation_data if self.test_data is None else self.test_data
         if data is None:
-            raise ValueError("there is no test data: set data.test, data.validation or data.validation_fraction")
+            names = f"{setting('data.test')}, {setting('data.validation')} or {setting('data.validation_fraction')}"
+            raise ValueError(f"there is no test data: set {names}")
         return self._evaluation_loader(data)
 
     def source_lines(self, example_ids: Sequence[int]) -> list[int]:
@@ -304,18 +309,26 @@ class SFTDataModule(pl.LightningDataModule):
         return 0 if self._loaded_state is None else rank_batches_consumed(self._loaded_state, world_size)
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides which example comes at which place; plain types."""
-        assert self.train_data is not None, "setup() comes before fingerprint()"
-        settings = asdict(self.source_settings)
-        return {
-            "train": source_digest(self.train_source),
-            "tokenizer": tokenizer_digest(self.tokenizer),
-            "num_examples": len(self.train_data),
+        """What a position in the data means; plain types.
+
+        ``tokens`` is a digest of what is trained on, as it is in memory; ``order`` all that decides which example comes
+        at which place; ``source`` all that made the tokens, to say why they differ; ``validation`` a digest likewise.
+        """
+        assert self._fingerprint is not None, "setup() comes before fingerprint()"
+        return self._fingerprint
+
+    def _take_fingerprint(self) -> dict[str, Any]:
+        assert self.train_data is not None
+        order = asdict(self.batch_settings)
+        order |= {"max_tokens_per_batch": order.pop("max_tokens"), "packing": not order.pop("padded")}
+        source = {
+            **asdict(self.source_settings),
+            "train": self.train_source,
             "validation_fraction": self.validation_fraction,
-            **{name: settings[name] for name in ("max_length", "train_on_prompt", "limit", "on_bad_rows")},
-            **{"batch_size": self.batch_settings.batch_size, "max_tokens_per_batch": self.batch_settings.max_tokens},
-            **{"packing": self.packing, "shuffle": self.batch_settings.shuffle, "seed": self.batch_settings.seed},
+            "tokenizer": tokenizer_digest(self.tokenizer)[:12],
         }
+        validation = None if self.validation_data is None else self.validation_data.digest()
+        return {"tokens": self.train_data.digest(), "order": order, "source": source, "validation": validation}
 
     @property
     def _rank(self) -> int:
@@ -337,7 +350,7 @@ class SFTDataModule(pl.LightningDataModule):
         if self.trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError(
                 f"the data is divided among the {self._world_size} ranks by SFTDataModule: "
-                "set Trainer(use_distributed_sampler=False)"
+                f"set {setting('trainer.use_distributed_sampler', False)} for the Trainer"
             )
 
     def _settings_of(self, source: str) -> SourceSettings:

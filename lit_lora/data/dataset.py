@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_lora.atomic import atomic_write
 from lit_lora.data.tokenize import Encoded
+from lit_lora.wording import advice
 
 CACHE_VERSION = 1
 """Part of every cache name; to be raised when the same input would be tokenized differently."""
@@ -116,6 +116,13 @@ class TokenizedDataset(Dataset[TokenizedExample]):
         tokens = np.repeat(self.offsets[indices], lengths) + within
         return TokenizedDataset(self.ids[tokens], self.mask[tokens], offsets, self.lines[indices], self.statistics)
 
+    def digest(self) -> str:
+        """SHA-256 of the examples in their order: tokens, and which of them are supervised."""
+        digest = hashlib.sha256()
+        for array in (self.offsets, self.ids, self.mask):
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return digest.hexdigest()
+
     def save(self, path: Path) -> None:
         """Write to a safetensors file, whole or not at all."""
         arrays: dict[str, NDArray[Any]] = {
@@ -163,7 +170,8 @@ def check_vocabulary(dataset: TokenizedDataset, vocab_size: int) -> None:
         example = int(np.searchsorted(dataset.offsets, int(dataset.ids.argmax()), side="right")) - 1
         raise ValueError(
             f"token id {highest} ({dataset.statistics.source}, line {dataset.lines[example]}) is outside the model's "
-            f"vocabulary of {vocab_size}: the tokenizer is not the model's; set data.tokenizer to the model's own"
+            f"vocabulary of {vocab_size}: the tokenizer is not the model's"
+            + advice("; set {} to the model's own", "data.tokenizer", otherwise="")
         )
 
 
@@ -179,11 +187,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def default_cache_dir() -> Path:
-    """``$LIT_LORA_CACHE``, or ``~/.cache/lit_lora``; tokenized data goes into a folder below."""
-    return Path(os.environ.get("LIT_LORA_CACHE") or "~/.cache/lit_lora").expanduser() / "tokenized"
 
 
 def cache_path(folder: Path, parts: Mapping[str, Any]) -> Path:

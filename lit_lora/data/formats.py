@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lit_lora.data.sources import Problems, Row
+from lit_lora.wording import advice, setting
 
 Conversation = list[dict[str, str]]
 """Turns: an optional system message, then user and assistant in turn."""
@@ -201,10 +202,12 @@ def resolve_columns(names: Iterable[str], format: str, columns: Mapping[str, str
         if mapping is not None and columns.keys() <= mapping.keys():
             return candidate, mapping
     wanted = "; ".join(f"{name} ({', '.join(REQUIRED[name])})" for name in candidates)
-    unused = f" with columns={columns}" if columns else ""
+    given = f" with {setting('data.columns', columns)}" if columns else ""
+    example = {"prompt": "question", "completion": "answer"}
+    fix = advice("name them, for example {}", "data.columns", example, otherwise="rename the columns of the file")
     raise ValueError(
-        f"the columns {available}{unused} do not fit {'any format' if format == 'auto' else f'the format {format!r}'}; "
-        f"expected {wanted}. Name them, for example columns={{'prompt': 'question', 'completion': 'answer'}}"
+        f"the columns {available}{given} do not fit {'any format' if format == 'auto' else f'the format {format!r}'}; "
+        f"expected {wanted}: {fix}"
     )
 
 

@@ -22,6 +22,7 @@ from lit_lora.data.dataset import (
 from lit_lora.data.formats import Examples, parse_examples
 from lit_lora.data.sources import Problems, read_rows, source_digest
 from lit_lora.data.tokenize import Encoded, encode_examples
+from lit_lora.wording import advice
 
 TOKENIZE_BATCH = 1000
 PROGRESS_EVERY_S = 2.0
@@ -74,7 +75,7 @@ def tokenize_source(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the data cannot be trained on; the message names lines and the fix.
+        ValueError: if the data cannot be trained on, or changes meanwhile; the message names lines and the fix.
     """
     parts = {"source": source_digest(source), "tokenizer": tokenizer_digest(tokenizer), **asdict(settings)}
     path = cache_path(cache_dir, parts)
@@ -82,6 +83,8 @@ def tokenize_source(
     if dataset is not None:
         return dataset
     dataset = _tokenize(source, read_examples(source, settings), tokenizer, settings)
+    if source_digest(source) != parts["source"]:
+        raise ValueError(f"{source} changed while it was read: start again when it is complete")
     try:
         dataset.save(path)
     except OSError as error:
@@ -112,7 +115,9 @@ def _tokenize(
     if not kept:
         raise ValueError(
             f"{source}: none of the {len(encoded)} examples has a supervised token within "
-            f"max_length={settings.max_length}: the prompts alone are longer; raise max_length"
+            + advice("{}", "data.max_length", settings.max_length, otherwise=f"its first {settings.max_length} tokens")
+            + ": the prompts alone are longer"
+            + advice("; raise {}", "data.max_length", otherwise="")
         )
     statistics = DatasetStatistics(
         source=source,
@@ -133,7 +138,7 @@ def _check_problems(examples: Examples, settings: SourceSettings) -> None:
     if problems.count and settings.on_bad_rows == "error":
         raise ValueError(
             f"{problems.source}: {problems.count} bad rows ({usable} are good):\n{problems}\n"
-            "Correct them, or set on_bad_rows='drop' to go on without them"
+            + advice("Correct them, or {} to go on without them", "data.on_bad_rows", "drop", otherwise="Correct them")
         )
     if not usable:
         detail = f"; all {problems.count} rows are bad:\n{problems}" if problems.count else ""

@@ -9,8 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-DATA_STATE_KEY = "SFTDataModule"
-"""Where Lightning keeps the data module's state in a checkpoint: the class's name."""
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+def data_state(checkpoint: Mapping[str, Any], trainer: Trainer) -> Mapping[str, Any] | None:
+    """The state of ``SFTDataModule``, or a class of its kind, in a checkpoint; None if there is none for these data."""
+    found = {
+        name: state for name, state in checkpoint.items() if isinstance(state, Mapping) and "micro_batches" in state
+    }
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
+    own = type(datamodule).__qualname__  # as Lightning names it
+    if found and own not in found:
+        rank_zero_warn(
+            f"the checkpoint's position in the data is that of {', '.join(found)}, and this run's data come from "
+            f"{own if datamodule is not None else 'a plain loader'}: they start from their beginning"
+        )
+    return found.get(own)
 
 
 def rank_batches_consumed(state: Mapping[str, Any], world_size: int) -> int:
@@ -35,19 +50,36 @@ def rank_batches_consumed(state: Mapping[str, Any], world_size: int) -> int:
 def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Check that a checkpoint's position means the same with the present data and settings.
 
+    Args:
+        saved: from ``SFTDataModule.fingerprint`` when the run was saved.
+        current: the same now.
+
     Raises:
-        ValueError: if a setting differs; names each.
+        ValueError: if the tokens or their order differ; names each setting that makes it so.
     """
-    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-    if names:
-        differences = "; ".join(f"{name} was {saved.get(name)!r} and is {current.get(name)!r}" for name in names)
+    different = _names(saved["order"], current["order"])
+    if saved["tokens"] != current["tokens"]:
+        different += _names(saved["source"], current["source"]) or ["the content of data.train has changed"]
+    if different:
         raise ValueError(
-            f"cannot continue in the middle of the data, because it has changed since the checkpoint: {differences}. "
-            "Restore these settings, or start a new run from the saved adapter instead of the checkpoint"
+            f"cannot continue in the middle of the data, because it has changed since the checkpoint: "
+            f"{'; '.join(different)}. Restore it, or start a new run"
+        )
+    if saved["validation"] != current["validation"]:
+        rank_zero_warn(
+            "the validation data has changed since the checkpoint: losses on it before and after do not compare"
         )
 
 
-def align_loop_progress(checkpoint: dict[str, Any], world_size: int) -> None:
+def _names(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    return [
+        f"data.{name} was {saved.get(name)!r} and is {current.get(name)!r}"
+        for name in {**saved, **current}
+        if saved.get(name) != current.get(name)
+    ]
+
+
+def align_loop_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Set the loop counters of a loaded checkpoint to the data's position, in place.
 
     For ``LightningModule.on_load_checkpoint``. Does nothing to a checkpoint without data state. Needed to resume with
@@ -55,17 +87,17 @@ def align_loop_progress(checkpoint: dict[str, Any], world_size: int) -> None:
 
     Args:
         checkpoint: as Lightning passes it to the hook.
-        world_size: ranks now.
+        trainer: with the data module.
 
     Raises:
         ValueError: see :func:`rank_batches_consumed`.
     """
-    state = checkpoint.get(DATA_STATE_KEY)
-    if not state or "loops" not in checkpoint:
+    state = data_state(checkpoint, trainer)
+    if state is None or "loops" not in checkpoint:
         return
     loops = checkpoint["loops"]["fit_loop"]
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    epoch, consumed = state["epoch"], rank_batches_consumed(state, world_size)
+    epoch, consumed = state["epoch"], rank_batches_consumed(state, trainer.world_size)
     finished = epochs["total"]["started"] - bool(consumed)
     if consumed == 0:
         _set(epochs["current"], ready=epoch, started=epoch, processed=epoch, completed=epoch)

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from lit_lora.wording import setting
+
 GROUPED_BATCHES = 50
 """Batches whose examples are sorted by length together, where padding makes that worthwhile."""
 
@@ -68,9 +70,10 @@ def plan_batches(lengths: NDArray[np.int64], settings: BatchSettings, epoch: int
     if len(lengths) == 0:
         raise ValueError("there are no examples to make batches of")
     if settings.max_tokens is not None and lengths.max() > settings.max_tokens:
+        limit = setting("data.max_tokens_per_batch", settings.max_tokens)
         raise ValueError(
-            f"an example of {lengths.max()} tokens exceeds max_tokens_per_batch={settings.max_tokens}: "
-            f"raise it, or set max_length={settings.max_tokens}"
+            f"an example of {lengths.max()} tokens exceeds {limit}: raise it, or set "
+            f"{setting('data.max_length', settings.max_tokens)}"
         )
     if settings.max_tokens is None:
         return _fill(lengths, settings, epoch)
@@ -98,7 +101,7 @@ def split_indices(num_examples: int, fraction: float, seed: int) -> tuple[NDArra
     num_validation = round(num_examples * fraction)
     if not 0 < num_validation < num_examples:
         raise ValueError(
-            f"validation_fraction={fraction} of {num_examples} examples is {num_validation}: "
+            f"{setting('data.validation_fraction', fraction)} of {num_examples} examples is {num_validation}: "
             "both parts need at least one"
         )
     order = permutation(num_examples, seed)

@@ -109,16 +109,8 @@ def source_digest(source: str) -> str:
     """SHA-256 of a file's content, or of a Hub dataset's own fingerprint (which loads it)."""
     if is_file_source(source):
         with existing_file(source).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(f"{source} {_load_hub(source)._fingerprint}".encode()).hexdigest()
-
-
-def _digest(file: Any) -> str:
-    """``hashlib.file_digest`` for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _similar(path: Path) -> str:
@@ -134,6 +126,26 @@ def _similar(path: Path) -> str:
         return f": did you mean {' or '.join(str(folder / name) for name in close)}?"
     data = sorted(name for name in names if Path(name).suffix.lower() in SUFFIXES)[:8]
     return f": {folder} holds {', '.join(data) if data else 'no data files'}"
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's reader takes the last of several equal names in silence."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} is there more than once")
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_once)
+
+
+def _not_json(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "not valid JSON: nested too deeply"
+    return "an integer of more than 4300 digits" if "integer string conversion" in str(error) else str(error)
 
 
 def _json_lines(path: Path, problems: Problems) -> Iterator[Row]:
@@ -155,13 +167,11 @@ def _json_lines(path: Path, problems: Problems) -> Iterator[Row]:
             if not raw.strip():
                 continue
             try:
-                value = json.loads(raw.decode("utf-8"))
+                value = _DECODER.decode(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 problems.add(line_number, _not_utf8(error))
-            except json.JSONDecodeError as error:
-                problems.add(line_number, f"not valid JSON: {error.msg} at column {error.colno}")
-            except RecursionError:
-                problems.add(line_number, "not valid JSON: nested too deeply")
+            except (ValueError, RecursionError) as error:
+                problems.add(line_number, _not_json(error))
             else:
                 if isinstance(value, dict):
                     yield Row(line_number, value)
@@ -178,7 +188,6 @@ def _json_rows(path: Path, problems: Problems) -> Iterator[Row]:
         yield from _json_lines(path, problems)
         return
     text = _decoded(path)
-    decoder = json.JSONDecoder()
     position, line, counted_to = text.index("[") + 1, 1, 0
     space = re.compile(r"\s*")
     while True:
@@ -188,15 +197,10 @@ def _json_rows(path: Path, problems: Problems) -> Iterator[Row]:
         if text[position : position + 1] == "]":
             break
         try:
-            value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            what = (
-                f"{error.msg} at column {error.colno}"
-                if isinstance(error, json.JSONDecodeError)
-                else "nested too deeply"
-            )
+            value, position = _DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
             at = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            raise ValueError(f"{path}:{at}: not valid JSON: {what}; what follows cannot be read") from None
+            raise ValueError(f"{path}:{at}: {_not_json(error)}; what follows cannot be read") from None
         if isinstance(value, dict):
             yield Row(line, value)
         else:

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lit_lora.compute_limit import LimitExceeded, compute_limit
 from lit_lora.data.formats import BadRow, Conversation, Example
 from lit_lora.data.sources import Problems
+from lit_lora.wording import in_words_of
 
 ALPACA_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% else %}"
@@ -29,6 +32,11 @@ ALPACA_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
 """For tokenizers without a chat template: the layout of Stanford Alpaca, with an end token after each answer."""
+
+
+RENDER_LIMIT_S = 5.0
+RENDER_LIMIT_BYTES = 2 * 2**30
+"""What rendering may take, beside some for each example and character: sound templates need a thousandth of it."""
 
 
 class Encoded(NamedTuple):
@@ -55,7 +63,11 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, messages: Conversation) ->
         tokenizer: as used for training.
         messages: the conversation so far; the last turn is the user's.
     """
-    text = _render(tokenizer, chat_template(tokenizer), messages, generation=True)
+    with _render_limit(tokenizer, [messages]):
+        try:
+            text = _render(tokenizer, chat_template(tokenizer), messages, generation=True)
+        except BadRow as error:
+            raise ValueError(f"the chat template cannot render this conversation: {error}") from error
     return _tokenize(tokenizer, [text])[0][0]
 
 
@@ -87,21 +99,25 @@ def encode_examples(
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no end-of-sequence token, so nothing would teach the model to stop: "
-            "set tokenizer.eos_token to the token that ends a turn"
+            + in_words_of(
+                python="set tokenizer.eos_token to the token that ends a turn",
+                command_line="name the token that ends a turn as eos_token in its tokenizer_config.json",
+            )
         )
     template = chat_template(tokenizer)
     enders = end_tokens(tokenizer)
     encoded: dict[int, Encoded] = {}
     chats: list[tuple[int, Example, str, list[tuple[int, int]]]] = []
-    for position, example in enumerate(examples):
-        if isinstance(example.content, str):
-            encoded[position] = _encode_text(tokenizer, example.line, example.content, max_length)
-            continue
-        try:
-            text = _render(tokenizer, template, example.content)
-            chats.append((position, example, text, _assistant_spans(tokenizer, template, example.content, text)))
-        except (BadRow, TemplateError) as error:
-            problems.add(example.line, f"the chat template cannot render it: {error}")
+    with _render_limit(tokenizer, [example.content for example in examples]):
+        for position, example in enumerate(examples):
+            if isinstance(example.content, str):
+                encoded[position] = _encode_text(tokenizer, example.line, example.content, max_length)
+                continue
+            try:
+                text = _render(tokenizer, template, example.content)
+                chats.append((position, example, text, _assistant_spans(tokenizer, template, example.content, text)))
+            except BadRow as error:
+                problems.add(example.line, f"the chat template cannot render it: {error}")
     tokenized = _tokenize(tokenizer, [text for _, _, text, _ in chats])
     for (position, example, text, spans), (ids, starts) in zip(chats, tokenized, strict=True):
         ends_with_answer = example.content[-1]["role"] == "assistant"  # type: ignore[index]
@@ -118,12 +134,35 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return (special - others) | {tokenizer.eos_token_id}
 
 
+def _render_limit(
+    tokenizer: PreTrainedTokenizerBase, contents: Sequence[Conversation | str]
+) -> AbstractContextManager[None]:
+    """For the templates of these contents: one that loops without end, or doubles a text over and over, is stopped."""
+    texts = [
+        text for turns in contents for text in ([turns] if isinstance(turns, str) else [t["content"] for t in turns])
+    ]
+    num_characters = sum(map(len, texts))
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    message = (
+        f"the chat template of {name} does not come to an end on {len(contents)} "
+        f"{'conversation' if len(contents) == 1 else 'conversations'}, where others take milliseconds: look at its "
+        "loops, or take the tokenizer from another source"
+    )
+    seconds = RENDER_LIMIT_S + 0.01 * len(contents) + 1e-6 * num_characters
+    return compute_limit(seconds, message, memory_bytes=RENDER_LIMIT_BYTES + 100 * num_characters)
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase, template: str | None, messages: Conversation, *, generation: bool = False
 ) -> str:
-    text = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=generation
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=generation
+        )
+    except (LimitExceeded, MemoryError):
+        raise
+    except Exception as error:  # a template is a program and fails like one
+        raise BadRow(str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}") from error
     assert isinstance(text, str)
     return text
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_lora.config import QuantizationConfig
+from lit_lora.tools.adapter_path import check_adapter_path
+from lit_lora.wording import setting
 
 
 class TrainedOn(NamedTuple):
@@ -28,7 +30,7 @@ def base_of_adapter(adapter: str) -> str:
     """
     base = _named_base(adapter)
     if base is None:
-        raise ValueError(f"{_config_path(adapter)} names no base model: give --base")
+        raise ValueError(f"{_config_path(adapter)} names no base model: give {setting('model.base')}")
     return base
 
 
@@ -39,6 +41,7 @@ def warn_of_another_base(adapter: str, base: str) -> None:
         ValueError: if its ``adapter_config.json`` cannot be read.
         FileNotFoundError: if the folder has no ``adapter_config.json``.
     """
+    check_adapter_path(adapter)
     if not Path(adapter).is_dir():  # on the Hub, or nowhere: loading it says which
         return
     named = _named_base(adapter)
@@ -81,19 +84,18 @@ def default_quantization(adapter: str, base: str) -> TrainedOn:
 
 
 def _from_run(path: Path) -> TrainedOn:
-    import yaml
-
+    from lit_lora import strict_yaml
     from lit_lora.adapters.trained_on import quantization_from
 
     if not path.is_file():
         return TrainedOn(None, "")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = strict_yaml.read(path)
         model = config.get("model") if isinstance(config, dict) else config
         if not isinstance(model, dict):
             raise ValueError(f"got {_shown(model)} for model, expected a mapping with quantization among its fields")
         return TrainedOn(quantization_from(model.get("quantization")), str(path))
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path} should be the config of the run that wrote the adapter, and is not: {reason}. Correct it, say how "
@@ -104,7 +106,8 @@ def _from_run(path: Path) -> TrainedOn:
 def _config_path(adapter: str) -> Path:
     path = Path(adapter) / "adapter_config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no adapter in {adapter}: expected {path}")
+        check_adapter_path(adapter)
+        raise FileNotFoundError(f"no adapter folder {adapter}; for one on the Hub, give {setting('model.base')} too")
     return path
 
 

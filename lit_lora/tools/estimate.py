@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import sys
 from typing import Any
 
@@ -13,7 +14,12 @@ def estimate(arguments: list[str]) -> None:
 
     Takes what ``lit-lora fit`` takes, and the options of :func:`_options`. Exits with 1 for "does not fit".
     """
-    options, fit_arguments = _options().parse_known_args(arguments)
+    parser = _options()
+    options, fit_arguments = parser.parse_known_args(arguments)
+    own = [flag for action in parser._actions for flag in action.option_strings]
+    for flag in fit_arguments:
+        if flag.startswith("--") and (close := difflib.get_close_matches(flag.partition("=")[0], own, n=1, cutoff=0.8)):
+            parser.error(f"no option {flag}, did you mean {close[0]}?")
     from lit_lora.amounts import parse_bytes
     from lit_lora.cli import parse_fit
     from lit_lora.memory import suggest, trace

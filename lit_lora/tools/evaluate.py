@@ -52,10 +52,12 @@ def evaluate(
     from lit_lora.adapters.merge import disable_lora
     from lit_lora.data.prepare import SourceSettings, read_examples
     from lit_lora.data.tokenize import format_prompt
+    from lit_lora.shipped import shipped
     from lit_lora.tools.inference import generate_all, load_for_inference, mean_loss
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 example, got {limit}")
+    data = shipped(data) or data
     settings = SourceSettings(on_bad_rows=on_bad_rows)
     examples = read_examples(data, settings)
     examples = replace(examples, items=examples.items[:limit])

@@ -47,7 +47,7 @@ def load_for_inference(
     """
     if base is None:
         if adapter is None:
-            raise ValueError("which model? Give --base, or --adapter whose config names its base")
+            raise ValueError("which model? Give --base, or --adapter with a config that names its base")
         base = base_of_adapter(adapter)
     elif adapter is not None:
         warn_of_another_base(adapter, base)

@@ -121,11 +121,11 @@ def merge(
 
 def _texts(sample: str | None, tokenizer: Any, num_samples: int) -> list[list[int]]:
     import tempfile
-    from importlib import resources
 
     from lit_lora.data.prepare import SourceSettings, tokenize_source
+    from lit_lora.shipped import FOLDER, shipped
 
-    path = sample or str(resources.files("lit_lora.configs") / DEFAULT_SAMPLE)
+    path = shipped(sample) or sample if sample else str(FOLDER / DEFAULT_SAMPLE)
     with tempfile.TemporaryDirectory() as cache:
         examples = tokenize_source(path, tokenizer, SourceSettings(limit=num_samples), cache_dir=Path(cache))
         return [examples[index].ids.tolist() for index in range(len(examples))]

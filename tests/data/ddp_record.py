@@ -32,7 +32,7 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def on_load_checkpoint(self, checkpoint):
-        align_loop_progress(checkpoint, self.trainer.world_size)
+        align_loop_progress(checkpoint, self.trainer)
 
 
 def fit(*, train: str, cache_dir: str, devices: int, steps: int, save: str, resume: str | None) -> list[list[int]]:

@@ -225,3 +225,21 @@ def test_unknown_hub_name_says_what_is_expected(monkeypatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="neither a file nor a dataset that can be loaded"):
         rows_of("no-such-owner/no-such-name")
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ('{"prompt": "a", "prompt": "c", "completion": "b"}', "the field 'prompt' is there more than once"),
+        ('{"messages": [{"role": "user", "role": "x", "content": "y"}]}', "the field 'role' is there more than once"),
+        ('{"prompt": "a", "n": ' + "9" * 5000 + "}", "an integer of more than 4300 digits"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "not valid JSON: nested too deeply"),
+        ("[" * 100_000, "not valid JSON: nested too deeply"),
+    ],
+)
+def test_json_that_json_takes_in_silence_or_chokes_on_is_reported(tmp_path, row, told) -> None:
+    rows, problems = rows_of(write(tmp_path / "a.jsonl", f"{row}\n{json.dumps(GOOD)}\n"))
+    assert [row.line for row in rows] == [2]
+    assert problems.shown == [f"{tmp_path / 'a.jsonl'}:1: {told}"]
+    with pytest.raises(ValueError, match=rf"a\.json:2: {told}; what follows cannot be read"):
+        rows_of(write(tmp_path / "a.json", f"[{json.dumps(GOOD)},\n{row}]"))

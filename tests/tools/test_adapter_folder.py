@@ -149,7 +149,7 @@ BAD_RUNS = [
     (b"model: {quantization: {compute_dtype: half}}", "compute_dtype must be one of auto"),
     (b"model: {quantization: {skip_modules: 3}}", "skip_modules must be a list of names"),
     (b"model: {quantization: [", "expected"),
-    (b"\xff\xfe\xff", "codec"),
+    (b"\xff\xfe\xff", "not UTF-8"),
 ]
 
 

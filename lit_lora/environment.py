@@ -1,0 +1,39 @@
+"""The environment variables that lit_lora reads. Settings are not among them: a command line says what a run does.
+
+jsonargparse could take every option from the environment, too (``LIT_LORA_FIT__DATA__TRAIN``). That is left out: a run
+would depend on what some shell profile exports, and its command would not repeat it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from pathlib import Path
+
+PREFIX = "LIT_LORA_"
+
+VARIABLES = {
+    "LIT_LORA_HOME": "folder for models that `lit-lora fetch` downloads; ~/.cache/lit_lora",
+    "LIT_LORA_CACHE": "folder for tokenized data and hashes of models; ~/.cache/lit_lora",
+    "LIT_LORA_TRACEBACK": "1 for Python's traceback after an error",
+}
+"""What a user can set, and what it does."""
+
+_INTERNAL = ("LIT_LORA_RUN_FOLDER", "LIT_LORA_CKPT_PATH")
+"""Set by a run for the other processes that it starts."""
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of the cache, which need not be there."""
+    return Path(os.environ.get("LIT_LORA_CACHE") or "~/.cache/lit_lora").expanduser() / name
+
+
+def warn_of_unknown_variables() -> None:
+    """Name each ``LIT_LORA_`` variable without a meaning: no error, since a container platform may set such names."""
+    for name in sorted(os.environ):
+        if not name.startswith(PREFIX) or name in VARIABLES or name in _INTERNAL:
+            continue
+        close = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.8)
+        hint = f"did you mean {close[0]}?" if close else "settings are given on the command line or in a config file"
+        print(f"lit-lora: the environment variable {name} has no effect: {hint}", file=sys.stderr)

@@ -1,0 +1,132 @@
+"""A base is known by all of its bits, as they are stored, whatever is made of them on loading."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lit_lora import LoRAConfig, QuantizationConfig, base_hash, inject_lora, load_base_model
+from lit_lora.base_hash import hash_files
+from tests.tiny import language_model
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def stored(tmp_path) -> Path:
+    folder = tmp_path / "base"
+    language_model("Llama", hidden_size=64).save_pretrained(folder)
+    return folder
+
+
+def value(model) -> str:
+    return base_hash.base_hash(model).value
+
+
+def test_any_bit_of_any_tensor_counts(stored):
+    path = stored / "model.safetensors"
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    rng = random.Random(0)
+    found = {hash_files([path]).value}
+    for _ in range(60):
+        place, bit = rng.randrange(start, len(whole)), rng.randrange(8)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        found.add(hash_files([path]).value)
+    assert len(found) == 61
+
+
+def test_names_dtypes_and_shapes_count_and_their_order_does_not(tmp_path):
+    one, other = torch.arange(6.0), torch.ones(3)
+    variants = [
+        {"a": one, "b": other},
+        {"b": other, "a": one},
+        {"a": one, "c": other},
+        {"a": one.reshape(2, 3), "b": other},
+        {"a": one.view(torch.int32), "b": other},
+        {"a": other, "b": one},
+    ]
+    found = []
+    for number, tensors in enumerate(variants):
+        save_file(tensors, tmp_path / f"{number}.safetensors", {"note": str(number)})
+        found.append(hash_files([tmp_path / f"{number}.safetensors"]).value)
+    assert found[0] == found[1]
+    assert len(set(found)) == len(variants) - 1
+
+
+def test_the_way_of_loading_does_not_count(stored, tmp_path):
+    expected = value(load_base_model(str(stored)))
+    assert expected.startswith("files:")
+    assert value(load_base_model(str(stored), dtype="bfloat16")) == expected
+    assert value(load_base_model(str(stored), quantization=QuantizationConfig())) == expected
+    language_model("Llama", hidden_size=64).save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    model = load_base_model(str(tmp_path / "shards"))
+    inject_lora(model, LoRAConfig(r=4))
+    assert value(model) == expected
+
+
+def test_a_file_is_hashed_once_and_again_when_it_changed(stored, monkeypatch):
+    path = stored / "model.safetensors"
+    first = hash_files([path]).value
+    with monkeypatch.context() as patch:
+        patch.setattr(base_hash, "_hashed", lambda path: pytest.fail("hashed again"))
+        assert hash_files([path]).value == first
+    times = path.stat()
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, path, {"format": "pt"})
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    assert hash_files([path]).value != first
+
+
+@pytest.mark.parametrize("harm", ["damaged", "a file in the way"])
+def test_a_cache_that_cannot_be_used_costs_time_and_nothing_else(stored, tmp_path, harm):
+    first = hash_files([stored / "model.safetensors"]).value
+    cache = tmp_path / "cache" / "hashes"
+    if harm == "damaged":
+        for path in cache.glob("*.json"):
+            path.write_text("[[1")
+    else:
+        for path in cache.iterdir():
+            path.unlink()
+        cache.rmdir()
+        cache.write_text("")
+    assert hash_files([stored / "model.safetensors"]).value == first
+
+
+def test_a_file_that_is_not_whole_is_an_error_where_the_hash_is_asked_for(stored):
+    path = stored / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="ends 100 bytes too early"):
+        hash_files([path]).value  # noqa: B018
+
+
+def test_random_weights_are_known_by_what_makes_them(stored):
+    def of(**options) -> str:
+        return value(load_base_model(f"random:{stored}", **options))
+
+    assert of() == of()
+    assert len({of(), of(seed=1), of(dtype="bfloat16")}) == 3
+
+
+def test_a_model_that_was_not_loaded_here_is_known_by_its_frozen_tensors():
+    model = language_model("Llama")
+    inject_lora(model, LoRAConfig(r=4))
+    first = value(model)
+    assert first.startswith("memory:")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(1)
+    assert value(model) == first
+    model.model.norm.weight.data.view(torch.int32)[3] ^= 1
+    assert value(model) != first

@@ -1,0 +1,82 @@
+"""A step without a target has no loss: not 0, and nothing that a check would take for one."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lit_lora import LoRAConfig, LoRALightningModule, TrainingMetrics
+from lit_lora.callbacks import ConvergenceAssertion, GradientNormLogger
+from tests.tiny import config
+
+
+def batches(num_with: int, num_without: int) -> DataLoader:
+    """Batches with targets, then some whose labels are all masked."""
+    torch.manual_seed(0)
+    made = []
+    for number in range(num_with + num_without):
+        ids = torch.randint(3, 100, (2, 9))
+        labels = ids if number < num_with else torch.full_like(ids, -100)
+        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return DataLoader(made, batch_size=None, shuffle=False)
+
+
+@pytest.fixture
+def fit(tmp_path):
+    config("Llama").save_pretrained(tmp_path / "base")
+
+    def run(loader, *callbacks):
+        module = LoRALightningModule(f"random:{tmp_path / 'base'}", lora=LoRAConfig(r=4), learning_rate=0.01)
+        options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(
+            max_epochs=1, log_every_n_steps=1, callbacks=list(callbacks), enable_checkpointing=False,
+            default_root_dir=tmp_path, **options,
+        )  # fmt: skip
+        trainer.fit(module, loader)
+        return module
+
+    return run
+
+
+def strict(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def test_steps_without_a_target_are_recorded_without_a_loss_and_not_judged(fit, tmp_path):
+    convergence = ConvergenceAssertion(-1.0, 2)
+    module = fit(batches(4, 3), convergence, GradientNormLogger())
+    metrics = module.flush_metrics()
+    assert [step.num_target_tokens for step in metrics.steps] == [16] * 4 + [0] * 3
+    assert len(metrics.losses) == 4
+    assert all(math.isnan(step.loss) for step in metrics.steps[4:])
+    assert convergence.losses == pytest.approx(metrics.losses)
+    assert convergence.verdict.passed
+    metrics.save(tmp_path / "metrics.json")
+    json.loads((tmp_path / "metrics.json").read_text(), parse_constant=strict)
+    assert TrainingMetrics.load(tmp_path / "metrics.json").losses == metrics.losses
+
+
+def test_a_run_without_any_target_is_not_judged(fit):
+    convergence = ConvergenceAssertion(0.3, 2)
+    fit(batches(0, 4), convergence)
+    assert convergence.verdict.passed is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["steps"][0].update(mood=1), "a step's metrics .* unknown mood"),
+        (lambda state: state["steps"][0].pop("loss"), "a step's metrics .* missing loss"),
+        (lambda state: state.pop("validation"), "the metrics .* missing validation"),
+    ],
+)
+def test_metrics_of_another_version_are_named_as_such(fit, change, message):
+    state = fit(batches(1, 0)).flush_metrics().state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        TrainingMetrics.from_state_dict(state)
