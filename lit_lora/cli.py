@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.enums import StrEnum
 
 from lit_lora import strict_yaml
 from lit_lora.atomic import atomic_write, make_folder
@@ -363,8 +363,8 @@ def _is_of_loading(error: Exception) -> bool:
     return any(Path(name).name in ("checkpoint_connector.py", "training_state.py") for name in files)
 
 
-# For `lightning.pytorch.callbacks.Timer`, whose default is one: YAML has no text for an enumeration, be it of strings.
-yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
+# The default of an argument of `lightning.pytorch.callbacks.Timer`. YAML has no text for an enumeration of strings.
+yaml.SafeDumper.add_representer(Interval, lambda dumper, value: dumper.represent_str(value.value))
 
 
 def _refuse_older(checkpoint: Path, folder: Path, max_steps: int) -> None:

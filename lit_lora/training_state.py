@@ -177,7 +177,7 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     if "optimizer_states" not in checkpoint:
         raise ValueError(
             f"{trainer.ckpt_path} holds weights only (ModelCheckpoint with save_weights_only), which nothing can be "
-            "continued from: resume from a file that TrainingCheckpoint wrote, step=NUMBER.ckpt"
+            "continued from: resume from a file that TrainingCheckpoint wrote"
         )
     _refuse_other_window(checkpoint[KEY], trainer)
     data: Mapping[str, Any] | None = data_state(checkpoint, trainer)

@@ -93,6 +93,7 @@ FIT = [
     "--model.base=random:tinyllama-1.1b",
     "--data.tokenizer=bytes",
     "--trainer.accelerator=cpu",
+    "--trainer.max_steps=1",
     "--data.train",
 ]
 BASE = ["--base", "random:base/config.json"]
