@@ -5,6 +5,8 @@ Neither waits for the device: CUDA's counters are kept by the allocator on the C
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from pathlib import Path
 from typing import Protocol
@@ -70,7 +72,6 @@ class ResidentMeter:
     """
 
     def __init__(self) -> None:
-        self._process = psutil.Process()
         self._start_mib = self.current_mib()
         self._kernel_keeps_peak: bool | None = None  # unknown before the first reset: trying it out is a reset
 
@@ -81,7 +82,7 @@ class ResidentMeter:
 
     def current_mib(self) -> float:
         """Resident now."""
-        return self._process.memory_info().rss / MIB
+        return _process(os.getpid()).memory_info().rss / MIB
 
     def peak_mib(self) -> float:
         """Highest resident, see the class."""
@@ -94,6 +95,12 @@ class ResidentMeter:
         if self._kernel_keeps_peak:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         self._start_mib = self.current_mib()
+
+
+@functools.cache
+def _process(pid: int) -> psutil.Process:
+    """Kept here, and not in the meter: it holds a lock, which neither pickle nor deepcopy takes."""
+    return psutil.Process(pid)
 
 
 def _peak_kib() -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from lit_lora.atomic import atomic_write
@@ -84,6 +85,11 @@ def why_past_its_end(trainer: pl.Trainer) -> str:
 def any_rank(trainer: pl.Trainer, flag: bool) -> bool:
     """Whether the flag is set on any rank; every rank must call it. Waits for the device where there are several."""
     return trainer.strategy.reduce_boolean_decision(flag, all=False) if trainer.world_size > 1 else flag
+
+
+def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """What to take norms of these in: float32, which torch refuses where there is a float64 among them."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def plain(value: Any) -> Any:

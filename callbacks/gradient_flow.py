@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lit_lora.callbacks._checksum import checksums, frozen_tensors
 from lit_lora.callbacks._names import adapter_half, listed, module_path
-from lit_lora.callbacks._trainer import is_reading_step
+from lit_lora.callbacks._trainer import is_reading_step, norm_dtype
 from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 
 Record = dict[str, tuple[int, int, str]]
@@ -130,7 +130,7 @@ class GradientFlowAssertion(Check):
             return
         self._note(trainer, optimizer)
         # A tensor learning rate on a GPU is waited for here; only until every gradient has flowed.
-        moves = any(float(group["lr"]) > 0 for group in optimizer.param_groups if "lr" in group)
+        moves = any(float(group["lr"]) > 0 for group in optimizer.param_groups if group.get("lr") is not None)
         step = self._num_updates + 1
         due = self.check_after_steps is not None and step >= self.check_after_steps and not self._checked
         if due or step == 1 or is_reading_step(trainer, trainer.global_step + 1):
@@ -208,7 +208,7 @@ class GradientFlowAssertion(Check):
         if not watched:
             return
         grads = [grad.coalesce().values() if grad.is_sparse else grad for _, grad in watched]
-        norms = [norm.to(grads[0].device) for norm in torch._foreach_norm(grads, torch.inf, dtype=torch.float32)]
+        norms = [norm.to(grads[0].device) for norm in torch._foreach_norm(grads, torch.inf, dtype=norm_dtype(grads))]
         highest = torch.stack(norms)
         flags = torch.where(torch.isfinite(highest), (highest > 0).float(), torch.nan)
         self._pending.append(([name for name, _ in watched], flags))

@@ -33,6 +33,7 @@ from lit_lora.callbacks._trainer import (
     is_reading_step,
     log_details,
     log_metrics,
+    norm_dtype,
     write_json,
 )
 from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
@@ -395,7 +396,7 @@ def _free_to_read(device: torch.device) -> bool:
 
 
 def _norms(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """L2 norm of each gradient, ``(P,)`` float32, on the first gradient's device."""
+    """L2 norm of each gradient, ``(P,)`` float32 (float64 if a gradient is), on the first gradient's device."""
     grads = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(grads, 2.0, dtype=torch.float32)
+    norms = torch._foreach_norm(grads, 2.0, dtype=norm_dtype(grads))
     return torch.stack([norm.to(grads[0].device, non_blocking=True) for norm in norms])

@@ -3,7 +3,8 @@
 A process that waits in a collective for one that has gone finds out when the process group's timeout is over (10
 minutes with NCCL, 30 with gloo), or, started by Lightning, is killed without a word. Here every process has a thread
 that writes a heartbeat into a small store, and looks for news from the others: an exception that one of them had, or a
-heartbeat that has stopped (killed, or its machine gone). Then it prints that and ends its process.
+heartbeat that has stopped (killed, or its machine gone). Then it prints that and ends its process. The others' silence
+is counted in heartbeats of one's own: a run that is paused as a whole (by SLURM, or by hand) wakes up as it was.
 
 Logs nothing. Does nothing with one process. Works with any LightningModule.
 """
@@ -43,7 +44,7 @@ class RankMonitor(pl.Callback):
         self.timeout_s = timeout_s
         self.interval_s = interval_s
         self._store: dist.Store | None = None
-        self._done = threading.Event()
+        self._done: threading.Event | None = None  # a lock, which neither pickle nor deepcopy takes: made in setup
         self._thread: threading.Thread | None = None
         self._launcher: Any = None
 
@@ -61,8 +62,9 @@ class RankMonitor(pl.Callback):
         address = trainer.strategy.broadcast((host, store.port) if store is not None else None)
         self._store = store or dist.TCPStore(address[0], address[1], world_size, False, timeout)
         self._launcher = trainer.strategy.launcher
-        self._done.clear()
-        self._thread = threading.Thread(target=self._watch, args=(rank, world_size), name="rank-monitor", daemon=True)
+        self._done = threading.Event()
+        arguments = (self._store, self._done, rank, world_size)
+        self._thread = threading.Thread(target=self._watch, args=arguments, name="rank-monitor", daemon=True)
         self._thread.start()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -83,43 +85,42 @@ class RankMonitor(pl.Callback):
         self._stop()
 
     def _stop(self) -> None:
-        if self._store is not None and self._thread is not None and not self._done.is_set():
+        if self._done is not None and self._thread is not None:
             self._done.set()
             self._thread.join()
-        self._thread = self._store = None
+        self._thread = self._store = self._done = self._launcher = None
 
-    def _watch(self, rank: int, world_size: int) -> None:
-        store = self._store
-        assert store is not None
+    def _watch(self, store: dist.Store, done: threading.Event, rank: int, world_size: int) -> None:
         others = [other for other in range(world_size) if other != rank]
-        seen: dict[int, tuple[Any, float]] = {other: (None, time.monotonic()) for other in others}
+        heard: dict[int, bytes | None] = dict.fromkeys(others)
+        silence_s = dict.fromkeys(others, 0.0)
         finished: set[int] = set()
         beat = 0
-        while not self._done.wait(self.interval_s):
+        while not done.wait(self.interval_s):
             beat += 1
             try:
                 store.set(f"beat/{rank}", str(beat))
                 for other in others:
                     if store.check([f"failed/{other}"]):
-                        self._end(rank, f"rank {other} failed: {store.get(f'failed/{other}').decode()}")
+                        self._end(done, rank, f"rank {other} failed: {store.get(f'failed/{other}').decode()}")
                     if store.check([f"finished/{other}"]):
                         finished.add(other)
                     value = store.get(f"beat/{other}") if store.check([f"beat/{other}"]) else None
-                    if value != seen[other][0]:
-                        seen[other] = (value, time.monotonic())
-                    elif other not in finished and time.monotonic() - seen[other][1] > self.timeout_s:
-                        self._end(rank, f"rank {other} has given no sign of life for {self.timeout_s:.0f} s")
+                    silence_s[other] = silence_s[other] + self.interval_s if value == heard[other] else 0.0
+                    heard[other] = value
+                    if other not in finished and silence_s[other] > self.timeout_s:
+                        self._end(done, rank, f"rank {other} has given no sign of life for {self.timeout_s:.0f} s")
             except (RuntimeError, dist.DistError):
-                if self._done.is_set():
+                if done.is_set():
                     return
-                self._end(rank, "rank 0 is gone")
+                self._end(done, rank, "rank 0 is gone")
         try:
             store.set(f"finished/{rank}", "1")
         except (RuntimeError, dist.DistError):
             return  # the first process has finished before this one, and the store with it
 
-    def _end(self, rank: int, reason: str) -> None:
-        if self._done.wait(0.5):  # the end of the run, in order
+    def _end(self, done: threading.Event, rank: int, reason: str) -> None:
+        if done.wait(0.5):  # the end of the run, in order
             return
         print(f"lit-lora: rank {rank} stops: {reason}", file=sys.stderr, flush=True)
         if isinstance(self._launcher, _SubprocessScriptLauncher):  # processes that this one has started

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -47,7 +49,7 @@ from lit_lora.run_folder import CONFIG_NAME, RunFolder, find_checkpoint, new_run
 from lit_lora.run_record import PredictionWriter, RunRecord
 from lit_lora.setting_check import known_settings, refuse
 from lit_lora.shipped import shipped
-from lit_lora.trainer_settings import check_trainer
+from lit_lora.trainer_settings import check_trainer, missing_end
 from lit_lora.wording import for_command_line
 
 RUN_FOLDER_VARIABLE = "LIT_LORA_RUN_FOLDER"
@@ -190,7 +192,10 @@ class LoRACLI(LightningCLI):
         for key in DATA_KEYS:
             if config.get(key):
                 config[key] = shipped(config[key]) or config[key]
-        if found := problems_of(config, parser, sys.argv[1:], PARTS):
+        found = problems_of(config, parser, sys.argv[1:], PARTS)
+        if not found and self.config["subcommand"] == "fit":
+            found = missing_end(**vars(config.trainer))
+        if found:
             refuse(found)
         if config.get("ckpt_path") and Path(config.ckpt_path).is_file():
             read_checkpoint(config.ckpt_path)  # before Lightning reads settings from it, with whatever error it meets
@@ -251,7 +256,10 @@ class LoRACLI(LightningCLI):
             extra += [self.record, ConfigWriter(self._write_config)]
         if self.subcommand == "predict":
             extra.append(PredictionWriter())
-        trainer["callbacks"] = [*(trainer.get("callbacks") or []), *extra]
+        given = trainer.get("callbacks") or []
+        trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), *extra]
+        if trainer.get("enable_checkpointing") is False:
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -353,6 +361,10 @@ def _is_of_loading(error: Exception) -> bool:
     """Whether an error came up while a checkpoint was loaded, in Lightning's code or in ours."""
     files = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
     return any(Path(name).name in ("checkpoint_connector.py", "training_state.py") for name in files)
+
+
+# The default of an argument of `lightning.pytorch.callbacks.Timer`. YAML has no text for an enumeration of strings.
+yaml.SafeDumper.add_representer(Interval, lambda dumper, value: dumper.represent_str(value.value))
 
 
 def _refuse_older(checkpoint: Path, folder: Path, max_steps: int) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -26,6 +27,8 @@ class PatientCSVLogger(CSVLogger):
 
     failure: str | None = None
     """Why the newest rows are not on disk; None if they are."""
+    _settings: dict[str, Any] | None = None
+    """Those of the run, until they are written."""
 
     @property
     @rank_zero_experiment
@@ -36,11 +39,22 @@ class PatientCSVLogger(CSVLogger):
         return super().experiment
 
     @rank_zero_only
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Keep them for ``hparams.yaml``, which comes with the first rows: a run that takes no step writes nothing."""
+        self._settings = params
+
+    @rank_zero_only
     def save(self) -> None:
         """Write the rows that are not in the file yet."""
         try:
             writer = self.experiment
             if writer.metrics:
+                folder = Path(self.log_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                if self._settings is not None:
+                    text = yaml.safe_dump(self._settings, sort_keys=False)
+                    atomic_write(folder / writer.NAME_HPARAMS_FILE, lambda file: file.write(text.encode()))
+                    self._settings = None
                 _add_rows(Path(writer.metrics_file_path), writer.metrics)
                 writer.metrics = []
         except OSError as error:

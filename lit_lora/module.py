@@ -3,9 +3,7 @@
 For a causal language model it is complete. For any other ``nn.Module`` override two hooks: :meth:`load_base` (which
 base) and :meth:`compute_loss` (which loss).
 
-The loss of an optimizer step is the sum over its supervised tokens divided by their number, over all micro-batches and
-all ranks, so that four batches of one equal one batch of four however long the examples are. Lightning divides by the
-number of micro-batches instead; :meth:`optimizer_step` puts that right before anyone reads the gradients.
+How a step's loss and gradients count tokens is its base class's matter: :mod:`lit_lora.token_loss`.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_lora import causal_lm, compilation, liger_kernels, optimization, training_record, training_state
+from lit_lora import causal_lm, compilation, hyperparameters, liger_kernels, training_record, training_state
 from lit_lora.activation_budget import ActivationBudget
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters import trained_on
@@ -37,17 +35,18 @@ from lit_lora.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.metrics import TrainingMetrics
 from lit_lora.models import load_base_model
+from lit_lora.optimization import Optimization
 from lit_lora.prediction import answer
 from lit_lora.resume_settings import Difference
-from lit_lora.step_metrics import EvaluationMeans, LossOutput, StepRecorder
-from lit_lora.trainer_settings import refuse_sharding
+from lit_lora.step_metrics import LossOutput
+from lit_lora.token_loss import LOGGED, TokenLossModule
+from lit_lora.trainer_settings import check_built, check_monitors
+from lit_lora.training_point import TrainingPoint
 
 __all__ = ["LoRALightningModule", "LossOutput"]
 
-_LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
 
-
-class LoRALightningModule(L.LightningModule):
+class LoRALightningModule(TokenLossModule):
     """LoRA or QLoRA fine-tuning of a frozen base model."""
 
     def __init__(
@@ -151,13 +150,11 @@ class LoRALightningModule(L.LightningModule):
         self.model: nn.Module | None = None
         self.injection_report: InjectionReport | None = None
         self.path: causal_lm.Path | None = None
-        self._recorder = StepRecorder()
         self._resume_state: dict[str, Any] | None = None
         self._differences: list[Difference] = []
         self._given: dict[str, Any] = {}
         self.setting_changes: list[dict[str, Any]] = []
         """What was changed when the run was resumed: ``step``, and ``settings`` by name, each as it was and is."""
-        self._means = EvaluationMeans()
         self._activation_budget: ActivationBudget | None = None
         self._compile_clock: compilation.CompileClock | None = None
 
@@ -185,14 +182,33 @@ class LoRALightningModule(L.LightningModule):
         nll_sum, num_correct = causal_lm.language_model_loss(self.model, batch, self.path, accuracy=accuracy)  # type: ignore[arg-type]
         return LossOutput(nll_sum, batch["target_ids"].numel(), num_correct, batch.get("num_tokens"))
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Refuse a Trainer, optimizer or schedule that no run can go well with: nothing is loaded yet.
+
+        Raises:
+            ValueError: naming the setting, and what to set instead.
+        """
+        check_built(self.trainer)
+        own = type(self).configure_optimizers is LoRALightningModule.configure_optimizers
+        return self._optimization.try_out(self.trainer) if own and self.trainer.state.fn == "fit" else []
+
+    def setup(self, stage: str) -> None:
+        """Check what callbacks wait for: the data is there, and nothing else is loaded yet.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+        """
+        if stage == "fit" and type(self) is LoRALightningModule:  # others may log more
+            check_monitors(self.trainer, LOGGED)
+
     def configure_model(self) -> None:
         """Load the base, inject the adapters, freeze everything else. Does nothing the second time.
 
         Raises:
-            ValueError: if the Trainer's strategy splits the model over processes.
+            ValueError: for a Trainer that no run can go well with.
         """
         if self._trainer is not None:
-            refuse_sharding(type(self._trainer.strategy).__name__)
+            check_built(self._trainer)
         if self.model is not None:
             return
         if self.compile_layers:
@@ -247,112 +263,28 @@ class LoRALightningModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Adapter parameters and a schedule that steps with the optimizer."""
-        return optimization.configure(
-            self.trainer, list(self.trainable_parameters().values()),
-            optimizer=self.optimizer_callable, learning_rate=self.learning_rate, weight_decay=self.weight_decay,
-            lr_scheduler=self.lr_scheduler_callable, lr_schedule=self.lr_schedule, warmup_ratio=self.warmup_ratio,
+        return self._optimization.configure(self.trainer, list(self.trainable_parameters().values()))
+
+    @property
+    def _optimization(self) -> Optimization:
+        return Optimization(
+            self.optimizer_callable, self.learning_rate, self.weight_decay,
+            self.lr_scheduler_callable, self.lr_schedule, self.warmup_ratio,
         )  # fmt: skip
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch, up to a constant factor; see :meth:`optimizer_step`."""
+        """Loss of one micro-batch, up to a constant factor."""
         if self._activation_budget is not None:
             self._activation_budget.prepare(batch["input_ids"].numel())
-        output = self.compute_loss(batch)
-        self._recorder.window.add(output)
-        return output.loss_sum / _LOSS_DIVISOR
+        return super().training_step(batch, batch_idx)
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """One optimizer step on gradients that are normalised by the supervised tokens of the whole step.
-
-        After the closure's backward pass a gradient is ``sum over micro-batches and ranks of nll_sum / (C * N * W)``
-        for the constant C, N micro-batches and W ranks, so it is multiplied by ``C * N * W / supervised tokens``.
-        That happens before callbacks see, clip or log gradients, and before a loss scaler unscales them.
-        """
-
-        def closure() -> Any:
-            loss = optimizer_closure()
-            self._normalise_gradients()
-            return loss
-
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        self._finish_step(optimizer)
-
-    def _normalise_gradients(self) -> None:
-        totals = self._recorder.reduce(self.device, self._sum_over_ranks)
-        factor = _LOSS_DIVISOR * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        gradients = [p.grad for p in self.trainable_parameters().values() if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, (factor / totals[1].clamp(min=1)).to(gradients[0].dtype))
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return torch.as_tensor(self.trainer.strategy.reduce(values, reduce_op="sum"))
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Take the norms of the unclipped gradients and of the parameters, and log the step's loss."""
-        parameters = list(self.trainable_parameters().values())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        self._recorder.measure(gradients, [p.detach() for p in parameters], self.device)
-        self.log("train_loss", self._recorder.loss, prog_bar=True, rank_zero_only=True)
-        # 0 where callbacks have dropped the gradients, as of a step that is not finite: nothing was learned from it.
-        self.log("train_targets", self._recorder.num_targets * bool(gradients), rank_zero_only=True)
-
-    def _finish_step(self, optimizer: Any) -> None:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        self._recorder.finish(
-            step=self.trainer.global_step + 1,
-            loss_scale=scaler.get_scale() if scaler is not None else 1.0,
-            learning_rate=optimizer.param_groups[0]["lr"],
-        )
+    def finish_step(self, optimizer: Any) -> None:
+        """Record the step, and what compilation took of it."""
+        super().finish_step(optimizer)
         if self._compile_clock is not None:
             self._compile_clock.report()
-        # Reading a value makes the host wait for a CUDA device, so there it is done on logging steps only.
-        if self.device.type == "cpu" or self._recorder.num_pending >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            self.flush_metrics()
 
-    @property
-    def training_metrics(self) -> TrainingMetrics:
-        """The record of the run up to the last :meth:`flush_metrics`."""
-        return self._recorder.metrics
-
-    def flush_metrics(self) -> TrainingMetrics:
-        """Bring ``training_metrics`` up to the last step, and return it. Waits for the device."""
-        return self._recorder.flush()
-
-    # ------------------------------------------------------------------ validation, test, prediction
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a batch to the means of loss and accuracy."""
-        self._means.add(self.compute_loss(batch, accuracy=True))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a batch to the means of loss and accuracy."""
-        self._means.add(self.compute_loss(batch, accuracy=True))
-
-    def on_validation_epoch_start(self) -> None:
-        """Start new means."""
-        self._means = EvaluationMeans().to(self.device)
-
-    def on_test_epoch_start(self) -> None:
-        """Start new means."""
-        self._means = EvaluationMeans().to(self.device)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val_loss`` (nats per token), ``val_perplexity`` and ``val_token_accuracy``."""
-        results = self._finish_evaluation("val")
-        at_start = self.trainer.num_sanity_val_steps == math.inf and self.trainer.global_step == 0
-        whole = not self.trainer.sanity_checking or at_start
-        if whole and results:
-            self.flush_metrics().validation.append({"step": self.trainer.global_step, **results})
-        self._recorder.start_clock()
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test_loss``, ``test_perplexity`` and ``test_token_accuracy``."""
-        self._finish_evaluation("test")
-
-    def _finish_evaluation(self, prefix: str) -> dict[str, float]:
-        results = self._means.results(prefix)
-        self.log_dict(results, prog_bar=True, rank_zero_only=True)
-        return {name: value.item() for name, value in results.items()}
+    # ------------------------------------------------------------------ prediction
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """A list of one generation: see :func:`lit_lora.prediction.answer`."""
@@ -380,8 +312,11 @@ class LoRALightningModule(L.LightningModule):
         Raises:
             RuntimeError: in the middle of a batch, where there is no state to continue from.
         """
+        if self.model is None:  # a run that was refused, by a callback that saves on exceptions: let it be heard
+            return
         state = training_state.collect(self.trainer, self._identity, self._recorder, self.trainable_parameters())
-        checkpoint[training_state.KEY] = {**state, "optimizer": self._given, "changes": self.setting_changes}
+        own = {"optimizer": self._given, "changes": self.setting_changes, "training_point": self._point.state_dict()}
+        checkpoint[training_state.KEY] = {**state, **own}
         if self.model is not None:
             training_record.save(self.model, checkpoint[training_state.KEY])
 
@@ -402,7 +337,7 @@ class LoRALightningModule(L.LightningModule):
             trained_on.complete(self.model, training_record.saved(state))
 
     def on_fit_start(self) -> None:
-        """Note what the optimizer was given, before a checkpoint brings what it had; and the data, for the adapter.
+        """Note what the optimizer was given, before a checkpoint brings what it had, and the data; tell loggers.
 
         Raises:
             ValueError: if the checkpoint's optimizer or schedule is of another class.
@@ -412,12 +347,16 @@ class LoRALightningModule(L.LightningModule):
         self._given = training_state.given(self.trainer)
         if self._resume_state is not None:
             training_state.check_optimizer(self._resume_state["optimizer"], self._given)
+        if self.trainer.enable_autolog_hparams:
+            hyperparameters.log(self.trainer, self._settings())
 
     def on_train_start(self) -> None:
         """Continue a resumed run where it was: random state, and the gradients of an unfinished window."""
         self._recorder.start_clock()
+        self._point = TrainingPoint(self.trainer.optimizers, self.trainable_parameters())
         state, self._resume_state = self._resume_state, None
         if state is not None:
+            self._point.load_state_dict(state.get("training_point", {}))
             training_state.restore(state, self.trainer, self._recorder.window, self.trainable_parameters())
             found = self._differences + training_state.apply_settings(state, self.trainer, self._given)
             self.setting_changes += training_state.said(found, self.trainer)

@@ -2,65 +2,117 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import lightning as L
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_lora import resume_settings, schedule
+from lit_lora import optimizer_trial, resume_settings, schedule
 from lit_lora.resume_settings import Difference
+from lit_lora.training_point import has_two_points
 
 
-def configure(
-    trainer: L.Trainer,
-    parameters: list[nn.Parameter],
-    *,
-    optimizer: OptimizerCallable | None,
-    learning_rate: float,
-    weight_decay: float,
-    lr_scheduler: LRSchedulerCallable | None,
-    lr_schedule: Literal["cosine", "linear", "constant"],
-    warmup_ratio: float,
-) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns, with a schedule that steps with the optimizer.
+@dataclass(frozen=True)
+class Optimization:
+    """Settings of the module that decide how adapters are optimized."""
 
-    Args:
-        trainer: says how many steps there are, and whether there is a loss scaler.
-        parameters: all that train.
-        optimizer: replaces AdamW, with its learning rate and weight decay.
-        learning_rate: peak.
-        weight_decay: of AdamW.
-        lr_scheduler: replaces the built-in schedule.
-        lr_schedule: what follows the warm-up.
-        warmup_ratio: share of all steps over which the learning rate rises.
+    optimizer: OptimizerCallable | None
+    """Replaces AdamW, with its learning rate and weight decay."""
+    learning_rate: float
+    """Peak, of AdamW."""
+    weight_decay: float
+    """Of AdamW."""
+    lr_scheduler: LRSchedulerCallable | None
+    """Replaces the built-in schedule."""
+    lr_schedule: Literal["cosine", "linear", "constant"]
+    """What follows the warm-up."""
+    warmup_ratio: float
+    """Share of all steps over which the learning rate rises."""
 
-    Raises:
-        ValueError: for a schedule that waits for a metric.
-    """
-    if optimizer is not None:
-        built = optimizer(parameters)
-    else:
-        # A fused optimizer under a loss scaler would unscale by itself, after norms are logged and clipped.
-        fused = getattr(trainer.precision_plugin, "scaler", None) is None
-        built = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
-    if lr_scheduler is None:
-        scheduler: Any = schedule.build(
-            built, lr_schedule, num_steps=schedule.num_steps(trainer), warmup_ratio=warmup_ratio
-        )
-    else:
-        scheduler = lr_scheduler(built)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+    def try_out(self, trainer: Trainer) -> list[Callback]:
+        """Find out before the model is loaded what optimizer and schedule cannot do; two small parameters suffice.
+
+        Returns:
+            What the schedule needs of the Trainer.
+
+        Raises:
+            ValueError: naming the setting, and what to set instead.
+        """
+        endless = trainer.max_steps == -1 and trainer.max_epochs == -1
+        if self.lr_scheduler is None and self.lr_schedule != "constant" and endless:
             raise ValueError(
-                "lr_scheduler ReduceLROnPlateau needs a monitor: subclass and override configure_optimizers"
+                f"lr_schedule {self.lr_schedule!r} comes down towards an end in steps, and none is known: set "
+                "trainer.max_steps or trainer.max_epochs (trainer.max_time may still end the run sooner), or "
+                "model.lr_schedule constant"
             )
-    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        if self.optimizer is None and self.lr_scheduler is None:
+            return []
+        device = trainer.strategy.root_device
+        with optimizer_trial.own_random_state(device):
+            parameters = optimizer_trial.parameters(device)
+            built = optimizer_trial.build("optimizer", self._optimizer, parameters)
+            optimizer_trial.check(
+                built,
+                accumulates=trainer.accumulate_grad_batches > 1,
+                gives_closure=getattr(trainer.precision_plugin, "scaler", None) is None,
+            )
+            if self.lr_scheduler is None:
+                if has_two_points(built) and self.lr_schedule != "constant":
+                    raise ValueError(
+                        f"model.optimizer {type(built).__name__} averages in place of a schedule, and lr_schedule is "
+                        f"{self.lr_schedule!r}: set model.lr_schedule constant"
+                    )
+                return []
+            scheduler = optimizer_trial.build("lr_scheduler", self.lr_scheduler, built)
+        if trainer.max_epochs == -1:
+            schedule.check_length(scheduler, schedule.num_steps(trainer))
+        if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            return []
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "model.lr_scheduler torch.optim.lr_scheduler.ReduceLROnPlateau does not say which metric it waits for: "
+                "use lightning.pytorch.cli.ReduceLROnPlateau, with monitor val_loss"
+            )
+        return [schedule.StepOnPlateau(scheduler.monitor)]
+
+    def configure(self, trainer: Trainer, parameters: list[nn.Parameter]) -> dict[str, Any]:
+        """What ``configure_optimizers`` returns.
+
+        Args:
+            trainer: says how many steps there are.
+            parameters: all that train.
+        """
+        built = self._optimizer(parameters)
+        if getattr(built, "_step_supports_amp_scaling", False):
+            # Left to unscale gradients itself, a fused optimizer would do so after they are logged; and Lightning then
+            # refuses to clip them, without a loss scaler too (https://github.com/Lightning-AI/pytorch-lightning/issues/21435).
+            built._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        if self.lr_scheduler is None:
+            num_steps = schedule.num_steps(trainer)
+            scheduler = schedule.build(built, self.lr_schedule, num_steps=num_steps, warmup_ratio=self.warmup_ratio)
+            return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        own = self.lr_scheduler(built)
+        if isinstance(own, ReduceLROnPlateau):  # StepOnPlateau takes its steps; Lightning keeps its state
+            never = {"interval": "step", "frequency": sys.maxsize}
+            return {"optimizer": built, "lr_scheduler": {"scheduler": own, "monitor": own.monitor, **never}}
+        if hasattr(own, "total_steps"):
+            schedule.check_length(own, schedule.num_steps(trainer))
+        return {"optimizer": built, "lr_scheduler": {"scheduler": own, "interval": "step"}}
+
+    def _optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer(parameters)
+        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
 
 
 def apply_given(
-    optimizer: torch.optim.Optimizer, scheduler: Any, saved: list[dict[str, Any]], given: list[dict[str, Any]]
+    optimizer: Optimizer, scheduler: Any, saved: list[dict[str, Any]], given: list[dict[str, Any]]
 ) -> list[Difference]:
     """Set hyperparameters of a restored optimizer to what is given now, where that is not what was given before.
 

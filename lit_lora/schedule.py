@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -21,11 +22,69 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def num_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole run; None where nobody can know."""
-    if trainer.max_steps > 0:
-        return trainer.max_steps
+    """Optimizer steps of the whole run, by ``max_steps`` or ``max_epochs``, whichever is sooner; None if neither."""
+    if trainer.max_epochs == -1:
+        return trainer.max_steps if trainer.max_steps != -1 else None
     steps = trainer.estimated_stepping_batches
-    return int(steps) if math.isfinite(steps) else None
+    if trainer.ckpt_path is not None:
+        # That has made the loaders, into which Lightning loads no state any more: a resumed run makes them again.
+        trainer.fit_loop._combined_loader = None
+    return int(steps) if 0 <= steps < math.inf else None
+
+
+def check_length(scheduler: Any, num_steps: int | None) -> None:
+    """Check that a schedule of a fixed length (``OneCycleLR``) is as long as the run.
+
+    Raises:
+        ValueError: if the run goes on after its end.
+    """
+    total_steps = getattr(scheduler, "total_steps", None)
+    if total_steps is not None and (num_steps is None or num_steps > total_steps):
+        run = f"{num_steps} steps" if num_steps is not None else "no end in steps"
+        raise ValueError(
+            f"model.lr_scheduler {type(scheduler).__name__} has {total_steps} steps, and the run {run}: make them agree"
+        )
+
+
+class StepOnPlateau(Callback):
+    """Steps a ``ReduceLROnPlateau`` after each validation, before a checkpoint of it is written.
+
+    Lightning does so after the checkpoint, and a run that resumes from there does it never.
+
+    Args:
+        monitor: logged metric to wait for.
+    """
+
+    def __init__(self, monitor: str) -> None:
+        super().__init__()
+        self.monitor = monitor
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there will be validations.
+
+        Raises:
+            ValueError: if there is no validation data.
+        """
+        if stage == "fit" and not trainer.enable_validation:
+            raise ValueError(
+                "model.lr_scheduler ReduceLROnPlateau steps after each validation, and there is none: set "
+                "data.validation or data.validation_fraction"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the step.
+
+        Raises:
+            ValueError: if the metric was not logged.
+        """
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise ValueError(f"model.lr_scheduler monitor {self.monitor!r} is not logged; logged are {known}")
+        scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
+        scheduler.step(trainer.strategy.broadcast(float(value)))  # may differ between ranks: the first decides
 
 
 def build(

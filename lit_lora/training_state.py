@@ -170,10 +170,15 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Make Lightning's counters in a loaded checkpoint agree with the data's position, in place.
 
     Raises:
-        ValueError: if this number of ranks cannot continue there.
+        ValueError: if this number of ranks cannot continue there, or it holds weights only.
     """
     if trainer.state.fn != "fit":
         return
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(
+            f"{trainer.ckpt_path} holds weights only (ModelCheckpoint with save_weights_only), which nothing can be "
+            "continued from: resume from a file that TrainingCheckpoint wrote"
+        )
     _refuse_other_window(checkpoint[KEY], trainer)
     data: Mapping[str, Any] | None = data_state(checkpoint, trainer)
     if data is None:

@@ -51,6 +51,7 @@ def run(
     max_steps: int = -1,
     max_epochs: int = 2,
     data: dict[str, Any] | None = None,
+    module_options: dict[str, Any] | None = None,
     trainer_options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train; a run that was stopped says so."""
@@ -59,9 +60,7 @@ def run(
         base,
         lora=LoRAConfig(r=4, lora_dropout=dropout, target_modules="all-linear"),
         quantization=QuantizationConfig() if quantized else None,
-        learning_rate=0.01,
-        lr_schedule="cosine",
-        warmup_ratio=0.1,
+        **{"learning_rate": 0.01, "lr_schedule": "cosine", "warmup_ratio": 0.1, **(module_options or {})},
     )
     module.configure_model()  # here, so that equal seeds make equal adapters
     L.seed_everything(seed, verbose=False)
@@ -99,6 +98,7 @@ def run(
         "moments": trainer.optimizers[0].state_dict()["state"] if trainer.optimizers else {},
         "learning_rate": [group["lr"] for group in trainer.optimizers[0].param_groups],
         "losses": module.flush_metrics().losses,
+        "rates": [step.learning_rate for step in module.training_metrics.steps],
         "norms": [step.grad_norm for step in module.training_metrics.steps],
         "validation": module.training_metrics.validation,
         "global_step": trainer.global_step,

@@ -90,7 +90,7 @@ REFUSALS = [
     "model.lora.r: r must be at least 1, got 0",
     "model.lora.lora_dropout: lora_dropout must be in [0, 1), got 1.5",
     "model.quantization.block_size: block_size must be a power of two",
-    "trainer.strategy: trainer.strategy 'fsdp' splits the model",
+    "trainer.strategy: 'fsdp' splits the model",
     "trainer.precision: precision 16-true trains adapters in float16",
     "trainer.accumulate_grad_batches: accumulate_grad_batches must be at least 1",
     "trainer.gradient_clip_val: gradient_clip_val must be at least 0",
@@ -209,13 +209,21 @@ def test_fields_of_nested_settings_on_the_command_line_are_in_the_report(fit):
         ({"data": {"train": "train.jsonl", "x": {}}}, ["--model.base=random:llama-2-7b"], 2, "no setting 'data.x'"),
         ("\x00", [], 2, "config.yaml"),
         (
-            {"data": {"train": "train.jsonl"}, "model": {"base": "random:tinyllama-1.1b"}},
+            {
+                "data": {"train": "train.jsonl"},
+                "model": {"base": "random:tinyllama-1.1b"},
+                "trainer": {"max_steps": 1},
+            },
             ["--ckpt_path", "no.ckpt"],
             1,
             "no checkpoint no.ckpt",
         ),
         (
-            {"data": {"train": "train.jsonl"}, "model": {"base": "random:tinyllama-1.1b"}},
+            {
+                "data": {"train": "train.jsonl"},
+                "model": {"base": "random:tinyllama-1.1b"},
+                "trainer": {"max_steps": 1},
+            },
             ["--ckpt_path", "train.jsonl"],
             1,
             "checkpoint train.jsonl cannot be read: Weights only load failed",

@@ -11,7 +11,6 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -29,7 +28,6 @@ from lit_lora.checkpoint import AtomicCheckpointIO, DamagedCheckpointError, read
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.module import LossOutput
-from lit_lora.trainer_settings import refuse_sharding
 from tests.tiny import SIZES, config, examples
 
 LENGTHS = (7, 12, 5, 9, 14, 6, 8, 11)
@@ -367,22 +365,21 @@ def test_settings_are_checked_when_they_are_made(options, message):
         LoRALightningModule("base", **options)
 
 
-def test_a_strategy_that_splits_the_model_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    module = LoRALightningModule("random:nothing-of-that-name")
-    try:
-        with pytest.raises(ValueError, match=r"'ModelParallelStrategy' splits the model .* Use 'ddp'"):
-            _trainer(tmp_path, strategy=ModelParallelStrategy(), devices=1).fit(module, [None], [None])
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_trainer_without_logs_trains_without_a_warning(base, tmp_path):
+    module = _module(base)
+    trainer = L.Trainer(barebones=True, accelerator="cpu", max_steps=2, default_root_dir=tmp_path)
+    trainer.fit(module, _loader(4), _loader(4))
+    assert len(module.training_metrics.steps) == 2
 
 
-@pytest.mark.parametrize(
-    "strategy", ["fsdp", "FSDPStrategy", "deepspeed_stage_2", "lightning.pytorch.strategies.FSDPStrategy"]
-)
-def test_every_kind_of_sharding_is_refused(strategy):
-    with pytest.raises(ValueError, match="splits the model"):
-        refuse_sharding(strategy)
+def test_a_checkpoint_of_weights_only_is_not_gone_on_from(base, tmp_path):
+    trainer = _trainer(tmp_path, max_steps=1)
+    trainer.fit(_module(base), _loader())
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match=r"weights.ckpt holds weights only .* TrainingCheckpoint"):
+        _trainer(tmp_path).fit(_module(base), _loader(), ckpt_path=tmp_path / "weights.ckpt")
+    loaded = LoRALightningModule.load_from_checkpoint(tmp_path / "weights.ckpt")
+    _assert_same(_adapters(loaded), _adapters(trainer.lightning_module))
 
 
 def test_own_optimizer_and_schedule_are_used(base, tmp_path):

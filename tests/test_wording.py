@@ -93,6 +93,7 @@ FIT = [
     "--model.base=random:tinyllama-1.1b",
     "--data.tokenizer=bytes",
     "--trainer.accelerator=cpu",
+    "--trainer.max_steps=1",
     "--data.train",
 ]
 BASE = ["--base", "random:base/config.json"]
@@ -102,14 +103,14 @@ BASE = ["--base", "random:base/config.json"]
     ("arguments", "told", "untold"),
     [
         ([*FIT, "odd.jsonl"], "--data.columns '{\"prompt\": \"question\"", "columns="),
-        (["evaluate", "odd.jsonl", "adapter"], "rename the columns of the file", "s="),
+        (["evaluate", "odd.jsonl", "adapter"], "--columns '{\"prompt\": \"question\"", "data.columns"),
         (["merge", "adapter", "new", "--base=base", "--sample=odd.jsonl"], "rename the columns of the file", "s="),
         ([*FIT, "bad.jsonl"], "or --data.on_bad_rows drop to go on", "on_bad_rows="),
         (["evaluate", "bad.jsonl", "adapter"], "or --on_bad_rows drop to go on", "data.on_bad_rows"),
         ([*FIT, "good.jsonl", "--data.max_length=3"], "within --data.max_length 3: the prompts alone", "max_length="),
         ([*FIT, "good.jsonl", "--data.max_tokens_per_batch=9"], "or set --data.max_length 9", "max_length="),
         ([*FIT, "good.jsonl", "--data.validation_fraction=0.01"], "--data.validation_fraction 0.01 of 4", "fraction="),
-        (["generate", "hi", *BASE], "has no tokenizer of its own: give a base that has one", "data.tokenizer"),
+        (["generate", "hi", *BASE], "has no tokenizer of its own: set --tokenizer, for example", "data.tokenizer"),
         (["generate", "hi", "--adapter", "adapter"], "names no base model: give --base", "base="),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -6,23 +6,25 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.atomic import remove_partial_files
 from lit_lora.data.data_record import data_record
 from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, tokenizer_digest
+from lit_lora.data.limits import check_limits
+from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
 from lit_lora.data.resume import check_fingerprint, rank_batches_consumed
-from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, split_indices
+from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches, split_indices
 from lit_lora.data.summary import DataSummary, summarize
 from lit_lora.data.tokenize import format_prompt
 from lit_lora.environment import cache_folder
@@ -31,34 +33,6 @@ from lit_lora.wording import setting
 DEFAULT_BATCH_SIZE = 4
 ABANDONED_S = 3600.0
 """Age at which no process can be writing a temporary file of the cache any more."""
-
-
-class ResumableDataLoader(DataLoader):
-    """A DataLoader over :class:`ResumableBatchSampler`.
-
-    It answers Lightning's question whether it can resume; the position itself is kept by the data module, for all
-    workers.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: see :meth:`SFTDataModule.state_dict`."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load: see :meth:`SFTDataModule.load_state_dict`."""
-
-
-class PromptDataset(Dataset):
-    """Prompts to answer, with the reference answers."""
-
-    def __init__(self, prompts: list[dict[str, Any]]) -> None:
-        self.prompts = prompts
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.prompts[index]
 
 
 class SFTDataModule(pl.LightningDataModule):
@@ -180,6 +154,19 @@ class SFTDataModule(pl.LightningDataModule):
         format = self.train_data.statistics.format
         return data_record(self.tokenizer, self.source_settings, name=self._tokenizer_name, format=format)
 
+    def settings(self) -> dict[str, Any]:
+        """What it was built with, for loggers."""
+        tokenizer = self._tokenizer
+        return {
+            "train": self.train_source,
+            "validation": self.validation_source,
+            "validation_fraction": self.validation_fraction,
+            "test": self.test_source,
+            "tokenizer": tokenizer if isinstance(tokenizer, str | None) else tokenizer.name_or_path or str(tokenizer),
+            **asdict(self.source_settings),
+            **asdict(self.batch_settings),
+        }
+
     def prepare_data(self) -> None:
         """Tokenize every source into the cache, on one process a machine; other runs may be writing there, too."""
         remove_partial_files(self.cache_dir, older_than_s=ABANDONED_S)
@@ -213,6 +200,10 @@ class SFTDataModule(pl.LightningDataModule):
             self.summary = summarize(train, self.tokenizer, self.batch_settings, num_validation=num_validation)
             if self._rank == 0:
                 print(self.summary)
+            if self.trainer is not None:
+                check_limits(
+                    self.trainer, lambda: self._num_batches(train), lambda: self._num_batches(self.validation_data)
+                )
             if self.validation_data is None and self.trainer is not None:
                 # Lightning warns about an empty list of loaders; this is how a Trainer without validation is asked for.
                 self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
@@ -292,7 +283,7 @@ class SFTDataModule(pl.LightningDataModule):
             reference = content[last]["content"]
             prompts.append({"prompt_ids": ids, "reference": reference, "example_ids": torch.tensor([index])})
         share = prompts[self._rank :: self._world_size]
-        return DataLoader(PromptDataset(share), batch_size=1, collate_fn=_only, generator=self._generator())
+        return DataLoader(PromptDataset(share), batch_size=1, collate_fn=only, generator=self._generator())
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data and what it depends on; plain types."""
@@ -381,6 +372,10 @@ class SFTDataModule(pl.LightningDataModule):
             self._datasets[source] = tokenize_source(source, self.tokenizer, settings, cache_dir=self.cache_dir)
         return self._datasets[source]
 
+    def _num_batches(self, data: TokenizedDataset | None) -> int:
+        """Of this rank, in an epoch."""
+        return 0 if data is None else -(-len(plan_batches(data.lengths, self.batch_settings)) // self._world_size)
+
     def _evaluation_loader(self, data: TokenizedDataset) -> DataLoader:
         settings = replace(self.batch_settings, shuffle=False)
         sampler = ResumableBatchSampler(data.lengths, settings, rank=self._rank, world_size=self._world_size)
@@ -406,8 +401,3 @@ class SFTDataModule(pl.LightningDataModule):
         model = getattr(module, "model", None)
         if isinstance(model, PreTrainedModel):
             check_vocabulary(data, model.config.get_text_config().vocab_size)
-
-
-def _only(batch: list[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The single example of a batch."""
-    return batch[0]

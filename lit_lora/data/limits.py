@@ -1,0 +1,39 @@
+"""Trainer settings that only data can show to be impossible, found before a model is loaded.
+
+Lightning finds them when it makes its loaders: after the model is loaded, and the validation set gone through once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def check_limits(trainer: Any, count_train: Callable[[], int], count_validation: Callable[[], int]) -> None:
+    """Check the limits of a fit against the number of micro-batches.
+
+    Args:
+        trainer: its limits count micro-batches of this rank, as do the following.
+        count_train: those of an epoch; called only where a limit needs it, since it plans an epoch.
+        count_validation: those of a validation, or 0.
+
+    Raises:
+        ValueError: naming the setting, and the number of micro-batches there are.
+    """
+    for setting, count in (("limit_train_batches", count_train), ("limit_val_batches", count_validation)):
+        limit = getattr(trainer, setting)
+        if isinstance(limit, float) and 0 < limit < 1 and (num_batches := count()) > 0 and num_batches * limit < 1:
+            raise ValueError(
+                f"trainer.{setting} (or overfit_batches) {limit} of {num_batches} micro-batches is none: set it to "
+                f"{1 / num_batches:.3g} or more, or to a number of micro-batches"
+            )
+    interval = trainer.val_check_interval
+    within_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches and count_validation()
+    if type(interval) is int and interval > 1 and within_epoch:
+        limit, num_batches = trainer.limit_train_batches, count_train()
+        num_batches = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+        if interval > num_batches:
+            raise ValueError(
+                f"trainer.val_check_interval {interval} is more than the {num_batches} micro-batches of an epoch: set "
+                "it to as many or fewer, or trainer.check_val_every_n_epoch null to count over epochs"
+            )
