@@ -11,10 +11,9 @@ modules that were meant go into the file by their full names.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -22,7 +21,7 @@ from lit_lora.adapters import base_weight
 from lit_lora.adapters.expressions import find
 from lit_lora.adapters.int8_rows import Int8Rows
 from lit_lora.adapters.module_names import named_modules
-from lit_lora.adapters.task_heads import task_heads
+from lit_lora.adapters.task_heads import as_pretrained, task_heads
 from lit_lora.config import LoRAConfig
 
 ALL_LINEAR = "all-linear"
@@ -74,13 +73,13 @@ def match_modules(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fal
     entries = _match_saved(modules, config.modules_to_save or [], from_file, problems)
     if not from_file:
         entries |= {name: [name] for name in task_heads(model) if name not in excluded}
-    saved = list(dict.fromkeys(name for names in entries.values() for name in names))
+    saved = dict.fromkeys(name for names in entries.values() for name in names)
     _check_trainable(modules, saved)
-    inside_saved = tuple(f"{name}." for name in saved)
+    left_out = {*excluded, *saved}
     candidates = {
         name: targeted[name]
         for name in modules
-        if name in targeted and name not in excluded and name not in saved and not name.startswith(inside_saved)
+        if name in targeted and name not in left_out and not _is_inside(name, saved)
     }
     chosen = _in_layers(candidates, config, problems)
     _check_adaptable(modules, chosen)
@@ -88,7 +87,7 @@ def match_modules(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fal
     coverage = _count_coverage(config, targeted, chosen, entries, problems)
     ranks = resolve_pattern("rank_pattern", config.rank_pattern, chosen, problems)
     alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, chosen, problems)
-    return Matched(list(chosen), saved, ranks, alphas, coverage, problems)
+    return Matched(list(chosen), list(saved), ranks, alphas, coverage, problems)
 
 
 def resolve_pattern(
@@ -173,7 +172,7 @@ def _match_saved(
     return found
 
 
-def _check_trainable(modules: dict[str, nn.Module], saved: list[str]) -> None:
+def _check_trainable(modules: dict[str, nn.Module], saved: Collection[str]) -> None:
     for name in saved:
         if any(
             isinstance(m, Int8Rows) or (base_weight.may_be_quantized(m) and base_weight.is_quantized(m))
@@ -188,18 +187,15 @@ def _check_trainable(modules: dict[str, nn.Module], saved: list[str]) -> None:
         if isinstance(modules[name], (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
             kind = type(modules[name]).__name__
             raise ValueError(f"modules_to_save matches {name}, a {kind}, which is never called: name what is in it")
-    everything = set(saved)
-    nested = [name for name in saved if not everything.isdisjoint(_above(name))]
+    nested = [name for name in saved if _is_inside(name, saved)]
     if nested:
         raise ValueError(f"modules_to_save matches {some(nested)} inside of other modules that it matches")
 
 
-def _check_unmistakable(modules: dict[str, nn.Module], adapted: Iterable[str], saved: list[str]) -> None:
+def _check_unmistakable(modules: dict[str, nn.Module], adapted: Iterable[str], saved: Collection[str]) -> None:
     """What is trained in full has to be found again by PEFT, which knows no rule to tell ``head`` from ``lm_head``."""
-    inside = tuple(f"{name}." for name in saved)
-    names = [name for name in modules if not name.startswith(inside)]
-    names += [f"{name}.{part}" for name in adapted for part in _IN_LORA_LAYERS]
-    for name, found in saved_as_peft(names, saved).items():
+    inside = [f"{name}.{part}" for name in adapted for part in _IN_LORA_LAYERS]
+    for name, found in saved_as_peft([*modules, *inside], saved).items():
         others = [other for other in found if other not in saved]
         if others:
             raise ValueError(
@@ -215,7 +211,8 @@ def _match_targets(
     targets = config.target_modules
     linear = {name: module for name, module in modules.items() if base_weight.is_linear_like(module)}
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        head = _output_head(model)
+        pretrained = as_pretrained(model)
+        head = pretrained.get_output_embeddings() if pretrained is not None else None
         found = {name: [ALL_LINEAR] for name, module in linear.items() if module is not head}
         if not found:
             problems.append(f"target_modules {ALL_LINEAR!r}: the model has no linear layer but the output head")
@@ -313,17 +310,8 @@ def _count_coverage(
     return coverage | {f"{entry} (in full)": len(names) for entry, names in saved.items()}
 
 
-def _output_head(model: Any) -> nn.Module | None:
-    transformers = sys.modules.get("transformers")
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return None
-    return model.get_output_embeddings()
-
-
-def _above(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]
+def _is_inside(name: str, others: Collection[str]) -> bool:
+    return any(name[:end] in others for end, letter in enumerate(name) if letter == ".")
 
 
 def _endings(names: Iterable[str]) -> str:
