@@ -137,11 +137,12 @@ def base_fingerprint(model: nn.Module) -> str:
     quantized one is another.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0].replace(".base_layer", "")):
+    named = [(n.replace(".base_layer", "").replace("_orig_mod.", ""), p) for n, p in model.named_parameters()]
+    for name, parameter in sorted(named, key=lambda item: item[0]):
         if parameter.requires_grad:
             continue
         data = parameter.detach().reshape(-1)
-        digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)};".encode())
+        digest.update(f"{name} {tuple(parameter.shape)};".encode())
         if parameter.is_meta or data.numel() == 0:
             continue
         sample = data[:: max(1, data.numel() // _SAMPLES)][:_SAMPLES].cpu()

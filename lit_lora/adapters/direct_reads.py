@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lit_lora.adapters.layers import adapter_modules
 from lit_lora.adapters.task_heads import as_pretrained
 
 _METADATA = {
@@ -30,8 +31,8 @@ _METADATA = {
 }  # fmt: skip
 """What may be read of a weight without computing with it."""
 
-_PEFT_REFUSES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
-"""Models whose fused kernels read ``out_proj``, so that PEFT loads no adapter for it (``tuners_utils``)."""
+_TORCH_ENCODER = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+"""Read weights in evaluation, unless :func:`call_adapted_layers` tells them not to."""
 
 
 def direct_reads(model: nn.Module, modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, str]:
@@ -43,33 +44,32 @@ def direct_reads(model: nn.Module, modules: Mapping[str, nn.Module], names: Iter
         names: of the layers that are to be adapted.
     """
     pretrained = as_pretrained(model)
-    kind = getattr(pretrained.config, "model_type", None) if pretrained is not None else None
-    refused: dict[str, str] = {}
     suspected: dict[str, str] = {}
     for name in names:
-        if kind in _PEFT_REFUSES and name.rpartition(".")[2] == "out_proj":
-            refused[name] = f"fused kernels of {kind} models read its weight, and PEFT loads no adapter for it"
-            continue
         for owner, path in _seen_from_above(name):
             reader = type(modules[owner])
-            if any(_same(chain, path) for chain in _weights_read_by(reader)):
-                suspected[name] = f"{reader.__name__} reads its weight without calling it"
-    if suspected and not any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters()):
-        sound = _sound_in_a_forward(pretrained, modules, suspected) if pretrained is not None else set()
-        refused |= {name: reason for name, reason in suspected.items() if name not in sound}
-    return refused
+            if any(_same(chain, path) for chain in _weights_read_by(reader)):  # type: ignore[arg-type]
+                suspected[name] = (
+                    f"{reader.__name__} reads its weight without calling it, so that an adapter would not be computed "
+                    "and merging it would change the model"
+                )
+    if not suspected or any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters()):
+        return {}
+    sound = _sound_in_a_forward(pretrained, modules, suspected) if pretrained is not None else set()
+    return {name: reason for name, reason in suspected.items() if name not in sound}
 
 
 def call_adapted_layers(model: nn.Module) -> None:
-    """Let ``nn.TransformerEncoderLayer`` call its layers in evaluation too, where it would read their weights instead.
+    """Let ``nn.TransformerEncoderLayer`` call adapted layers in evaluation too, where it would read their weights.
 
     PEFT does not: in evaluation it silently computes such a layer without its adapters.
     """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # a condition of torch's fast path
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # only the fast path takes nested tensors
+        if isinstance(module, _TORCH_ENCODER) and next(adapter_modules(module), None) is not None:
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0  # a condition of torch's fast path
+            else:
+                module.use_nested_tensor = False  # only the fast path takes nested tensors
 
 
 # ---------------------------------------------------------------------- in the source
@@ -85,11 +85,11 @@ def _weights_read_by(kind: type[nn.Module]) -> frozenset[_Chain]:
     """
     methods: dict[str, ast.FunctionDef] = {}
     for base in kind.__mro__:
-        # torch's own encoder: see call_adapted_layers
-        if base not in (nn.Module, nn.TransformerEncoderLayer, nn.TransformerEncoder) and base.__name__ != "PreTrainedModel":
-            for node in getattr(_definition(base), "body", []):
-                if isinstance(node, ast.FunctionDef):
-                    methods.setdefault(node.name, node)
+        if not issubclass(base, nn.Module) or base is nn.Module or base in _TORCH_ENCODER:
+            continue
+        for node in getattr(_definition(base), "body", []):
+            if isinstance(node, ast.FunctionDef):
+                methods.setdefault(node.name, node)
     read: set[_Chain] = set()
     waiting, done = ["forward"], set()
     while waiting:
@@ -111,7 +111,9 @@ def _weights_read_by(kind: type[nn.Module]) -> frozenset[_Chain]:
 def _same(chain: _Chain, path: _Chain) -> bool:
     if chain[0] == "?":
         return chain[1:] == path[-1:]
-    return len(chain) == len(path) and all(c == p or (c == "*" and p.isdigit()) for c, p in zip(chain, path, strict=True))
+    return len(chain) == len(path) and all(
+        c == p or (c == "*" and p.isdigit()) for c, p in zip(chain, path, strict=True)
+    )
 
 
 def _chains(node: ast.AST) -> Iterator[tuple[str, _Chain]]:

@@ -52,9 +52,7 @@ def _matches(expressions: dict[str, str], names: list[str], whole: bool) -> Iter
         yield text, found
 
 
-def _in_a_process(
-    field: str, expressions: dict[str, str], names: list[str], whole: bool
-) -> dict[str, dict[str, str]]:
+def _in_a_process(field: str, expressions: dict[str, str], names: list[str], whole: bool) -> dict[str, dict[str, str]]:
     import subprocess
 
     request = json.dumps([expressions, names, whole])

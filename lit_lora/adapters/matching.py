@@ -73,8 +73,8 @@ def match_modules(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fal
     entries = _match_saved(modules, config.modules_to_save or [], from_file, problems)
     if not from_file:
         entries |= {name: [name] for name in task_heads(model) if name not in excluded}
+    _check_trainable(modules, entries)
     saved = dict.fromkeys(name for names in entries.values() for name in names)
-    _check_trainable(modules, saved)
     left_out = {*excluded, *saved}
     candidates = {
         name: targeted[name]
@@ -136,7 +136,7 @@ def layer_indices(names: Iterable[str], patterns: list[str] | str | None = None)
 
 
 def saved_as_peft(names: Iterable[str], entries: Iterable[str]) -> dict[str, list[str]]:
-    """Entry of ``modules_to_save`` -> names that end in its letters, which is PEFT's rule (``other._set_trainable``)."""
+    """Entry of ``modules_to_save`` -> names that end in its letters: PEFT's rule (``other._set_trainable``)."""
     found: dict[str, list[str]] = {entry: [] for entry in entries}
     for name in names:
         for start in range(len(name)):
@@ -172,22 +172,24 @@ def _match_saved(
     return found
 
 
-def _check_trainable(modules: dict[str, nn.Module], saved: Collection[str]) -> None:
-    for name in saved:
-        if any(
-            isinstance(m, Int8Rows) or (base_weight.may_be_quantized(m) and base_weight.is_quantized(m))
-            for m in modules[name].modules()
-        ):
-            raise ValueError(
-                f"{name}, of modules_to_save, is quantized and cannot be trained in full: adapt it, or add it to "
-                "quantization.skip_modules"
-            )
-        if not any(True for _ in modules[name].parameters()):
-            raise ValueError(f"modules_to_save matches {name}, which has no parameters")
-        if isinstance(modules[name], (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
-            kind = type(modules[name]).__name__
-            raise ValueError(f"modules_to_save matches {name}, a {kind}, which is never called: name what is in it")
-    nested = [name for name in saved if _is_inside(name, saved)]
+def _check_trainable(modules: dict[str, nn.Module], entries: dict[str, list[str]]) -> None:
+    for entry, names in entries.items():
+        for name in names:
+            module = modules[name]
+            if any(isinstance(m, Int8Rows) or _is_quantized(m) for m in module.modules()):
+                raise ValueError(
+                    f"modules_to_save entry {entry!r} is quantized and cannot be trained in full: adapt it, or add it "
+                    "to quantization.skip_modules (for the head of a classifier, exclude_modules leaves it as it is)"
+                )
+            if not any(True for _ in module.parameters()):
+                raise ValueError(f"modules_to_save entry {entry!r} matches {name}, which has no parameters")
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+                raise ValueError(
+                    f"modules_to_save entry {entry!r} matches {name}, a {type(module).__name__}, which is never "
+                    "called: name what is in it"
+                )
+    saved = {name for names in entries.values() for name in names}
+    nested = [name for name in sorted(saved) if _is_inside(name, saved)]
     if nested:
         raise ValueError(f"modules_to_save matches {some(nested)} inside of other modules that it matches")
 
@@ -263,7 +265,9 @@ def _in_layers(candidates: dict[str, list[str]], config: LoRAConfig, problems: l
         counted = f" of {config.layers_pattern!r}" if config.layers_pattern else ""
         have = ranges(found.values()) if found else "none"
         hint = "" if found else _name_the_list(candidates)
-        problems.append(f"layers_to_transform {missing} match no targeted layer; indices{counted} present: {have}{hint}")
+        problems.append(
+            f"layers_to_transform {missing} match no targeted layer; indices{counted} present: {have}{hint}"
+        )
     full = set() if isinstance(config.target_modules, str) else set(config.target_modules)
     return {name: entries for name, entries in candidates.items() if name in full or found.get(name) in indices}
 
@@ -308,6 +312,10 @@ def _count_coverage(
                 "modules_to_save (the head of a classifier is trained in full too) or layers_to_transform"
             )
     return coverage | {f"{entry} (in full)": len(names) for entry, names in saved.items()}
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return base_weight.may_be_quantized(module) and base_weight.is_quantized(module)
 
 
 def _is_inside(name: str, others: Collection[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +56,7 @@ def trained_on(adapter: str) -> TrainedOn:
     Raises:
         ValueError: if that file cannot be read, naming it.
     """
-    from lit_lora.adapters.peft_format import WEIGHTS_NAME
+    from lit_lora.adapters.peft_folder import WEIGHTS_NAME
     from lit_lora.adapters.trained_on import recorded_quantization
 
     weights = Path(adapter) / WEIGHTS_NAME
@@ -109,11 +108,10 @@ def _config_path(adapter: str) -> Path:
 
 
 def _named_base(adapter: str) -> str | None:
+    from lit_lora.adapters.peft_folder import read_config
+
     path = _config_path(adapter)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}. Take an undamaged copy of the adapter") from error
+    content = read_config(path)
     if not isinstance(content, dict):
         raise ValueError(
             f"{path} holds {_shown(content)}, expected a JSON object as PEFT writes it: take an undamaged copy of the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,8 @@ def evaluate(
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 example, got {limit}")
+    if not math.isfinite(min_gain):
+        raise ValueError(f"min_gain must be a finite number of percentage points, got {min_gain}")
     settings = SourceSettings(on_bad_rows=on_bad_rows)
     examples = read_examples(data, settings)
     examples = replace(examples, items=examples.items[:limit])
@@ -85,12 +88,11 @@ def evaluate(
             )
         ]
 
-    with disable_lora(model):
-        before = answers("without the adapter")
-    after = answers("with the adapter")
     losses = {"after": mean_loss(model, tokenizer, examples, max_length=settings.max_length, batch_size=batch_size)}
     with disable_lora(model):
         losses["before"] = mean_loss(model, tokenizer, examples, max_length=settings.max_length, batch_size=batch_size)
+        before = answers("without the adapter")
+    after = answers("with the adapter")
     for index in range(min(show, len(prompts))):
         shown = (prompts[index][-1]["content"], expected[index], before[index], after[index])
         lines = zip(("request", "expected", "before", "after"), shown, strict=True)
