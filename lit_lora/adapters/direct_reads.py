@@ -117,7 +117,7 @@ def _same(chain: _Chain, path: _Chain) -> bool:
 
 
 def _chains(node: ast.AST) -> Iterator[tuple[str, _Chain]]:
-    """Every ``name.part.part`` in the code below ``node``; what follows a weight is cut off, its metadata are left out."""
+    """Every ``name.part.part`` in the code below ``node``, up to a weight; where only its metadata are read, none."""
     if isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
         return
     if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("hasattr", "id", "isinstance", "len", "type"):

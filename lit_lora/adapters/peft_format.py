@@ -20,7 +20,7 @@ from lit_lora.adapters import base_weight
 from lit_lora.adapters.checksum import check_adapter, serialize
 from lit_lora.adapters.inject import InjectionReport, apply_plan, plan_injection
 from lit_lora.adapters.layers import LoRALayer, LoRALinear, TrainableCopy, adapter_modules, lora_layers
-from lit_lora.adapters.matching import ALL_LINEAR, resolve_pattern, some
+from lit_lora.adapters.matching import resolve_pattern, some
 from lit_lora.adapters.module_names import named_modules, plain_name
 from lit_lora.adapters.peft_config import from_peft_config, to_peft_config
 from lit_lora.adapters.peft_folder import (
@@ -275,12 +275,13 @@ def _check_equal_base(
 def _config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> LoRAConfig:
     """The configuration in words that every reader understands alike.
 
-    Names are written as they were given. What PEFT might expand or count otherwise ("all-linear", exclusions, indices
-    of layers) is written as the names that it came to, which is what PEFT itself does with "all-linear".
+    Names are written as they were given. Whatever has to be worked out ("all-linear", expressions, exclusions, indices
+    of layers) is written as the names that it came to: readers do that in other ways. PEFT (0.21) makes ends of names
+    of an expression on some mixtures of experts, and versions of it differ in which number is a layer's index.
     """
     layers = dict(lora_layers(model))
-    resolved = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
-    resolved = resolved or config.layers_to_transform is not None or bool(config.exclude_modules)
+    resolved = isinstance(config.target_modules, str) or config.layers_to_transform is not None
+    resolved = resolved or bool(config.exclude_modules)
     if layers and (portable or resolved):
         config = replace(
             config,
