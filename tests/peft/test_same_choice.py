@@ -120,7 +120,8 @@ CONFIGS: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"target_modules": ["model.layers.0.q_proj", "v_proj"], "layers_to_transform": [1]},
     ),
     "a full name of Llama beside layers": (
-        ["Llama", "Mixtral"], {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"], "layers_to_transform": 1}
+        ["Llama", "Mixtral"],
+        {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"], "layers_to_transform": 1},
     ),
     "full names alone": (
         ["decoder", "pair"],
