@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -149,6 +150,18 @@ def test_a_second_injection_is_refused():
     inject_lora(model, LoRAConfig(r=4))
     with pytest.raises(ValueError, match="already has adapters"):
         inject_lora(model, LoRAConfig(r=4))
+
+
+def test_adapters_of_peft_are_not_adapted():
+    model = language_model()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    with pytest.raises(ValueError, match=r"has adapters of PEFT \(model.layers.0.self_attn.q_proj.*merge_and_unload"):
+        inject_lora(model, LoRAConfig(r=4))
+
+
+def test_a_configuration_of_another_library_is_refused():
+    with pytest.raises(ValueError, match="config must be a LoRAConfig of lit_lora, got a LoraConfig"):
+        inject_lora(language_model(), peft.LoraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
 
 
 def test_a_quantized_module_cannot_be_trained_in_full():
