@@ -18,7 +18,7 @@ from typing import TypeVar
 from torch import nn
 
 from lit_lora.adapters import base_weight
-from lit_lora.adapters.expressions import find
+from lit_lora.adapters.expressions import find, shown
 from lit_lora.adapters.int8_rows import Int8Rows
 from lit_lora.adapters.module_names import named_modules
 from lit_lora.adapters.task_heads import as_pretrained, task_heads
@@ -105,11 +105,8 @@ def resolve_pattern(
         return {}
     found = find(field_name, {pattern: rf"(.*\.)?({pattern})$" for pattern in patterns}, names)
     if problems is not None:
-        problems += [
-            f"{field_name} entry {pattern!r} matches no adapted layer; they end in {_endings(names)}"
-            for pattern in patterns
-            if not found[pattern]
-        ]
+        idle = [pattern for pattern in patterns if not found[pattern]]
+        problems += _unmatched(field_name, idle, "adapted layer", f"they end in {_endings(names)}")
     resolved: dict[str, _T] = {}
     for pattern, value in patterns.items():
         for name in found[pattern]:
@@ -164,11 +161,8 @@ def _match_saved(
     else:
         ends = _by_end(modules)
         found = {entry: ends.get(entry, []) for entry in wanted}
-    problems += [
-        f"modules_to_save entry {entry!r} matches no module; modules end in {_endings(modules)}"
-        for entry, names in found.items()
-        if not names
-    ]
+    idle = [entry for entry, names in found.items() if not names]
+    problems += _unmatched("modules_to_save", idle, "module", f"modules end in {_endings(modules)}")
     return found
 
 
@@ -230,8 +224,8 @@ def _match_targets(
     for entry in targets:
         for name in ends.get(entry, []):
             found.setdefault(name, []).append(entry)
-        if entry not in ends:
-            problems.append(f"target_modules entry {entry!r} matches no layer; linear layers end in {_endings(linear)}")
+    idle = [entry for entry in targets if entry not in ends]
+    problems += _unmatched("target_modules", idle, "layer", f"linear layers end in {_endings(linear)}")
     return found
 
 
@@ -245,11 +239,8 @@ def _match_excluded(modules: dict[str, nn.Module], config: LoRAConfig, problems:
             problems.append(f"exclude_modules {excludes!r} matches no module (the whole path has to match)")
         return excluded
     ends = _by_end(modules)
-    problems += [
-        f"exclude_modules entry {entry!r} matches no module; modules end in {_endings(modules)}"
-        for entry in excludes
-        if entry not in ends
-    ]
+    idle = [entry for entry in excludes if entry not in ends]
+    problems += _unmatched("exclude_modules", idle, "module", f"modules end in {_endings(modules)}")
     return {name for entry in excludes for name in ends.get(entry, [])}
 
 
@@ -320,6 +311,13 @@ def _is_quantized(module: nn.Module) -> bool:
 
 def _is_inside(name: str, others: Collection[str]) -> bool:
     return any(name[:end] in others for end, letter in enumerate(name) if letter == ".")
+
+
+def _unmatched(field_name: str, entries: list[str], what: str, known: str) -> list[str]:
+    named = [f"{field_name} entry {shown(entry)} matches no {what}" for entry in entries[:5]]
+    if len(entries) > 5:
+        named.append(f"nor do {len(entries) - 5} more")
+    return [f"{named[0]}; {known}", *named[1:]] if named else []
 
 
 def _endings(names: Iterable[str]) -> str:

@@ -25,6 +25,9 @@ PREFIX = "base_model.model."
 _MOST_CONFIG_BYTES = 16 << 20
 _MOST_HEADER_BYTES = 32 << 20
 """A mixture with an adapter on each of 10,000 experts needs a tenth of this."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_BUFFERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+"""What a module that was trained in full may hold beside parameters."""
 
 
 class StoredTensor(NamedTuple):
@@ -110,12 +113,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            return {
+            stored = {
                 key: StoredTensor(_name_in_model(key), tuple(map(int, entry["shape"])), str(entry["dtype"]))
                 for key, entry in header.items()
             }
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    for tensor in stored.values():
+        if tensor.dtype not in (_FLOATS if ".lora_" in tensor.name else _FLOATS + _BUFFERS):
+            raise ValueError(f"{path} holds {tensor.name} as {tensor.dtype}, expected one of {', '.join(_FLOATS)}")
+    return stored
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
