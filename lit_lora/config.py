@@ -36,16 +36,19 @@ class LoRAConfig:
     """Layers to leave out although ``target_modules`` matches them: names, or one regular expression."""
 
     modules_to_save: list[str] | None = None
-    """Modules to train in full and to store with the adapter, by name."""
+    """Modules to train in full and to store with the adapter, by name. The head of a classifier of transformers is
+    trained so in any case, unless it is excluded."""
 
     layers_to_transform: list[int] | int | None = None
-    """Only adapt decoder layers with these indices."""
+    """Only adapt decoder layers with these indices. A layer that is targeted by its full name is adapted anyway."""
 
     layers_pattern: list[str] | str | None = None
-    """Name of the list of layers that ``layers_to_transform`` counts in, where it is not the first numbered one."""
+    """Name of the list of layers that ``layers_to_transform`` counts in, where it is not the first numbered one, or
+    lies at the top of the model."""
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks that differ from ``r``: name or regular expression for the end of a path -> rank."""
+    """Ranks that differ from ``r``: name or regular expression for the end of a path -> rank. Of several that match,
+    the first one counts."""
 
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas that differ from ``lora_alpha``: name or regular expression for the end of a path -> alpha."""

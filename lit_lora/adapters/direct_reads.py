@@ -187,7 +187,7 @@ def _sound_in_a_forward(model: Any, modules: Mapping[str, nn.Module], names: Col
     None are where the model cannot be run on the inputs that transformers has for it.
     """
     watch = _Watch({name: modules[name] for name in names})
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
@@ -201,7 +201,8 @@ def _sound_in_a_forward(model: Any, modules: Mapping[str, nn.Module], names: Col
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError, KeyError):
         return set()
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     return watch.called - watch.read
 
 

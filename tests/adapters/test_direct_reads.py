@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_lora import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter
+from lit_lora.adapters.direct_reads import direct_reads
 from lit_lora.adapters.layers import adapter_modules
+from lit_lora.adapters.module_names import named_modules
 from tests.tiny import language_model
 
 STATE_SPACE = {"state_size": 4, "time_step_rank": 4}
@@ -146,6 +148,20 @@ def test_metadata_of_a_weight_may_be_read():
     model = Metadata()
     inject_lora(model, LoRAConfig(r=2, target_modules=["fc"]))
     assert model(torch.ones(3, 4)).shape == (3, 4)
+
+
+def test_looking_leaves_modes_and_random_numbers_as_they_were():
+    model = language_model("Bloom", hidden_dropout=0.5).train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    modules = named_modules(model)
+    names = [name for name in modules if name.endswith("dense")]
+    torch.manual_seed(0)
+    assert direct_reads(model, modules, names) == {}
+    after = torch.rand(())
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(()), after)
+    assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -262,3 +262,39 @@ def _by_peft(model: Any, folder: Path) -> Any:
 def _by_us(model: nn.Module, folder: Path) -> nn.Module:
     load_adapter(model, folder)
     return model
+
+
+class Twice(nn.Module):
+    """The whole name of one layer is the end of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.inner = nn.Linear(8, 8), nn.Sequential()
+        self.inner.add_module("fc", nn.Linear(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(torch.tanh(self.fc(x)))
+
+
+@pytest.mark.parametrize("portable", [True, False])
+def test_a_layer_whose_name_ends_another_is_written_as_an_expression(portable, tmp_path):
+    build = _seeded(Twice)
+    ours = build()
+    report = inject_lora(ours, LoRAConfig(r=2, exclude_modules=["inner.fc"], init_lora_weights=False))
+    assert list(report.adapted) == ["fc"]
+    save_adapter(ours, tmp_path, portable=portable)
+    for reader in (_by_peft(build(), tmp_path), _by_us(build(), tmp_path)):
+        _assert_close(_output(reader), _output(ours))
+    assert _chosen_by_peft(_by_peft(build(), tmp_path))[0] == {"fc"}
+
+
+def test_many_whole_names_are_read_as_they_are_written(tmp_path):
+    """From 20 on PEFT looks for a shorter list by itself."""
+    build = lambda: language_model(num_hidden_layers=6)  # noqa: E731
+    ours = build()
+    inject_lora(ours, LoRAConfig(r=2, layers_to_transform=[0, 2, 3, 5], init_lora_weights=False))
+    save_adapter(ours, tmp_path)
+    theirs = _by_peft(build(), tmp_path)
+    assert _chosen_by_peft(theirs)[0] == _chosen(ours)[0]
+    assert len(_chosen(ours)[0]) == 28
+    _assert_close(_output(theirs), _output(ours))
