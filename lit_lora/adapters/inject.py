@@ -17,7 +17,7 @@ from lit_lora.adapters.direct_reads import call_adapted_layers, direct_reads
 from lit_lora.adapters.initializers import INITIALIZERS
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALayer, LoRALinear, TrainableCopy, adapter_modules
 from lit_lora.adapters.matching import layer_indices, match_modules, ranges, some
-from lit_lora.adapters.module_names import named_modules, plain_name, replace_module
+from lit_lora.adapters.module_names import named_modules, plain_name, replace_module, shared_modules
 from lit_lora.adapters.peft_limits import refused_by_peft
 from lit_lora.config import LoRAConfig
 
@@ -157,7 +157,13 @@ def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fa
     if not found.adapted and not found.saved:
         raise ValueError("the configuration adapts no layer, nothing would be trainable: check target_modules")
     modules = named_modules(model)
-    refused = {} if from_file else refused_by_peft(model, found.adapted)
+    shared = shared_modules(model)
+    refused = {
+        name: "the model uses it in several places, and would compute the adapter in one of them"
+        for name in (*found.adapted, *found.saved)
+        if id(modules[name]) in shared
+    }
+    refused |= {} if from_file else refused_by_peft(model, found.adapted)
     _check_served(refused | direct_reads(model, modules, found.adapted))
     adapted = {
         name: PlannedLayer(modules[name], found.ranks.get(name, config.r), found.alphas.get(name, config.lora_alpha))

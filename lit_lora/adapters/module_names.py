@@ -26,6 +26,15 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
+def shared_modules(model: nn.Module) -> set[int]:
+    """``id`` of every module that a model holds in more than one place: replacing one would leave the others."""
+    places: dict[int, int] = {}
+    for module in model.modules():
+        for child in module._modules.values():  # children() tells each once
+            places[id(child)] = places.get(id(child), 0) + 1
+    return {module for module, count in places.items() if count > 1}
+
+
 def replace_module(modules: Mapping[str, nn.Module], name: str, module: nn.Module) -> None:
     """Put another module in the place of one; a wrapper around the old one goes.
 

@@ -144,6 +144,36 @@ def test_any_module_that_reads_a_target_is_refused(kind: Callable[[], nn.Module]
     inject_lora(model, LoRAConfig(r=2, target_modules=["other"]))
 
 
+class Shared(nn.Module):
+    """Not called at one of its two places, as soon as an adapter takes the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.again = self.fc
+        self.block = nn.Sequential(nn.Linear(4, 4))
+        self.block_again = self.block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block_again(self.block(self.again(self.fc(x))))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_a_layer_that_is_used_in_several_places_is_refused(field):
+    model = Shared()
+    with pytest.raises(ValueError, match="fc cannot be adapted: the model uses it in several places"):
+        inject_lora(model, LoRAConfig(**{"target_modules": ["block.0"], field: ["fc"]}))
+    assert not list(adapter_modules(model))
+    inject_lora(
+        model, LoRAConfig(r=2, target_modules=["block.0"], init_lora_weights=False)
+    )  # in a block that is shared
+    x = torch.ones(2, 4)
+    expected = model(x)
+    assert not torch.equal(expected, Shared()(x))
+    merge_lora(model)
+    assert (model(x) - expected).abs().max() < 1e-5
+
+
 def test_metadata_of_a_weight_may_be_read():
     model = Metadata()
     inject_lora(model, LoRAConfig(r=2, target_modules=["fc"]))
