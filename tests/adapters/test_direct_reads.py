@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import LlamaForCausalLM
 
 from lit_lora import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter
 from lit_lora.adapters.direct_reads import direct_reads
 from lit_lora.adapters.layers import adapter_modules
 from lit_lora.adapters.module_names import named_modules
-from tests.tiny import language_model
+from tests.tiny import config, language_model
 
 STATE_SPACE = {"state_size": 4, "time_step_rank": 4}
 JAMBA = {
@@ -142,6 +143,27 @@ def test_any_module_that_reads_a_target_is_refused(kind: Callable[[], nn.Module]
         inject_lora(model, LoRAConfig(r=2, target_modules=[target]))
     assert not list(adapter_modules(model))
     inject_lora(model, LoRAConfig(r=2, target_modules=["other"]))
+
+
+class ReadsItsHead(LlamaForCausalLM):
+    """Calls the head, and where its config says so also reads it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if self.config.reads_head:
+            output.logits = output.logits + self.lm_head.weight.mean()
+        return output
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_transformers_model_is_run_to_see_which_of_its_paths_it_takes(reads):
+    model = ReadsItsHead(config("Llama", reads_head=reads))
+    settings = LoRAConfig(r=2, target_modules=["lm_head"])
+    if reads:
+        with pytest.raises(ValueError, match="lm_head cannot be adapted: ReadsItsHead reads its weight"):
+            inject_lora(model, settings)
+    else:
+        assert list(inject_lora(model, settings).adapted) == ["lm_head"]
 
 
 class Shared(nn.Module):

@@ -298,3 +298,26 @@ def test_many_whole_names_are_read_as_they_are_written(tmp_path):
     assert _chosen_by_peft(theirs)[0] == _chosen(ours)[0]
     assert len(_chosen(ours)[0]) == 28
     _assert_close(_output(theirs), _output(ours))
+
+
+class WithAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.up = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_all_linear_beside_attention_of_torch_is_written_as_what_it_came_to(tmp_path):
+    """PEFT would also take the output projection, which torch's attention never calls."""
+    build = _seeded(WithAttention)
+    theirs = peft.get_peft_model(build(), peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert _chosen_by_peft(theirs)[0] == {"up", "attention.out_proj"}
+    ours = build()
+    inject_lora(ours, LoRAConfig(r=2, init_lora_weights=False))
+    save_adapter(ours, tmp_path)
+    read = _by_peft(build(), tmp_path)
+    assert _chosen_by_peft(read) == _chosen(ours) == ({"up"}, set())
+    x = torch.randn(2, 3, 8)
+    _assert_close(read(x), ours(x))
