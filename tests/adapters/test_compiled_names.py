@@ -130,6 +130,10 @@ class Project(LoRALightningModule):
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         return _compiled(model) if self.compiled else model
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.at_start = {name: p.detach().clone() for name, p in self.trainable_parameters().items()}
+
     def compute_loss(self, batch: Any, *, accuracy: bool = False) -> LossOutput:
         return LossOutput(self(batch).square().sum(), len(batch))
 
@@ -155,4 +159,5 @@ def test_a_checkpoint_of_a_compiled_model_goes_on_uncompiled_and_the_reverse(fir
     assert base_fingerprint(resumed.model) == base_fingerprint(module.model)
     before, after = module.trainable_parameters(), resumed.trainable_parameters()
     assert before.keys() == after.keys()
+    assert all(torch.equal(resumed.at_start[name], before[name]) for name in before)
     assert all(not torch.equal(after[name], before[name]) for name in before)

@@ -15,10 +15,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lit_lora import LoRAConfig, inject_lora, load_adapter, save_adapter
 from lit_lora.adapters.layers import TrainableCopy, adapter_modules
+from lit_lora.adapters.matching import layer_indices, resolve_pattern
 from tests.tiny import language_model
 
 pytestmark = [
@@ -321,3 +324,29 @@ def test_all_linear_beside_attention_of_torch_is_written_as_what_it_came_to(tmp_
     assert _chosen_by_peft(read) == _chosen(ours) == ({"up"}, set())
     x = torch.randn(2, 3, 8)
     _assert_close(read(x), ours(x))
+
+
+names = st.lists(st.text("ab_1", min_size=1, max_size=3), min_size=2, max_size=5).map(".".join)
+modules = st.lists(names, min_size=1, max_size=6, unique=True)
+parts = st.text("ab_1.", min_size=1, max_size=5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(modules, st.dictionaries(parts, st.integers()))
+def test_the_pattern_that_counts_is_that_of_peft(modules, patterns):
+    keys = {name: peft.utils.other.get_pattern_key(patterns, name) for name in modules}
+    expected = {name: patterns[key] for name, key in keys.items() if key in patterns}
+    assert resolve_pattern("rank_pattern", patterns, modules) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(modules, st.one_of(st.none(), parts, st.lists(parts, max_size=3)))
+def test_the_index_that_counts_is_that_of_peft(modules, pattern):
+    found = layer_indices(modules, pattern)
+    for name in modules:
+        for index in (1, 11):
+            config = peft.LoraConfig(
+                target_modules=[name.rpartition(".")[2]], layers_to_transform=[index], layers_pattern=pattern
+            )
+            chosen = peft.tuners.tuners_utils.check_target_module_exists(config, name)
+            assert bool(chosen) == (found.get(name) == index)
