@@ -132,7 +132,7 @@ def hash_recipe(**recipe: Any) -> BaseHash:
 
 def _in_memory(model: nn.Module) -> BaseHash:
     tensors = {
-        name.replace(".base_layer", ""): tensor.detach()
+        name.replace(".base_layer", "").replace("_orig_mod.", ""): tensor.detach()
         for name, tensor in model.named_parameters()
         if not tensor.requires_grad and not tensor.is_meta
     }

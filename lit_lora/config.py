@@ -8,9 +8,11 @@ Reading an adapter that uses one of them is an error, see ``adapters/peft_format
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from types import NoneType
-from typing import Literal
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,19 @@ class LoRAConfig:
     """Layers to leave out although ``target_modules`` matches them: names, or one regular expression."""
 
     modules_to_save: list[str] | None = None
-    """Modules to train in full and to store with the adapter, by name."""
+    """Modules to train in full and to store with the adapter, by name. The head of a classifier of transformers is
+    trained so in any case, unless it is excluded."""
 
     layers_to_transform: list[int] | int | None = None
-    """Only adapt decoder layers with these indices."""
+    """Only adapt decoder layers with these indices. A layer that is targeted by its full name is adapted anyway."""
 
     layers_pattern: list[str] | str | None = None
-    """Name of the list of layers that ``layers_to_transform`` counts in, where it is not the first numbered one."""
+    """Name of the list of layers that ``layers_to_transform`` counts in, where it is not the first numbered one, or
+    lies at the top of the model."""
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks that differ from ``r``: name or regular expression for the end of a path -> rank."""
+    """Ranks that differ from ``r``: name or regular expression for the end of a path -> rank. Of several that match,
+    the first one counts."""
 
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas that differ from ``lora_alpha``: name or regular expression for the end of a path -> alpha."""
@@ -51,7 +56,7 @@ class LoRAConfig:
     use_rslora: bool = False
     """Scale by ``lora_alpha / sqrt(r)`` (rank-stabilised LoRA, arXiv:2312.03732, eq. 3)."""
 
-    init_lora_weights: bool | str = True
+    init_lora_weights: bool | Literal["gaussian"] = True
     """How A and B start: true (Kaiming-uniform A, zero B), "gaussian" (normal A, zero B), or false (both random, for
     tests)."""
 
@@ -59,10 +64,9 @@ class LoRAConfig:
     """dtype of the adapter's parameters. float32 unless memory forces otherwise: half precision loses small updates."""
 
     def __post_init__(self) -> None:
+        _convert_fields(self)
         if self.r < 1:
             raise ValueError(f"r must be at least 1, got {self.r}")
-        if not 0 < self.lora_alpha < math.inf:
-            raise ValueError(f"lora_alpha must be above 0 and finite, got {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if not self.target_modules and not self.modules_to_save:
@@ -72,6 +76,18 @@ class LoRAConfig:
                 raise ValueError(f"rank_pattern[{pattern!r}] must be at least 1, got {rank}")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform: set both or neither")
+
+    def check_for_training(self) -> None:
+        """Adapters that others trained may have any scale; what is to be trained needs one above zero.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        alphas = {"lora_alpha": self.lora_alpha}
+        alphas |= {f"alpha_pattern[{pattern!r}]": alpha for pattern, alpha in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
+            if alpha <= 0:
+                raise ValueError(f"{name} must be above 0 to train, got {alpha}: it is the numerator of the scale")
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         """Factor on ``B @ A`` for a layer of this rank and alpha."""
@@ -104,19 +120,73 @@ class QuantizationConfig:
     """Also keep the embedding and the output head in 8 bits: with a large vocabulary they are half of a small model."""
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ValueError(f"bits must be 4 or 8, got {self.bits!r}")
-        for name, known in (
-            ("quant_type", ("nf4", "fp4")),
-            ("double_quant", (True, False)),
-            ("compute_dtype", ("auto", "float32", "bfloat16", "float16")),
-            ("embedding_bits", (None, 8)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
-        if not isinstance(self.skip_modules, (list, NoneType)):
-            raise ValueError(f"skip_modules must be a list of names, got {self.skip_modules!r}")
+        _convert_fields(self)
         if not 32 <= self.block_size <= 4096 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two from 32 to 4096, got {self.block_size}")
         if self.bits == 8 and (self.quant_type != "nf4" or not self.double_quant or self.block_size != 64):
             raise ValueError("quant_type, double_quant and block_size only apply to 4 bits: leave them out")
+
+
+def _convert_fields(config: LoRAConfig | QuantizationConfig) -> None:
+    """Give every field the plain type of its annotation, so that what is set can also be written to a file.
+
+    Sets and tuples become lists, numbers of numpy plain ones, ``torch.bfloat16`` its name. Whatever else is not of the
+    type is refused: a bool is no integer, a string no number and no list.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        try:
+            object.__setattr__(config, name, _converted(value, hint))  # frozen for everyone else
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{name} must be {_described(hint)}, got {repr(value)[:80]}") from error
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """``value`` as ``hint``; TypeError if it is something else, OverflowError if it is not finite."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        for part in parts:
+            try:
+                return _converted(value, part)
+            except TypeError:
+                continue
+    elif origin is Literal:
+        if isinstance(parts[0], str):
+            value = str(value).removeprefix("torch.")
+        for known in parts:
+            if value == known and isinstance(value, bool) == isinstance(known, bool):
+                return known
+    elif origin is list and isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        items = [_converted(item, parts[0]) for item in value]
+        return sorted(items) if isinstance(value, Set) else items  # a set's own order differs from run to run
+    elif origin is dict and isinstance(value, Mapping):
+        return {_converted(key, parts[0]): _converted(item, parts[1]) for key, item in value.items()}
+    elif hint is str and isinstance(value, str) and value:
+        return str(value)
+    elif hint in (bool, NoneType) and isinstance(value, hint):
+        return value
+    elif hint in (int, float) and not isinstance(value, bool):
+        if isinstance(value, Integral):
+            float(value)  # one that has no float has no place in a formula
+            return int(value)
+        if hint is float and isinstance(value, Real):
+            if not math.isfinite(value):
+                raise OverflowError(f"{value} is not finite")
+            return float(value)
+    raise TypeError(f"{value!r} is not {_described(hint)}")
+
+
+_WORDS = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false", NoneType: "null"}
+_PLURALS = {int: "integers", float: "finite numbers", str: "names"}
+
+
+def _described(hint: Any) -> str:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        several = len(parts) > 1 and isinstance(parts[0], str)
+        return f"one of {', '.join(parts)}" if several else " or ".join(map(str, parts))
+    if origin is list:
+        return f"a list of {_PLURALS[parts[0]]}"
+    if origin is dict:
+        return f"a mapping of {_PLURALS[parts[0]]} to {_PLURALS[parts[1]]}"
+    return " or ".join(map(_described, parts)) if parts else _WORDS[hint]

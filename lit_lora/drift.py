@@ -52,10 +52,15 @@ def sample_logits(model: PreTrainedModel, sample: Sequence[list[int]]) -> list[T
 
 
 def measure_drift(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Drift:
-    """Compare two results of :func:`sample_logits` on the same sample."""
+    """Compare two results of :func:`sample_logits` on the same sample.
+
+    Raises:
+        ValueError: if one of them holds NaN, or infinity where the other does not: their difference is no number.
+    """
     max_abs = sum_abs = kl = 0.0
     num_tokens = num_same = num_logits = 0
     for expected, got in zip(reference, other, strict=True):
+        expected, got = _finite(expected, got)
         difference = (expected - got).abs()
         max_abs = max(max_abs, difference.max().item())
         sum_abs += difference.sum(dtype=torch.float64).item()
@@ -65,3 +70,13 @@ def measure_drift(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Drift
         num_tokens += len(expected)
         num_logits += expected.numel()
     return Drift(max_abs, sum_abs / num_logits, kl / num_tokens, num_same / num_tokens, num_tokens)
+
+
+def _finite(expected: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without what a model masks in its vocabulary, which is minus infinity in both."""
+    masked = expected.isneginf() & got.isneginf()
+    for name, logits in (("reference", expected), ("other", got)):
+        if not (logits.isfinite() | masked).all() or masked.all(dim=-1).any():
+            raise ValueError(f"the logits of the {name} hold NaN or infinity: there is no drift to measure")
+    lowest = torch.finfo(expected.dtype).min
+    return expected.masked_fill(masked, lowest), got.masked_fill(masked, lowest)

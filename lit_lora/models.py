@@ -30,7 +30,7 @@ from lit_lora.adapters.base_weight import is_linear_like
 from lit_lora.adapters.quantized_forward import prepare_base_layer
 from lit_lora.adapters.trained_on import note
 from lit_lora.config import QuantizationConfig
-from lit_lora.whole_model import load_whole, readable
+from lit_lora.whole_model import check_no_adapter, load_whole, readable
 from lit_lora.wording import advice
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def resolve_base(base: str) -> tuple[str, str | None]:
 
     Raises:
         FileNotFoundError: naming what is there instead.
-        ValueError: for a folder without a model that can be read safely.
+        ValueError: for a folder without a model that can be read safely, or with an adapter beside it.
     """
     from lit_lora.tools.fetch import KNOWN_MODELS, model_folder
 
@@ -212,8 +212,10 @@ def resolve_base(base: str) -> tuple[str, str | None]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"no GGUF file {path}" + _neighbours(path))
+        check_no_adapter(str(path.parent))
         return str(path.parent), path.name
     if path.is_dir():
+        check_no_adapter(str(path))
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} holds no config.json: expected a model folder with config.json and *.safetensors")
         if not list(path.glob("*.safetensors")):

@@ -27,6 +27,7 @@ from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters import trained_on
 from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.adapters.layers import LoRALinear, lora_layers
+from lit_lora.adapters.module_names import plain_name
 from lit_lora.amounts import parse_bytes
 from lit_lora.base_hash import base_hash, forget_base, note_base
 from lit_lora.checkpoint import read_checkpoint
@@ -108,6 +109,7 @@ class LoRALightningModule(TokenLossModule):
         self.base = base
         self.lora = LoRAConfig(**lora) if isinstance(lora, Mapping) else lora
         self.quantization = QuantizationConfig(**quantization) if isinstance(quantization, Mapping) else quantization
+        self.lora.check_for_training()
         self.dtype_name = dtype
         self.revision = revision
         self.trust_remote_code = trust_remote_code
@@ -258,8 +260,8 @@ class LoRALightningModule(TokenLossModule):
         return self.model(*args, **kwargs)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that train, by name, in the order in which the optimizer holds them."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """Parameters that train, by name (as without torch.compile), in the order in which the optimizer holds them."""
+        return {plain_name(name): parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Adapter parameters and a schedule that steps with the optimizer."""
@@ -298,13 +300,17 @@ class LoRALightningModule(TokenLossModule):
         trainable = self.trainable_parameters().keys()
         prefix = kwargs.get("prefix", "")
         full = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in full.items() if name.removeprefix(prefix) in trainable}
+        plain = {name: plain_name(name.removeprefix(prefix)) for name in full}
+        return {f"{prefix}{plain[name]}": value for name, value in full.items() if plain[name] in trainable}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load adapters; that the base is not among them is no finding."""
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        own = {plain_name(name): name for name, _ in self.named_parameters()}
+        state = {own.get(name, name): value for name, value in state_dict.items()}
+        result = super().load_state_dict(state, strict=False, assign=assign)
         trainable = self.trainable_parameters().keys()
-        return type(result)([name for name in result.missing_keys if name in trainable], result.unexpected_keys)
+        missing = [name for name in map(plain_name, result.missing_keys) if name in trainable]
+        return type(result)(missing, result.unexpected_keys)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an exact continuation needs, and which base and structure the adapters belong to.

@@ -2,7 +2,8 @@
 
 transformers fills what a checkpoint does not have with random numbers, drops what it has too much, and only logs that.
 A fine-tuning run on such a base is a run on nonsense, so here it is an error; so is an index that points out of its
-folder, and whatever else a damaged folder makes the library stumble over.
+folder, and whatever else a damaged folder makes the library stumble over. An adapter beside the weights, which the
+library would load along where PEFT is installed, is one too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from lit_lora.wording import setting
 
@@ -32,6 +34,7 @@ def load_whole(location: str, options: dict[str, Any]) -> PreTrainedModel:
         ValueError: naming the tensors that are missing, left over or misshapen, or what else is wrong.
     """
     _check_index(Path(location))
+    check_no_adapter(location, options.get("revision"))
     loaded: Any = readable(
         location, lambda: AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
     )
@@ -51,6 +54,27 @@ def load_whole(location: str, options: dict[str, Any]) -> PreTrainedModel:
             "Check that both are of one model and that every shard is there"
         )
     return model
+
+
+def check_no_adapter(location: str, revision: str | None = None) -> None:
+    """With PEFT installed, transformers puts an adapter that it finds beside a model on it, without a word.
+
+    Args:
+        location: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: if there is one, saying what to do.
+    """
+    if find_adapter_config_file(location, revision=revision) is None:
+        return
+    if Path(location).is_dir() and not (Path(location) / "config.json").is_file():
+        raise ValueError(f"{location} holds an adapter and no model: give the adapter's base as the base")
+    raise ValueError(
+        f"{location} holds an adapter beside the model (adapter_config.json), and transformers would load both. To "
+        "train on the model alone, move adapter_config.json and adapter_model.safetensors to another folder (for a "
+        "model of the Hub, download it without them); to train on both, `lit-lora merge` the adapter into the model"
+    )
 
 
 def readable(location: str, load: Callable[[], T]) -> T:

@@ -6,9 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from lit_lora.models import load_base_model, load_tokenizer, resolve_base, resolve_dtype
 from tests.tiny import language_model
@@ -91,6 +93,28 @@ def test_a_damaged_folder_is_refused_in_one_line(folder, change, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
         load_base_model(str(folder))
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("base", [str, lambda folder: str(folder / "model.gguf")], ids=["folder", "GGUF"])
+def test_an_adapter_beside_the_weights_is_refused(base, folder):
+    """transformers would put it on the model, where PEFT is installed, and training would adapt the adapter."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(language_model(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(folder)
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    assert any("lora_A" in name for name, _ in AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    for load in (load_base_model, resolve_base):  # the latter is asked before anything long begins
+        with pytest.raises(ValueError, match=f"{folder} holds an adapter beside the model.*move adapter_config.json"):
+            load(base(folder))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).unlink()
+    assert load_base_model(str(folder)).lm_head is not None
+
+
+def test_the_folder_of_an_adapter_is_no_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter and no model: give the adapter's base"):
+        load_base_model(str(tmp_path))
 
 
 def test_code_of_a_model_runs_only_when_asked_for(folder, tmp_path):

@@ -5,17 +5,20 @@ A plan is made and checked first, so that an error leaves the model as it was. W
 
 from __future__ import annotations
 
+import sys
 import warnings
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from lit_lora.adapters import base_weight
+from lit_lora.adapters.direct_reads import call_adapted_layers, direct_reads
 from lit_lora.adapters.initializers import INITIALIZERS
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALayer, LoRALinear, TrainableCopy, adapter_modules
-from lit_lora.adapters.matching import layer_index, match_modules, ranges, some
+from lit_lora.adapters.matching import layer_indices, match_modules, ranges, some
+from lit_lora.adapters.module_names import named_modules, plain_name, replace_module, shared_modules
+from lit_lora.adapters.peft_limits import refused_by_peft
 from lit_lora.adapters.quantized_forward import prepare_base_layer
 from lit_lora.config import LoRAConfig
 
@@ -104,7 +107,8 @@ class InjectionPlan:
         """Every tensor of the adapter, by its name in ``adapter_state_dict``."""
         shapes = {key: shape for name, layer in self.adapted.items() for key, shape in layer.shapes(name).items()}
         for name, module in self.saved.items():
-            shapes |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+            state = module.state_dict()
+            shapes |= {f"{name}.{plain_name(key)}": tuple(tensor.shape) for key, tensor in state.items()}
         return shapes
 
 
@@ -113,7 +117,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> InjectionReport:
 
     Args:
         model: any module; a transformers model keeps ``generate`` and tied weights.
-        config: which layers, of what rank and scale.
+        config: which layers, of what rank and scale. The head of a classifier of transformers is trained in full too,
+            as PEFT does for such tasks, unless ``exclude_modules`` names it.
 
     Returns:
         What was adapted.
@@ -122,51 +127,80 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> InjectionReport:
         ValueError: if an entry of the configuration matches nothing, a matched layer cannot be adapted, nothing would
             be trainable, or the model has adapters already. The model is then unchanged.
     """
-    return apply_plan(model, plan_injection(model, config))
+    plan = plan_injection(model, config)
+    config.check_for_training()
+    return apply_plan(model, plan)
 
 
-def plan_injection(
-    model: nn.Module, config: LoRAConfig, *, unmatched: Literal["raise", "ignore"] = "raise"
-) -> InjectionPlan:
+def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = False) -> InjectionPlan:
     """Decide what to wrap, without touching the model.
 
     Args:
         model: as for :func:`inject_lora`.
         config: as for :func:`inject_lora`.
-        unmatched: what to do about entries that match nothing. PEFT ignores them, so files that it wrote may hold
-            some; the tensors of a file say what it adapts.
+        from_file: whether the configuration was read from a file, which PEFT may have written. It ignores entries that
+            match nothing, so such a file may hold some; the tensors beside it say what it adapts.
 
     Raises:
         ValueError: as :func:`inject_lora`.
     """
+    if not isinstance(config, LoRAConfig):
+        raise ValueError(f"config must be a LoRAConfig of lit_lora, got a {type(config).__name__}")
     present = [name for name, _ in adapter_modules(model)]
     if present:
         raise ValueError(
             f"the model already has adapters ({some(present)}): merge them first (merge_lora) or take a fresh model"
         )
-    if config.init_lora_weights not in INITIALIZERS:
-        raise ValueError(
-            f"init_lora_weights must be one of {sorted(map(repr, INITIALIZERS))}, got {config.init_lora_weights!r}"
-        )
-    found = match_modules(model, config)
-    if found.problems and unmatched == "raise":
+    _check_without_peft(model)
+    found = match_modules(model, config, from_file=from_file)
+    if found.problems and not from_file:
         raise ValueError("; ".join(found.problems))
     if not found.adapted and not found.saved:
         raise ValueError("the configuration adapts no layer, nothing would be trainable: check target_modules")
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
+    shared = shared_modules(model)
+    refused = {
+        name: "the model uses it in several places, and would compute the adapter in one of them"
+        for name in (*found.adapted, *found.saved)
+        if id(modules[name]) in shared
+    }
+    refused |= {} if from_file else refused_by_peft(model, found.adapted)
+    _check_served(refused | direct_reads(model, modules, found.adapted))
     adapted = {
         name: PlannedLayer(modules[name], found.ranks.get(name, config.r), found.alphas.get(name, config.lora_alpha))
         for name in found.adapted
     }
     saved = {name: modules[name] for name in found.saved}
+    config = replace(config, modules_to_save=found.saved or None)
     return InjectionPlan(config, adapted, saved, found.coverage, found.problems)
+
+
+def _check_without_peft(model: nn.Module) -> None:
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    present = [n for n, m in model.named_modules() if peft is not None and isinstance(m, peft.BaseTunerLayer)]
+    if present:
+        raise ValueError(
+            f"the model already has adapters of PEFT ({some(present)}): call merge_and_unload() of PEFT first, or take "
+            "the model without them"
+        )
+
+
+def _check_served(refused: dict[str, str]) -> None:
+    if refused:
+        examples = {reason: name for name, reason in reversed(refused.items())}
+        ends = sorted({name.rpartition(".")[2] for name in refused})
+        raise ValueError(
+            "; ".join(f"{name} cannot be adapted: {reason}" for reason, name in reversed(examples.items()))
+            + f". Leave it out of target_modules, or set exclude_modules: {ends}"
+        )
 
 
 def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
     """Carry out a plan of :func:`plan_injection` on the model that it was made for."""
     config = plan.config
     num_base = sum(base_weight.num_elements(parameter) for parameter in model.parameters())
-    for name, module in model.named_modules():
+    modules = named_modules(model)
+    for name, module in modules.items():
         prepare_base_layer(name, module)  # those that get no adapter too: gradients pass through them
     model.requires_grad_(False)
     for name, planned in plan.adapted.items():
@@ -177,21 +211,20 @@ def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
             layer = LoRALinear(planned.module, config, r=planned.r, lora_alpha=planned.lora_alpha)
         INITIALIZERS[config.init_lora_weights](layer)
         layer.train(planned.module.training)
-        model.set_submodule(name, layer)
+        replace_module(modules, name, layer)
     for name, module in plan.saved.items():
         wrapper = TrainableCopy(module, config)
         wrapper.train(module.training)
-        model.set_submodule(name, wrapper)
+        replace_module(modules, name, wrapper)
+    call_adapted_layers(model)
 
     num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     fused = _fused_weights(model)
     if fused:
         warnings.warn(_fused_warning(fused), UserWarning, stacklevel=3)
     per_layer: dict[int, int] = {}
-    for name in plan.adapted:
-        index = layer_index(name)
-        if index is not None:
-            per_layer[index] = per_layer.get(index, 0) + 1
+    for index in layer_indices(plan.adapted).values():
+        per_layer[index] = per_layer.get(index, 0) + 1
     return InjectionReport(
         config=config,
         adapted={name: planned.r for name, planned in plan.adapted.items()},
@@ -206,7 +239,7 @@ def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
 
 def _fused_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {
-        name: tuple(parameter.shape)
+        plain_name(name): tuple(parameter.shape)
         for name, parameter in model.named_parameters()
         if parameter.ndim == 3 and not parameter.requires_grad and min(parameter.shape) > 1
     }

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from lit_lora.adapters import base_weight
 from lit_lora.adapters.functional import add_lora, lora_linear
+from lit_lora.adapters.module_names import plain_name
 from lit_lora.config import LoRAConfig
 
 _FORWARDED = ("weight", "bias")
@@ -238,14 +239,14 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """The LoRA layers of a model with their names, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
-            yield name, module
+            yield plain_name(name), module
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, LoRALayer | TrainableCopy]]:
     """The LoRA layers and trainable copies of a model with their names, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, (LoRALayer, TrainableCopy)):
-            yield name, module
+            yield plain_name(name), module
 
 
 def _bare_linear(num_in: int, num_out: int, *, device: torch.device, dtype: torch.dtype) -> nn.Linear:

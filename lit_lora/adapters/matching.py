@@ -2,23 +2,31 @@
 
 A list entry is a full name or the end of one, a string is a regular expression for the full name. Entries that match
 nothing are collected as problems, because PEFT ignores them and files that it wrote may hold some.
+
+Only ``modules_to_save`` is understood in two ways. PEFT takes every module whose name ends in the letters of an entry,
+so that "norm" is ``input_layernorm`` too; files are read so. What a user writes are names, like all others, and the
+modules that were meant go into the file by their full names.
 """
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
 
 from lit_lora.adapters import base_weight
+from lit_lora.adapters.expressions import find, shown
 from lit_lora.adapters.int8_rows import Int8Rows
+from lit_lora.adapters.module_names import named_modules
+from lit_lora.adapters.task_heads import as_pretrained, task_heads
 from lit_lora.config import LoRAConfig
 
 ALL_LINEAR = "all-linear"
+_IN_LORA_LAYERS = ("base_layer", "lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "default")
+"""What PEFT's own layers hold: their names can end like those of other modules."""
 _T = TypeVar("_T")
 
 
@@ -45,71 +53,151 @@ class Matched:
     """Entries that match nothing or have no effect, as sentences."""
 
 
-def match_modules(model: nn.Module, config: LoRAConfig) -> Matched:
+def match_modules(model: nn.Module, config: LoRAConfig, *, from_file: bool = False) -> Matched:
     """Resolve every name and pattern of the configuration. Excludes win, then ``modules_to_save``, then targets.
 
+    Args:
+        model: without adapters.
+        config: names and patterns.
+        from_file: whether PEFT may have written it: then ``modules_to_save`` is read as PEFT does. Otherwise the head
+            of a classifier is trained in full too.
+
     Raises:
-        ValueError: if a match cannot be served: a wrong type of layer, ambiguous patterns, an invalid expression.
+        ValueError: if a match cannot be served: a wrong type of layer, an invalid expression, a name that PEFT would
+            take for others too.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in named_modules(model).items() if name}
     problems: list[str] = []
     targeted = _match_targets(model, modules, config, problems)
-    saved = _match_saved(modules, config, problems)
-    left_out = {*_match_excluded(modules, config, problems), *saved}
-    inside_saved = tuple(f"{name}." for name in saved)
+    excluded = _match_excluded(modules, config, problems)
+    entries = _match_saved(modules, config.modules_to_save or [], from_file, problems)
+    if not from_file:
+        entries |= {name: [name] for name in task_heads(model) if name not in excluded}
+    _check_trainable(modules, entries)
+    saved = dict.fromkeys(name for names in entries.values() for name in names)
+    left_out = {*excluded, *saved}
     candidates = {
         name: targeted[name]
         for name in modules
-        if name in targeted and name not in left_out and not name.startswith(inside_saved)
+        if name in targeted and name not in left_out and not _is_inside(name, saved)
     }
     chosen = _in_layers(candidates, config, problems)
     _check_adaptable(modules, chosen)
-    coverage = _count_coverage(config, targeted, chosen, saved, problems)
-    ranks = _resolve_pattern("rank_pattern", config.rank_pattern, chosen, problems)
-    alphas = _resolve_pattern("alpha_pattern", config.alpha_pattern, chosen, problems)
-    return Matched(list(chosen), saved, ranks, alphas, coverage, problems)
+    _check_unmistakable(modules, chosen, saved)
+    coverage = _count_coverage(config, targeted, chosen, entries, problems)
+    ranks = resolve_pattern("rank_pattern", config.rank_pattern, chosen, problems)
+    alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, chosen, problems)
+    return Matched(list(chosen), list(saved), ranks, alphas, coverage, problems)
 
 
-def matches(name: str, entry: str) -> bool:
-    """Whether a list entry names this module: in full, or by the end of its path."""
-    return name == entry or name.endswith(f".{entry}")
+def resolve_pattern(
+    field_name: str, patterns: dict[str, _T], names: Collection[str], problems: list[str] | None = None
+) -> dict[str, _T]:
+    """Name -> value of the first pattern that matches it, as PEFT's ``get_pattern_key``.
+
+    Args:
+        field_name: for errors.
+        patterns: in their order.
+        names: of adapted layers.
+        problems: gets those that match nothing.
+    """
+    if not patterns:
+        return {}
+    found = find(field_name, {pattern: rf"(.*\.)?({pattern})$" for pattern in patterns}, names)
+    if problems is not None:
+        idle = [pattern for pattern in patterns if not found[pattern]]
+        problems += _unmatched(field_name, idle, "adapted layer", f"they end in {_endings(names)}")
+    resolved: dict[str, _T] = {}
+    for pattern, value in patterns.items():
+        for name in found[pattern]:
+            resolved.setdefault(name, value)
+    return resolved
 
 
-def layer_index(name: str, patterns: list[str] | str | None = None) -> int | None:
-    """Index of the decoder layer that a module lies in: the first number in its path, not that of an expert."""
-    expressions = [r".*?\.[^.]*\.(?P<index>\d+)\.", r"[^.]*\.(?P<index>\d+)\."]
-    if patterns:
-        expressions = [
-            rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in ([patterns] if isinstance(patterns, str) else patterns)
-        ]
-    for expression in expressions:
-        match = re.match(expression, name)
-        if match:
-            return int(match["index"])
-    return None
+def layer_indices(names: Iterable[str], patterns: list[str] | str | None = None) -> dict[str, int]:
+    """Index of the decoder layer that a module lies in, as PEFT finds it; modules without one are left out.
+
+    It is the first number in the path, not that of an expert. A list of layers at the top of the model has to be named.
+    """
+    names = list(names)
+    if not patterns:
+        first = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+        return {name: int(match["index"]) for name in names if (match := first.match(name))}
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = find("layers_pattern", {p: rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns}, names)
+    indices: dict[str, int] = {}
+    for pattern in patterns:
+        for name, index in found[pattern].items():
+            indices.setdefault(name, int(index))
+    return indices
 
 
-def _match_saved(modules: dict[str, nn.Module], config: LoRAConfig, problems: list[str]) -> list[str]:
-    saved: list[str] = []
-    for entry in config.modules_to_save or []:
-        found = [name for name in modules if matches(name, entry)]
-        if not found:
-            problems.append(f"modules_to_save entry {entry!r} matches no module; modules end in {_endings(modules)}")
-        for name in found:
-            if any(
-                isinstance(m, Int8Rows) or (base_weight.may_be_quantized(m) and base_weight.is_quantized(m))
-                for m in modules[name].modules()
-            ):
+def saved_as_peft(names: Iterable[str], entries: Iterable[str]) -> dict[str, list[str]]:
+    """Entry of ``modules_to_save`` -> names that end in its letters: PEFT's rule (``other._set_trainable``)."""
+    found: dict[str, list[str]] = {entry: [] for entry in entries}
+    for name in names:
+        for start in range(len(name)):
+            if name[start:] in found:
+                found[name[start:]].append(name)
+    return found
+
+
+def _by_end(names: Iterable[str]) -> dict[str, list[str]]:
+    """Full name, or end of one -> the names that it stands for in a list."""
+    ends: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            ends.setdefault(".".join(parts[start:]), []).append(name)
+    return ends
+
+
+def _match_saved(
+    modules: dict[str, nn.Module], wanted: list[str], from_file: bool, problems: list[str]
+) -> dict[str, list[str]]:
+    if from_file:
+        held = [name for name, module in modules.items() if any(True for _ in module.parameters())]
+        found = saved_as_peft(held, wanted)
+    else:
+        ends = _by_end(modules)
+        found = {entry: ends.get(entry, []) for entry in wanted}
+    idle = [entry for entry, names in found.items() if not names]
+    problems += _unmatched("modules_to_save", idle, "module", f"modules end in {_endings(modules)}")
+    return found
+
+
+def _check_trainable(modules: dict[str, nn.Module], entries: dict[str, list[str]]) -> None:
+    for entry, names in entries.items():
+        for name in names:
+            module = modules[name]
+            if any(isinstance(m, Int8Rows) or _is_quantized(m) for m in module.modules()):
                 raise ValueError(
-                    f"modules_to_save entry {entry!r} is quantized and cannot be trained in full: adapt it"
+                    f"modules_to_save entry {entry!r} is quantized and cannot be trained in full: adapt it, or add it "
+                    "to quantization.skip_modules (for the head of a classifier, exclude_modules leaves it as it is)"
                 )
-            if not any(True for _ in modules[name].parameters()):
+            if not any(True for _ in module.parameters()):
                 raise ValueError(f"modules_to_save entry {entry!r} matches {name}, which has no parameters")
-        saved += [name for name in found if name not in saved]
-    nested = [name for name in saved if name.startswith(tuple(f"{other}." for other in saved))]
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+                raise ValueError(
+                    f"modules_to_save entry {entry!r} matches {name}, a {type(module).__name__}, which is never "
+                    "called: name what is in it"
+                )
+    saved = {name for names in entries.values() for name in names}
+    nested = [name for name in sorted(saved) if _is_inside(name, saved)]
     if nested:
         raise ValueError(f"modules_to_save matches {some(nested)} inside of other modules that it matches")
-    return saved
+
+
+def _check_unmistakable(modules: dict[str, nn.Module], adapted: Iterable[str], saved: Collection[str]) -> None:
+    """What is trained in full has to be found again by PEFT, which knows no rule to tell ``head`` from ``lm_head``."""
+    inside = [f"{name}.{part}" for name in adapted for part in _IN_LORA_LAYERS]
+    for name, found in saved_as_peft([*modules, *inside], saved).items():
+        others = [other for other in found if other not in saved]
+        if others:
+            raise ValueError(
+                f"modules_to_save: {name} cannot be told from {some(others)} in an adapter's files, since PEFT goes by "
+                "how a name ends: train these too, or adapt it instead"
+            )
 
 
 def _match_targets(
@@ -119,25 +207,25 @@ def _match_targets(
     targets = config.target_modules
     linear = {name: module for name, module in modules.items() if base_weight.is_linear_like(module)}
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        head = _output_head(model)
+        pretrained = as_pretrained(model)
+        head = pretrained.get_output_embeddings() if pretrained is not None else None
         found = {name: [ALL_LINEAR] for name, module in linear.items() if module is not head}
         if not found:
             problems.append(f"target_modules {ALL_LINEAR!r}: the model has no linear layer but the output head")
         return found
     if isinstance(targets, str):
-        expression = _compile("target_modules", targets)
-        found = {name: [targets] for name in modules if expression.fullmatch(name)}
+        found = {name: [targets] for name in find("target_modules", {targets: targets}, modules, whole=True)[targets]}
         if not found:
             example = f"; the whole path has to match, such as {next(iter(linear))!r}" if linear else ""
             problems.append(f"target_modules {targets!r} matches no module{example}")
         return found
+    ends = _by_end(modules)
     found = {}
     for entry in targets:
-        names = [name for name in modules if matches(name, entry)]
-        for name in names:
+        for name in ends.get(entry, []):
             found.setdefault(name, []).append(entry)
-        if not names:
-            problems.append(f"target_modules entry {entry!r} matches no layer; linear layers end in {_endings(linear)}")
+    idle = [entry for entry in targets if entry not in ends]
+    problems += _unmatched("target_modules", idle, "layer", f"linear layers end in {_endings(linear)}")
     return found
 
 
@@ -146,33 +234,38 @@ def _match_excluded(modules: dict[str, nn.Module], config: LoRAConfig, problems:
     if not excludes:
         return set()
     if isinstance(excludes, str):
-        expression = _compile("exclude_modules", excludes)
-        excluded = {name for name in modules if expression.fullmatch(name)}
+        excluded = set(find("exclude_modules", {excludes: excludes}, modules, whole=True)[excludes])
         if not excluded:
             problems.append(f"exclude_modules {excludes!r} matches no module (the whole path has to match)")
         return excluded
-    excluded = set()
-    for entry in excludes:
-        found = {name for name in modules if matches(name, entry)}
-        if not found:
-            problems.append(f"exclude_modules entry {entry!r} matches no module; modules end in {_endings(modules)}")
-        excluded |= found
-    return excluded
+    ends = _by_end(modules)
+    idle = [entry for entry in excludes if entry not in ends]
+    problems += _unmatched("exclude_modules", idle, "module", f"modules end in {_endings(modules)}")
+    return {name for entry in excludes for name in ends.get(entry, [])}
 
 
 def _in_layers(candidates: dict[str, list[str]], config: LoRAConfig, problems: list[str]) -> dict[str, list[str]]:
+    """Without the layers that ``layers_to_transform`` leaves out; it does not apply to full names, as in PEFT."""
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
         return candidates
-    indices = [wanted] if isinstance(wanted, int) else wanted
-    found = {name: layer_index(name, config.layers_pattern) for name in candidates}
-    present = sorted({index for index in found.values() if index is not None})
-    missing = sorted(set(indices) - set(present))
+    indices = {wanted} if isinstance(wanted, int) else set(wanted)
+    found = layer_indices(candidates, config.layers_pattern)
+    missing = sorted(indices - set(found.values()))
     if missing:
-        counted = "" if config.layers_pattern is None else f" of {config.layers_pattern!r}"
-        have = ranges(present) if present else "none"
-        problems.append(f"layers_to_transform {missing} match no targeted layer; indices{counted} present: {have}")
-    return {name: entries for name, entries in candidates.items() if found[name] in indices}
+        counted = f" of {config.layers_pattern!r}" if config.layers_pattern else ""
+        have = ranges(found.values()) if found else "none"
+        hint = "" if found else _name_the_list(candidates)
+        problems.append(
+            f"layers_to_transform {missing} match no targeted layer; indices{counted} present: {have}{hint}"
+        )
+    full = set() if isinstance(config.target_modules, str) else set(config.target_modules)
+    return {name: entries for name, entries in candidates.items() if name in full or found.get(name) in indices}
+
+
+def _name_the_list(names: Iterable[str]) -> str:
+    lists = sorted({match[1] for name in names if (match := re.match(r"([^.]*[^.\d][^.]*)\.\d+\.", name))})
+    return f" (where the list of layers is at the top of the model, set layers_pattern: {some(lists)})" if lists else ""
 
 
 def _check_adaptable(modules: dict[str, nn.Module], names: Iterable[str]) -> None:
@@ -194,57 +287,37 @@ def _count_coverage(
     config: LoRAConfig,
     targeted: dict[str, list[str]],
     chosen: dict[str, list[str]],
-    saved: list[str],
+    saved: dict[str, list[str]],
     problems: list[str],
 ) -> dict[str, int]:
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-    coverage = {entry: sum(entry in entries for entries in chosen.values()) for entry in targets}
+    coverage = dict.fromkeys(targets, 0)
+    for entries in chosen.values():
+        for entry in entries:
+            coverage[entry] += 1
+    matching = {entry for entries in targeted.values() for entry in entries}
     for entry, count in coverage.items():
-        if not count and any(entry in entries for entries in targeted.values()) and not problems:
+        if not count and entry in matching and not problems:
             problems.append(
                 f"target_modules entry {entry!r} has no effect: all it matches is left out by exclude_modules, "
-                "modules_to_save or layers_to_transform"
+                "modules_to_save (the head of a classifier is trained in full too) or layers_to_transform"
             )
-    for entry in config.modules_to_save or []:
-        coverage[f"{entry} (in full)"] = sum(matches(name, entry) for name in saved)
-    return coverage
+    return coverage | {f"{entry} (in full)": len(names) for entry, names in saved.items()}
 
 
-def _resolve_pattern(
-    field_name: str, patterns: dict[str, _T], names: Iterable[str], problems: list[str]
-) -> dict[str, _T]:
-    """Name -> value of the first pattern that matches it, as PEFT's ``get_pattern_key``."""
-    expressions = {pattern: _compile(field_name, rf"(.*\.)?({pattern})$") for pattern in patterns}
-    resolved: dict[str, _T] = {}
-    used: set[str] = set()
-    for name in names:
-        hits = [pattern for pattern, expression in expressions.items() if expression.match(name)]
-        used |= set(hits)
-        if len({patterns[hit] for hit in hits}) > 1:
-            raise ValueError(
-                f"{field_name}: {hits} all match {name} but differ in value. adapter_config.json is sorted by key, so "
-                "which one counts would change on reload: make the patterns exclusive"
-            )
-        if hits:
-            resolved[name] = patterns[hits[0]]
-    for pattern in patterns:
-        if pattern not in used:
-            problems.append(f"{field_name} entry {pattern!r} matches no adapted layer; they end in {_endings(names)}")
-    return resolved
+def _is_quantized(module: nn.Module) -> bool:
+    return base_weight.may_be_quantized(module) and base_weight.is_quantized(module)
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return None
-    return model.get_output_embeddings()
+def _is_inside(name: str, others: Collection[str]) -> bool:
+    return any(name[:end] in others for end, letter in enumerate(name) if letter == ".")
 
 
-def _compile(field_name: str, expression: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{field_name}: {expression!r} is no regular expression: {error}") from error
+def _unmatched(field_name: str, entries: list[str], what: str, known: str) -> list[str]:
+    named = [f"{field_name} entry {shown(entry)} matches no {what}" for entry in entries[:5]]
+    if len(entries) > 5:
+        named.append(f"nor do {len(entries) - 5} more")
+    return [f"{named[0]}; {known}", *named[1:]] if named else []
 
 
 def _endings(names: Iterable[str]) -> str:

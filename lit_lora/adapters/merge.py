@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_lora.adapters import base_weight
 from lit_lora.adapters.layers import LoRALayer, LoRALinear, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
+from lit_lora.adapters.module_names import named_modules, replace_module
 
 
 @torch.no_grad()
@@ -31,8 +32,8 @@ def merge_lora(model: nn.Module, *, unload: bool = True) -> None:
             Otherwise the wrappers stay for :func:`unmerge_lora`, with a second copy of each adapted weight.
 
     Raises:
-        ValueError: if there is no adapter, it is merged already, a base layer is quantized, or an adapter holds NaN or
-            infinity. The model is then unchanged.
+        ValueError: if there is no adapter, it is merged already, a base layer is quantized or does more with its weight
+            than multiply, or base, adapter or their sum holds NaN or infinity. The model is then unchanged.
     """
     modules = dict(adapter_modules(model))
     if not modules:
@@ -42,19 +43,21 @@ def merge_lora(model: nn.Module, *, unload: bool = True) -> None:
     if merged and not unload:
         raise ValueError(f"{some(merged)} are merged already: call unmerge_lora first")
     to_merge = {name: layer for name, layer in layers.items() if not layer.merged}
+    copies = {name: module for name, module in modules.items() if isinstance(module, TrainableCopy)} if unload else {}
     _check_mergeable(to_merge)
+    _check_finite(to_merge, copies)
+    in_place = named_modules(model)
     for name, layer in to_merge.items():
         _merge_layer(layer)
         if unload:
-            model.set_submodule(name, layer.base_layer)
+            replace_module(in_place, name, layer.base_layer)
     if not unload:
         return
-    for name, module in modules.items():
-        if isinstance(module, TrainableCopy):
-            model.set_submodule(name, _plain_copy(module))
-        elif module.merged:
-            model.set_submodule(name, module.base_layer)
-    _untie_if_diverged(model)
+    for name, copied in copies.items():
+        replace_module(in_place, name, _plain_copy(copied))
+    for name in merged:
+        replace_module(in_place, name, layers[name].base_layer)
+    _untie_if_diverged(getattr(model, "_orig_mod", model))
 
 
 @torch.no_grad()
@@ -68,14 +71,7 @@ def unmerge_lora(model: nn.Module) -> None:
     if not merged:
         raise ValueError("no adapter is merged: nothing to undo (after unload=True there is no way back)")
     for layer in merged:
-        assert layer.original_weight is not None
-        (original,) = layer.original_weight
-        device = layer.base_layer.weight.device
-        # The model may have moved since; the tuple did not move along.
-        layer.base_layer.weight = (
-            original if original.device == device else nn.Parameter(original.to(device), requires_grad=False)
-        )
-        layer.original_weight = None
+        _restore(layer)
 
 
 @contextmanager
@@ -110,29 +106,107 @@ def _check_mergeable(layers: dict[str, LoRALayer]) -> None:
             "adapter. Save the adapter and run `lit-lora merge`, or load the base model in 16 bits, load_adapter, and "
             "merge there"
         )
-    broken = [name for name, layer in layers.items() if not all(torch.isfinite(f).all() for f in layer.factors())]
-    if broken:
-        raise ValueError(f"the adapter holds NaN or infinity in {some(broken)}: it is not merged")
+    for name, layer in layers.items():
+        base = layer.base_layer
+        if "weight" not in base._parameters:
+            raise ValueError(
+                f"cannot merge into {name}: its weight is computed from others (weight norm, pruning, a "
+                "parametrization), which would undo the merge. Make it a plain parameter first"
+            )
+        plain = base_weight.is_known_product(base) or (type(base) is nn.Embedding and base.max_norm is None)
+        if (not plain or base_weight.is_intercepted(base)) and not _merges_right(layer):
+            raise ValueError(
+                f"cannot merge into {name}: {type(base).__name__} does more with its weight than multiply (or a hook "
+                "does), so that the merged layer would compute something else. Serve the adapter beside the base"
+            )
+
+
+def _merges_right(layer: LoRALayer) -> bool:
+    """Whether the layer computes the same merged as unmerged, with another adapter of the size of its weight."""
+    base, factors, training = layer.base_layer, layer.factors(), layer.training
+    before, enabled, scaling = [factor.detach().clone() for factor in factors], layer.enabled, layer.scaling
+    device, dtype = base.weight.device, base.weight.dtype
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(layer, LoRALinear):
+        x = torch.randn(8, layer.in_features, generator=generator).to(device, dtype)
+    else:
+        x = torch.randint(base.num_embeddings, (64,), generator=generator).to(device)
+    layer.eval()
+    try:
+        for factor in factors:
+            factor.copy_(torch.randn(factor.shape, generator=generator))
+        layer.enabled, layer.scaling = True, 1.0
+        layer.scaling = (base.weight.float().norm() / layer.delta_weight().float().norm()).item()
+        expected = layer(x)
+        _merge_layer(layer)
+        got = layer(x)
+    except (RuntimeError, TypeError, ValueError):  # it does not take what a plain layer takes
+        return False
+    finally:
+        _restore(layer)
+        for factor, values in zip(factors, before, strict=True):
+            factor.copy_(values)
+        layer.enabled, layer.scaling = enabled, scaling
+        layer.train(training)
+    return bool((got - expected).float().norm() <= 0.05 * expected.float().norm())
+
+
+def _check_finite(layers: dict[str, LoRALayer], copies: dict[str, TrainableCopy]) -> None:
+    for name, layer in layers.items():
+        parts = {
+            "the adapter holds": all(torch.isfinite(factor).all() for factor in layer.factors()),
+            "the base holds": torch.isfinite(layer.base_layer.weight).all(),
+            "the sum of base and adapter overflows to": torch.isfinite(_merged_weight(layer)).all(),
+        }
+        for what, finite in parts.items():
+            if not finite:
+                raise ValueError(f"{what} NaN or infinity in {name}: it is not merged")
+    for name, copied in copies.items():
+        if not all(torch.isfinite(trained).all() for _, _, trained in _trained(copied)):
+            raise ValueError(f"the adapter holds NaN or infinity in {name}: it is not merged")
 
 
 def _merge_layer(layer: LoRALayer) -> None:
     """Give the base layer ``W + delta``; the wrapper keeps the old weight."""
-    base = layer.base_layer
+    base, merged = layer.base_layer, _merged_weight(layer)
     layer.original_weight = (base.weight,)
-    delta = layer.delta_weight()
     if isinstance(layer, LoRALinear):
-        base_weight.write_weight_(base, base_weight.read_weight(base) + delta)  # promotes to the wider dtype
+        base_weight.write_weight_(base, merged)
     else:
-        base.weight = nn.Parameter((base.weight + delta).to(base.weight.dtype), requires_grad=False)
+        base.weight = nn.Parameter(merged, requires_grad=False)
+
+
+def _merged_weight(layer: LoRALayer) -> Tensor:
+    """``W + delta``, summed in the wider dtype and rounded to that of W."""
+    base = layer.base_layer
+    weight = base_weight.read_weight(base) if isinstance(layer, LoRALinear) else base.weight
+    return (weight + layer.delta_weight()).to(weight.dtype)
+
+
+def _restore(layer: LoRALayer) -> None:
+    """Take a merge back."""
+    if layer.original_weight is not None:
+        (original,) = layer.original_weight
+        device = layer.base_layer.weight.device
+        # The model may have moved since; the tuple did not move along.
+        layer.base_layer.weight = (
+            original if original.device == device else nn.Parameter(original.to(device), requires_grad=False)
+        )
+        layer.original_weight = None
 
 
 def _plain_copy(wrapper: TrainableCopy) -> nn.Module:
     """The trained module, frozen, in the dtypes of the original."""
+    for module, name, trained in list(_trained(wrapper)):
+        setattr(module, name, nn.Parameter(trained, requires_grad=False))
+    return wrapper.copy
+
+
+def _trained(wrapper: TrainableCopy) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Every parameter of the copy in the dtype of the original, with the module that holds it and its name there."""
     for ours, original in zip(wrapper.copy.modules(), wrapper.base_layer.modules(), strict=True):
         for name, parameter in original.named_parameters(recurse=False):
-            trained = getattr(ours, name)
-            setattr(ours, name, nn.Parameter(trained.to(parameter.dtype), requires_grad=False))
-    return wrapper.copy
+            yield ours, name, getattr(ours, name).to(parameter.dtype)
 
 
 def _untie_if_diverged(model: Any) -> None:

@@ -6,16 +6,22 @@ raises: an adapter is either the one that was trained, or an error.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from lit_lora.config import LoRAConfig
+
+_READ = {field.name for field in fields(LoRAConfig)} - {"adapter_dtype", "init_lora_weights"}
+"""Keys whose values are fields of ``LoRAConfig``, which checks them."""
 
 _HARMLESS = {
     "alora_invocation_string",  # a note beside alora_invocation_tokens
     "auto_mapping",
     "base_model_name_or_path",
+    "corda_config",  # of ways to start, like the next three: left over where it started otherwise
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
     "fan_in_fan_out",  # follows from the type of the layer
     "inference_mode",
     "megatron_core",
@@ -28,7 +34,7 @@ _HARMLESS = {
 }
 """Keys that change nothing about the function, whatever their value."""
 
-_SAME_BASE_STARTS = ("eva", "orthogonal")
+_SAME_BASE_STARTS = ("eva", "mica", "orthogonal")
 """Ways to start that leave the base as it was, so that the tensors in the file say everything."""
 
 
@@ -89,11 +95,9 @@ def from_peft_config(content: Any) -> LoRAConfig:
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")
     if content.get("peft_type") != "LORA":
         raise ValueError(f"peft_type must be 'LORA', got {content.get('peft_type')!r}")
-    given = {name: content[name] for name in _FIELDS if content.get(name) not in (None, "", [])}
-    fields = {name: _typed(name, value, *_FIELDS[name]) for name, value in given.items()}
-    fields["init_lora_weights"] = _start(content.get("init_lora_weights", True))
-    start = content.get("init_lora_weights")
-    harmless = _HARMLESS | _FIELDS.keys() | {"init_lora_weights", *([f"{start}_config"] if start == "eva" else [])}
+    known: dict[str, Any] = {name: content[name] for name in _READ if content.get(name) not in (None, "", [])}
+    known["init_lora_weights"] = _start(content.get("init_lora_weights", True))
+    harmless = _HARMLESS | _READ | {"init_lora_weights"}
     refused = {
         name: value
         for name, value in content.items()
@@ -102,15 +106,15 @@ def from_peft_config(content: Any) -> LoRAConfig:
     if refused:
         shown = ", ".join(f"{name}={value!r}" for name, value in sorted(refused.items()))
         raise ValueError(f"uses what lit_lora does not implement, or does not know: {shown}")
-    if not fields.get("target_modules"):
-        if not fields.get("modules_to_save"):
+    if not known.get("target_modules"):
+        if not known.get("modules_to_save"):
             raise ValueError("target_modules is missing or empty: name the adapted layers")
-        fields["target_modules"] = []
-    fields.setdefault("lora_alpha", 8)  # PEFT's default, ours differs
-    return LoRAConfig(**fields)
+        known["target_modules"] = []
+    known.setdefault("lora_alpha", 8)  # PEFT's default, ours differs
+    return LoRAConfig(**known)
 
 
-def _start(start: Any) -> bool | str:
+def _start(start: Any) -> Any:
     """Since the tensors are read from a file, how they started only matters if the base was changed along."""
     if start is None or isinstance(start, bool) or start in _SAME_BASE_STARTS:
         return True if start is None or isinstance(start, str) else start
@@ -121,48 +125,3 @@ def _start(start: Any) -> bool | str:
         "the base as published. Convert the adapter with PEFT: save_pretrained(..., "
         "path_initial_model_for_weight_conversion=...)"
     )
-
-
-def _typed(name: str, value: Any, expected: str, accepts: Callable[[Any], bool]) -> Any:
-    if not accepts(value):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-    return value
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-
-
-def _is_text_or_names(value: Any) -> bool:
-    return isinstance(value, str) or _is_names(value)
-
-
-def _is_pattern(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(accepts(item) for item in value.values())
-
-
-_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "r": ("an integer", _is_int),
-    "lora_alpha": ("a number", _is_number),
-    "lora_dropout": ("a number", _is_number),
-    "target_modules": ("names or one expression", _is_text_or_names),
-    "exclude_modules": ("names or one expression", _is_text_or_names),
-    "modules_to_save": ("a list of names", _is_names),
-    "layers_to_transform": (
-        "an integer or a list of them",
-        lambda value: _is_int(value) or (isinstance(value, list) and all(map(_is_int, value))),
-    ),
-    "layers_pattern": ("names", _is_text_or_names),
-    "rank_pattern": ("a mapping to integers", _is_pattern(_is_int)),
-    "alpha_pattern": ("a mapping to numbers", _is_pattern(_is_number)),
-    "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
-}
-"""Fields that are read, with what they have to be."""

@@ -9,23 +9,34 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_lora.adapters import base_weight
 from lit_lora.adapters.checksum import check_adapter, serialize
 from lit_lora.adapters.inject import InjectionReport, apply_plan, plan_injection
 from lit_lora.adapters.layers import LoRALayer, LoRALinear, TrainableCopy, adapter_modules, lora_layers
-from lit_lora.adapters.matching import some
+from lit_lora.adapters.matching import resolve_pattern, some
+from lit_lora.adapters.module_names import named_modules, plain_name
 from lit_lora.adapters.peft_config import from_peft_config, to_peft_config
+from lit_lora.adapters.peft_folder import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    StoredTensor,
+    adapted_in,
+    find_folder,
+    find_weights,
+    read_config,
+    read_header,
+    read_tensors,
+)
+from lit_lora.adapters.task_heads import as_pretrained, task_type
 from lit_lora.adapters.tokenizer_files import tokenizer_files
 from lit_lora.adapters.trained_on import noted, noted_metadata
 from lit_lora.atomic import FileToWrite, atomic_write_all
@@ -41,13 +52,7 @@ __all__ = [
     "to_peft_config",
 ]
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
-PREFIX = "base_model.model."
-_WEIGHTS = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
-_TOKENIZER_PATTERNS = ("*token*", "*.jinja", "vocab.*", "merges.txt", "*.model")
-"""Of files that a tokenizer may consist of; no code among them."""
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -58,7 +63,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, module in adapter_modules(model):
         if isinstance(module, TrainableCopy):
-            state |= {f"{name}.{key}": tensor for key, tensor in module.copy.state_dict().items()}
+            state |= {f"{name}.{plain_name(key)}": tensor for key, tensor in module.copy.state_dict().items()}
         else:
             inner = module.state_dict()
             state |= {f"{name}.{key}": inner[key] for key in inner if key.startswith("lora_")}
@@ -73,10 +78,13 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         state: exactly the tensors of :func:`adapter_state_dict`.
 
     Raises:
-        ValueError: naming tensors that are missing, unexpected or misshapen. The model is then unchanged.
+        ValueError: naming tensors that are missing, unexpected, misshapen, or hold NaN or infinity. The model is then
+            unchanged.
     """
     own = adapter_state_dict(model)
-    _check_state({name: tuple(tensor.shape) for name, tensor in own.items()}, state, "the adapter state")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _check_state({name: tuple(tensor.shape) for name, tensor in own.items()}, shapes, "the adapter state")
+    _check_finite(state, "the adapter state")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
@@ -120,14 +128,14 @@ def save_adapter(
         config,
         base_model_name or _name_of_base(model),
         revision=noted(model).revision,
-        task_type="CAUSAL_LM" if _is_causal_lm(model) else None,
+        task_type=task_type(model, config.modules_to_save or (), named_modules(model)),
         fan_in_fan_out=any(base_weight.is_conv1d(layer.base_layer) for _, layer in lora_layers(model)),
     )
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     data = serialize(tensors, from_peft_config(content), noted_metadata(model))
 
     def check_weights(path: Path) -> None:
-        written = _read_tensors(path)
+        written = read_tensors(path)
         differing = [n for n in tensors.keys() | written.keys() if not _same_tensor(tensors.get(n), written.get(n))]
         if differing:
             raise ValueError(f"{path} does not hold what was written: {some(sorted(differing))} differ")
@@ -162,21 +170,28 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: b
             tensors. The model is then unchanged.
     """
     folder = find_folder(folder_or_hub_id)
-    config = _read_config(folder / CONFIG_NAME)
-    raw = _read_tensors(_find_weights(folder))
-    state = _names_in_model(raw, folder)
+    content = read_config(folder / CONFIG_NAME)
+    weights = find_weights(folder)
+    header = read_header(weights)
     try:
-        plan = plan_injection(model, config, unmatched="ignore")
+        if isinstance(content, dict) and content.get("target_modules") is None:
+            # PEFT then has a choice of its own for some architectures; the tensors say which it was.
+            content = {**content, "target_modules": adapted_in(header.values())}
+        config = from_peft_config(content)
+        plan = plan_injection(model, config, from_file=True)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     expected = plan.shapes()
-    extra = state.keys() - expected.keys()
-    for name in sorted(extra & _frozen_names(model, plan.adapted.keys() | plan.saved.keys())):
-        _check_equals_base(model, name, state.pop(name), folder)
-    _check_state(expected, state, str(folder), hint="; ".join(plan.ignored))
-    check_adapter(_find_weights(folder), raw, config)
+    of_base = _weights_of_base(model, header.values(), expected, folder)
+    stored = {tensor.name: tensor.shape for tensor in header.values() if tensor.name not in of_base}
+    _check_state(expected, stored, str(folder), hint="; ".join(plan.ignored))
+    raw = read_tensors(weights)
+    state = _by_name(raw, header, folder)
+    check_adapter(weights, raw, config)
+    _check_finite(state, str(folder))
+    _check_equal_base(of_base, state, header, weights)
     report = apply_plan(model, plan)
-    load_adapter_state_dict(model, state)
+    load_adapter_state_dict(model, {name: state[name] for name in expected})
     if not trainable:
         for _, module in adapter_modules(model):
             module.requires_grad_(False)
@@ -192,14 +207,14 @@ def _tokenizer_files(tokenizer: Any, folder: Path) -> list[FileToWrite]:
 
 
 def _check_state(
-    expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], source: str, hint: str = ""
+    expected: Mapping[str, tuple[int, ...]], state: Mapping[str, tuple[int, ...]], source: str, hint: str = ""
 ) -> None:
     missing = sorted(expected.keys() - state.keys())
     unexpected = sorted(state.keys() - expected.keys())
     misshapen = [
-        f"{name}: got {tuple(state[name].shape)}, the model needs {shape}"
+        f"{name}: got {state[name]}, the model needs {shape}"
         for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
+        if name in state and state[name] != shape
     ]
     problems = [f"missing {len(missing)} tensors ({some(missing)})"] if missing else []
     problems += [f"{len(unexpected)} unexpected tensors ({some(unexpected)})"] if unexpected else []
@@ -210,130 +225,121 @@ def _check_state(
         raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}")
 
 
-def find_folder(folder_or_hub_id: str | Path) -> Path:
-    """The folder of an adapter, downloaded where it is on the Hub.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    folder = Path(folder_or_hub_id)
-    if folder.is_dir():
-        return folder
-    name = str(folder_or_hub_id)
-    if folder.exists():
-        raise ValueError(f"{folder} is a file: expected the folder that holds {CONFIG_NAME}")
-    if isinstance(folder_or_hub_id, Path) or not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
-        raise ValueError(f"no adapter folder {name!r}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*_WEIGHTS, *_TOKENIZER_PATTERNS]))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"no adapter folder {name!r}, and none of that name on the Hub: {error}") from error
+def _check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"{source} holds NaN or infinity in {some(broken)}")
 
 
-def _find_weights(folder: Path) -> Path:
-    path = folder / WEIGHTS_NAME
-    if path.is_file():
-        return path
-    if (folder / "adapter_model.bin").is_file():
-        raise ValueError(
-            f"{folder} holds adapter_model.bin, a pickle, which may run code when loaded and is not read: save it "
-            "again with a current version of PEFT, as safetensors"
-        )
-    raise ValueError(f"{folder} holds no {WEIGHTS_NAME}")
-
-
-def _read_config(path: Path) -> LoRAConfig:
-    if not path.is_file():
-        raise ValueError(f"{path.parent} holds no {CONFIG_NAME}")
-    try:
-        return from_peft_config(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, OverflowError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _names_in_model(raw: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Names on disk -> names in the model; other trainers leave the adapter's name in (``lora_A.default.weight``)."""
+def _by_name(raw: Mapping[str, Tensor], header: Mapping[str, StoredTensor], folder: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for key, tensor in raw.items():
-        name = key.removeprefix(PREFIX)
-        name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", name)
-        name = re.sub(r"\.(lora_embedding_[AB])\.[^.]+$", r".\1", name)
-        # With a resized vocabulary PEFT also writes both halves of its wrapper around a saved embedding.
-        name = re.sub(r"\.modules_to_save\.([^.]+\.)?(weight|bias)$", r".\2", name)
-        name = name.replace(".original_module.", ".base_layer.")
+        name = header[key].name
         if name in state and not _same_tensor(state[name], tensor):
             raise ValueError(f"{folder} holds several tensors for {name}: is there more than one adapter in the file?")
         state[name] = tensor
     return state
 
 
-def _frozen_names(model: nn.Module, wrapped: set[str]) -> set[str]:
-    """Weights of the base as PEFT names them when it writes them along: those of embeddings and heads."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    inside = {f"{name}.base_layer.{key}" for name in wrapped for key, _ in model.get_submodule(name).named_parameters()}
-    return names | inside
+def _weights_of_base(
+    model: nn.Module, stored: Iterable[StoredTensor], expected: Mapping[str, object], folder: Path
+) -> dict[str, nn.Parameter]:
+    """Weights of the base that come along, as PEFT writes those of embeddings and heads -> those of the model.
 
-
-def _check_equals_base(model: nn.Module, name: str, tensor: Tensor, folder: Path) -> None:
-    base = model.get_parameter(name.replace(".base_layer.", "."))
-    if tensor.shape != base.shape:
-        raise ValueError(
-            f"{folder} was trained with a resized vocabulary: {name} is {tuple(tensor.shape)}, the model has "
-            f"{tuple(base.shape)}. "
-            + in_words_of(
-                python=f"Call model.resize_token_embeddings({tensor.shape[0]}) and add its weights first",
-                command_line="Give the base that was resized for it, with its weights, as the base",
+    Raises:
+        ValueError: if one has another shape.
+    """
+    own = {plain_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, nn.Parameter] = {}
+    for tensor in stored:
+        parameter = own.get(tensor.name.replace(".base_layer.", "."))
+        if parameter is None or tensor.name in expected:
+            continue
+        if tensor.shape != tuple(parameter.shape):
+            raise ValueError(
+                f"{folder} was trained with a resized vocabulary: {tensor.name} is {tensor.shape}, the model has "
+                f"{tuple(parameter.shape)}. "
+                + in_words_of(
+                    python=f"Call model.resize_token_embeddings({tensor.shape[0]}) and load again",
+                    command_line="Resize the base in Python, save it, and give its folder as the base",
+                )
             )
-        )
-    if not torch.equal(tensor.to(device=base.device, dtype=base.dtype), base):
+        found[tensor.name] = parameter
+    return found
+
+
+def _check_equal_base(
+    of_base: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], header: Mapping[str, StoredTensor], weights: Path
+) -> None:
+    to_copy = []
+    for name, parameter in of_base.items():
+        stored = state[name].to(device=parameter.device, dtype=parameter.dtype)
+        if torch.equal(stored, parameter):
+            continue
+        differ = (stored != parameter).reshape(len(parameter), -1).any(dim=1).nonzero().flatten().tolist()
+        if differ[0] == 0 or differ != list(range(differ[0], len(parameter))):
+            raise ValueError(
+                f"{weights.parent} holds its own {name}, which differs from the model's: it was trained on another "
+                "base model"
+            )
+        key = next(key for key, tensor in header.items() if tensor.name == name)
+        to_copy.append(f"model.get_parameter({name.replace('.base_layer.', '.')!r}).data.copy_(stored[{key!r}])")
+    if to_copy:
         raise ValueError(
-            f"{folder} holds its own {name}, which differs from the model's: it was trained on another base model, or "
-            "its vocabulary was resized"
+            f"{weights.parent} was trained with a resized vocabulary, and the tokens that were added are in this file "
+            "alone. "
+            + in_words_of(
+                python="Copy them into the model and load again: stored = safetensors.torch.load_file("
+                f"{str(weights)!r}); {'; '.join(to_copy)}. For the command line, save that model and give its folder "
+                "as the base",
+                command_line="In Python, resize the base's embeddings and copy them into it, save that model, and give "
+                "its folder as the base",
+            )
         )
 
 
 def _config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> LoRAConfig:
+    """The configuration in words that every reader understands alike.
+
+    Names are written as they were given. Whatever has to be worked out ("all-linear", expressions, exclusions, indices
+    of layers) is written as the names that it came to: readers do that in other ways. PEFT (0.21) makes ends of names
+    of an expression on some mixtures of experts, and versions of it differ in which number is a layer's index.
+    """
     layers = dict(lora_layers(model))
-    if portable and layers:
-        r = max(layer.r for layer in layers.values())
+    resolved = isinstance(config.target_modules, str) or config.layers_to_transform is not None
+    resolved = resolved or bool(config.exclude_modules)
+    if layers and (portable or resolved):
         config = replace(
             config,
-            r=r,
-            lora_alpha=r,
-            use_rslora=False,
-            rank_pattern={},
-            alpha_pattern={},
             target_modules=_shortest_names(model, layers),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
         )
-    elif isinstance(config.target_modules, str) and config.layers_to_transform is not None:
-        # PEFT takes layers_to_transform only beside a list.
-        config = replace(config, target_modules=sorted(layers), layers_to_transform=None, layers_pattern=None)
-    return config
+    if portable and layers:
+        r = max(layer.r for layer in layers.values())
+        return replace(config, r=r, lora_alpha=r, use_rslora=False, rank_pattern={}, alpha_pattern={})
+    # Keys are sorted in the file, and of several patterns that match a layer the first one counts.
+    ranks, alphas = dict(sorted(config.rank_pattern.items())), dict(sorted(config.alpha_pattern.items()))
+    as_read = resolve_pattern("rank_pattern", ranks, layers), resolve_pattern("alpha_pattern", alphas, layers)
+    if any(as_read[0].get(name, config.r) != layer.r for name, layer in layers.items()):
+        ranks = {name: layer.r for name, layer in layers.items() if layer.r != config.r}
+    if any(as_read[1].get(name, config.lora_alpha) != layer.lora_alpha for name, layer in layers.items()):
+        alphas = {name: layer.lora_alpha for name, layer in layers.items() if layer.lora_alpha != config.lora_alpha}
+    return replace(config, rank_pattern=ranks, alpha_pattern=alphas)
 
 
-def _shortest_names(model: nn.Module, layers: dict[str, LoRALayer]) -> list[str]:
-    """The last parts of the paths if they say it all, which every reader understands; else the whole paths."""
-    ends = {name.rpartition(".")[2] for name in layers}
+def _shortest_names(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str] | str:
+    """The last parts of the paths where they say it all, which every reader understands; else whole paths.
+
+    An expression where a whole path is also the end of another one.
+    """
     inside = tuple(f"{name}." for name, _ in adapter_modules(model))
-    outside = {
-        name.rpartition(".")[2]
-        for name, _ in model.named_modules()
-        if name not in layers and not name.startswith(inside)
-    }
-    return sorted(layers) if ends & outside else sorted(ends)
+    names = [name for name in named_modules(model) if name and not name.startswith(inside)]
+    outside = {name.rpartition(".")[2] for name in names if name not in layers}
+    chosen = {end if (end := name.rpartition(".")[2]) not in outside else name for name in layers}
+    mistakable = any(name not in layers and name.endswith(tuple(f".{entry}" for entry in chosen)) for name in names)
+    return "|".join(map(re.escape, sorted(layers))) if mistakable else sorted(chosen)
 
 
 def _portable_state(model: nn.Module, r: int) -> dict[str, Tensor]:
@@ -362,16 +368,6 @@ def _same_tensor(left: Tensor | None, right: Tensor | None) -> bool:
     return left is not None and right is not None and left.dtype == right.dtype and torch.equal(left, right)
 
 
-def _pretrained_config(model: nn.Module) -> Any:
-    transformers = sys.modules.get("transformers")
-    return model.config if transformers and isinstance(model, transformers.PreTrainedModel) else None
-
-
 def _name_of_base(model: nn.Module) -> str | None:
-    config = _pretrained_config(model)
-    return (config.name_or_path or None) if config is not None else None
-
-
-def _is_causal_lm(model: Any) -> bool:
-    config = _pretrained_config(model)
-    return config is not None and bool(model.can_generate()) and not getattr(config, "is_encoder_decoder", False)
+    pretrained = as_pretrained(model)
+    return (pretrained.config.name_or_path or None) if pretrained is not None else None

@@ -120,7 +120,7 @@ def forget(model: nn.Module) -> None:
 def noted_metadata(model: nn.Module) -> dict[str, str]:
     """The note as metadata of a weights file; empty where there is none."""
     record = noted(model)
-    return {KEY: record.to_json()} if record != TrainedOn() else {}
+    return {KEY: record.to_json()} if KEY in vars(model) or record != TrainedOn() else {}
 
 
 def read_record(weights: str | Path) -> TrainedOn:
@@ -132,7 +132,7 @@ def read_record(weights: str | Path) -> TrainedOn:
     try:
         with safe_open(weights, "pt") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{weights} is not a whole safetensors file: {error}. Take an undamaged copy") from error
     try:
         if KEY in metadata:

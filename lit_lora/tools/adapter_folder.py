@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -181,11 +180,10 @@ def _config_path(adapter: str) -> Path:
 
 
 def _named_base(adapter: str) -> Base | None:
+    from lit_lora.adapters.peft_folder import read_config
+
     path = _config_path(adapter)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}. Take an undamaged copy of the adapter") from error
+    content = read_config(path)
     if not isinstance(content, dict):
         raise ValueError(
             f"{path} holds {_shown(content)}, expected a JSON object as PEFT writes it: take an undamaged copy of the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -79,6 +80,8 @@ def evaluate(
     for name, value in {"limit": limit, "max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if not math.isfinite(min_gain):
+        raise ValueError(f"min_gain must be a finite number of percentage points, got {min_gain}")
     data = shipped(data) or data
     if is_file_source(data):
         existing_file(data)
@@ -118,15 +121,16 @@ def evaluate(
             batch_size=batch_size,
         )
 
+    losses = {"after": loss()}  # first: a loss that is no number needs no answers
+    with disable_lora(loaded.model):
+        losses["before"] = loss()
     result: dict[str, Any] = {}
     if prompts:
         if record.format == "text":
             print("the adapter was trained on plain text, and is asked in the chat template", file=sys.stderr)
         result = _exact_match(loaded, prompts, expected, max_new_tokens=max_new_tokens, batch_size=batch_size)
         _show(prompts[:show], result)
-    with disable_lora(loaded.model):
-        before = loss()
-    result["mean_loss"] = {"before": before, "after": loss()}
+    result["mean_loss"] = {"before": losses["before"], "after": losses["after"]}
     print(_summary(result, len(examples.items), max_new_tokens))
     if output is not None:
         from lit_lora.atomic import atomic_write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, NamedTuple
 
@@ -137,7 +138,8 @@ def mean_loss(
         batch_size: examples at a time.
 
     Raises:
-        ValueError: if no target is left within ``max_length``, or the model does not know a token.
+        ValueError: if no target is left within ``max_length``, the model does not know a token, or the loss is no
+            number.
     """
     encoded = encode_examples(
         tokenizer, examples.items, examples.problems, max_length=max_length, train_on_prompt=train_on_prompt
@@ -159,4 +161,6 @@ def mean_loss(
         }
         nll_sum += float(language_model_loss(model, batch, path).nll_sum)
         num_targets += batch["target_ids"].numel()
+    if not math.isfinite(nll_sum):
+        raise ValueError(f"the loss is {nll_sum}: base or adapter holds NaN or infinity, or overflows in {model.dtype}")
     return nll_sum / num_targets

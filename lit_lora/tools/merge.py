@@ -81,6 +81,7 @@ def merge(
     from transformers import AutoModelForCausalLM
 
     from lit_lora.adapters.base_weight import is_quantized
+    from lit_lora.adapters.matching import some
     from lit_lora.adapters.merge import merge_lora
     from lit_lora.adapters.peft_format import load_adapter
     from lit_lora.adapters.quantize import dequantize_, transformers_quantization_config
@@ -114,6 +115,8 @@ def merge(
         load_adapter(model, adapter)
         references["the unmerged model on the same base"] = sample_logits(model, texts)
     merge_lora(model)
+    if broken := [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]:
+        raise ValueError(f"{base} holds NaN or infinity in {some(broken)}: nothing is merged. Take an undamaged copy")
 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -126,14 +129,13 @@ def merge(
             shutil.rmtree(partial)
             model.save_pretrained(partial)
         chosen.save_pretrained(partial)
-        merged = sample_logits(
-            load_base_model(str(partial), **written_with), texts
-        )  # what was written, not what was meant
+        written = load_base_model(str(partial), **written_with)  # what was written, not what was meant
+        merged = sample_logits(written, texts)
+        drifts = {name: measure_drift(logits, merged) for name, logits in references.items()}
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    drifts = {name: measure_drift(logits, merged) for name, logits in references.items()}
     print(f"merged into {folder} ({into}, {str(model.dtype).removeprefix('torch.')})")
     for name, drift in drifts.items():
         print(f"  against {name}: {drift}")

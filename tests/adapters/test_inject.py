@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lit_lora import LoRAConfig, QuantizationConfig, inject_lora
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALinear, TrainableCopy, adapter_modules, lora_layers
-from lit_lora.adapters.matching import layer_index, ranges
+from lit_lora.adapters.matching import ranges
 from lit_lora.adapters.quantize import quantize_
 from tests.tiny import language_model
 
@@ -37,20 +38,19 @@ def _names(**fields: Any) -> list[str]:
         ({"target_modules": ["q_proj"], "modules_to_save": ["head"]}, "'head' matches no module; .*lm_head"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["rotary_emb"]}, "which has no parameters"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["mlp", "up_proj"]}, "inside of other modules"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["layers"]}, "a ModuleList, which is never called"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1, 7]}, r"\[7\] match no targeted .*present: 0-1"),
         ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "h"}, "of 'h' present: none"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}, "rank_pattern entry 'v_proj' .*in q_proj"),
         ({"target_modules": ["q_proj"], "alpha_pattern": {"proj": 2}}, "alpha_pattern entry 'proj' matches no"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"(": 2}}, "rank_pattern: .* is no regular expression"),
-        (
-            {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2, r"layers\.0\..*": 3}},
-            "all match model.layers.0.self_attn.q_proj but differ in value",
-        ),
         ({"target_modules": ["self_attn"]}, "matches model.layers.0.self_attn .*of type LlamaAttention, which cannot"),
         ({"target_modules": ["input_layernorm"]}, "LlamaRMSNorm"),
         ({"target_modules": ["q_proj"], "exclude_modules": r".*q_proj"}, "has no effect"),
         ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}, "'lm_head' has no effect"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights must be one of .*gaussian.*got 'pissa'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights must be .*gaussian.*got 'pissa'"),
+        ({"target_modules": ["q_proj"], "lora_alpha": 0}, "lora_alpha must be above 0 to train, got 0"),
+        ({"target_modules": ["q_proj"], "alpha_pattern": {"q_proj": -1}}, r"alpha_pattern\['q_proj'\] must be above 0"),
     ],
 )
 def test_what_has_no_effect_is_an_error_and_changes_nothing(fields, message):
@@ -150,6 +150,18 @@ def test_a_second_injection_is_refused():
     inject_lora(model, LoRAConfig(r=4))
     with pytest.raises(ValueError, match="already has adapters"):
         inject_lora(model, LoRAConfig(r=4))
+
+
+def test_adapters_of_peft_are_not_adapted():
+    model = language_model()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    with pytest.raises(ValueError, match=r"has adapters of PEFT \(model.layers.0.self_attn.q_proj.*merge_and_unload"):
+        inject_lora(model, LoRAConfig(r=4))
+
+
+def test_a_configuration_of_another_library_is_refused():
+    with pytest.raises(ValueError, match="config must be a LoRAConfig of lit_lora, got a LoraConfig"):
+        inject_lora(language_model(), peft.LoraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
 
 
 def test_a_quantized_module_cannot_be_trained_in_full():
@@ -269,21 +281,6 @@ def test_a_wrapped_model_can_be_copied():
     twin = copy.deepcopy(model)
     assert torch.equal(twin(IDS).logits, model(IDS).logits)
     assert len(list(adapter_modules(twin))) == 15
-
-
-@pytest.mark.parametrize(
-    ("name", "patterns", "index"),
-    [
-        ("model.layers.3.mlp.experts.7.up_proj", None, 3),
-        ("transformer.h.11.attn.c_attn", "h", 11),
-        ("layers.2.up", None, 2),
-        ("layers.2.up", ["blocks", "layers"], 2),
-        ("encoder.layers.1.decoder.h.5.up", "h", 5),
-        ("lm_head", None, None),
-    ],
-)
-def test_the_index_of_a_layer_is_the_first_number_in_its_path(name, patterns, index):
-    assert layer_index(name, patterns) == index
 
 
 @settings(max_examples=50, deadline=None)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from transformers import AutoModelForCausalLM
 
 from lit_lora import LoRAConfig, QuantizationConfig, disable_lora, inject_lora, merge_lora, unmerge_lora
@@ -166,6 +167,35 @@ def _broken():
     return model
 
 
+def _spoilt(name: str, value: float, dtype: torch.dtype = torch.float32) -> Any:
+    def make() -> Any:
+        model = _model(CASES["saved"], dtype=dtype)
+        model.get_parameter(name).data[0] = value
+        return model
+
+    return make
+
+
+def _changed(change: Any) -> Any:
+    """A model whose ``down_proj`` in the first layer is changed before it is adapted."""
+
+    def make() -> Any:
+        model = language_model()
+        change(model.model.layers[0].mlp.down_proj)
+        inject_lora(model, LoRAConfig(r=4, target_modules=["down_proj"], init_lora_weights=False))
+        return model
+
+    return make
+
+
+def _scale(layer):
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    layer.__class__ = Scaled
+
+
 def _disable(model):
     with disable_lora(model):
         raise AssertionError("not reached")
@@ -179,14 +209,60 @@ def _disable(model):
         (_merged, lambda model: merge_lora(model, unload=False), "merged already"),
         (_merged, _disable, "call unmerge_lora before"),
         (_quantized, merge_lora, "quantized weights of model.layers.0.self_attn.q_proj.*load the base model in 16"),
-        (_broken, merge_lora, "NaN or infinity in model.layers.1.mlp.up_proj"),
+        (_broken, merge_lora, "the adapter holds NaN or infinity in model.layers.1.mlp.up_proj"),
+        (
+            _spoilt("model.norm.copy.weight", float("inf")),
+            merge_lora,
+            "the adapter holds NaN or infinity in model.norm",
+        ),
+        (
+            _spoilt("model.layers.0.self_attn.q_proj.base_layer.weight", float("nan")),
+            merge_lora,
+            "the base holds NaN or infinity in model.layers.0.self_attn.q_proj",
+        ),
+        (
+            _spoilt("model.layers.0.self_attn.q_proj.lora_A.weight", 1e6, torch.float16),
+            merge_lora,
+            "the sum of base and adapter overflows to NaN or infinity in model.layers.0.self_attn.q_proj",
+        ),
+        (
+            _spoilt("lm_head.copy.weight", 1e6, torch.float16),
+            merge_lora,
+            "the adapter holds NaN or infinity in lm_head",
+        ),
+        (_changed(torch.nn.utils.parametrizations.weight_norm), merge_lora, "its weight is computed from others"),
+        (
+            _changed(lambda layer: torch.nn.utils.prune.random_unstructured(layer, "weight", 0.5)),
+            merge_lora,
+            "its weight is computed from others",
+        ),
+        (_changed(_scale), merge_lora, "down_proj: Scaled does more with its weight than multiply"),
+        (
+            _changed(lambda layer: layer.register_forward_hook(lambda module, inputs, out: out * 2)),
+            merge_lora,
+            "down_proj: Linear does more with its weight than multiply",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_an_error_and_changes_nothing(make, act, message):
     model = make()
     state = copy.deepcopy(model.state_dict())
+    types = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=message):
         act(model)
     after = model.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in state.items())
+    assert [type(module) for module in model.modules()] == types
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hook_that_only_looks_does_not_stop_a_merge(dtype):
+    seen = []
+    model = language_model().to(dtype)
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, out: seen.append(out.shape))
+    inject_lora(model, LoRAConfig(r=4, target_modules=["down_proj"], init_lora_weights=False))
+    before = model(IDS).logits
+    merge_lora(model)
+    assert seen
+    assert (model(IDS).logits - before).abs().max() < (1e-5 if dtype == torch.float32 else 0.1) * before.abs().max()

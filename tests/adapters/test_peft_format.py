@@ -198,12 +198,12 @@ def test_another_base_model_is_refused(folder):
         ({"r": "8"}, "r must be an integer, got '8'"),
         ({"r": True}, "r must be an integer"),
         ({"r": 0}, "r must be at least 1"),
-        ({"lora_alpha": float("nan")}, "lora_alpha must be a number"),
-        ({"target_modules": None, "modules_to_save": None}, "target_modules is missing"),
-        ({"target_modules": [1]}, "target_modules must be names"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
+        ({"target_modules": [], "modules_to_save": None}, "target_modules is missing"),
+        ({"target_modules": [1]}, "target_modules must be a list of names"),
         ({"target_modules": "("}, "no regular expression"),
-        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern must be a mapping to integers"),
-        ({"layers_to_transform": ["1"]}, "layers_to_transform must be an integer or a list"),
+        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern must be a mapping of names to integers"),
+        ({"layers_to_transform": ["1"]}, "layers_to_transform must be a list of integers or an integer"),
     ],
 )
 def test_configurations_that_cannot_be_followed_are_refused(changes, message, folder):

@@ -144,7 +144,7 @@ BAD_RUNS = [
     (b"model: {quantization: nf4}", "quantization is 'nf4', expected null or a mapping of bits"),
     (b"model: {quantization: {bitz: 4}}", "unknown field 'bitz', expected some of bits"),
     (b"model: {quantization: {bits: '4'}}", "bits must be 4 or 8, got '4'"),
-    (b"model: {quantization: {block_size: many}}", "wrong type"),
+    (b"model: {quantization: {block_size: many}}", "block_size must be an integer, got 'many'"),
     (b"model: {quantization: {quant_type: nf3}}", "quant_type must be one of nf4, fp4"),
     (b"model: {quantization: {compute_dtype: half}}", "compute_dtype must be one of auto"),
     (b"model: {quantization: {skip_modules: 3}}", "skip_modules must be a list of names"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lit_lora import LoRAConfig, LoRALightningModule, inject_lora, load_adapter, load_base_model, save_adapter
@@ -81,3 +82,21 @@ def test_bad_rows_can_be_left_out(adapter, data, capsys):
     assert "or --on_bad_rows drop to go on" in capsys.readouterr().err
     main([*arguments, "--on_bad_rows=drop"])
     assert "on 7 held-out examples" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_ends_it_before_anything_is_generated(adapter, data, tmp_path, capsys):
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(data), str(adapter), "--max_new_tokens=1", f"--output={tmp_path / 'out.json'}"])
+    assert ended.value.code != 0
+    assert "the loss is nan: base or adapter holds NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_gain_that_is_no_number_is_refused(adapter, data, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(data), str(adapter), "--min_gain=.nan"])
+    assert "min_gain must be a finite number" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_lora import (
@@ -188,3 +189,30 @@ def test_merge_lora_on_a_quantized_base_says_what_to_do(base):
     inject_lora(model, LoRAConfig(r=4))
     with pytest.raises(ValueError, match=r"rounding them again would lose most of the adapter.*`lit-lora merge`"):
         merge_lora(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        ("model.norm.weight", True),
+        ("model.layers.0.self_attn.q_proj.weight", True),
+        ("model.embed_tokens.weight", True),
+        ("model.embed_tokens.weight", False),  # the row of a token that no text of the sample has
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("into", ["base", "dequantized"])
+def test_a_base_that_is_no_number_is_not_merged(name, tied, value, into, base, adapter, tmp_path):
+    if not tied:
+        model = load_base_model(base)
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.save_pretrained(base)
+    path = Path(base) / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name][-1] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        merge(adapter, str(tmp_path / "merged"), into=into)
+    assert not (tmp_path / "merged").exists()
+    assert not list(tmp_path.glob(".*"))
