@@ -2,7 +2,8 @@
 
 All layers, or only as many as memory needs: each recomputed layer costs its forward pass a second time, so half of
 them cost half. The first layers are taken: their activations are held longest. Non-reentrant, since the input of a
-frozen embedding needs no gradient and the reentrant kind would then train nothing.
+frozen embedding needs no gradient and the reentrant kind would then train nothing. What is recomputed attends as it did
+the first time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from functools import partial
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from lit_lora.attention import selection_for_recompute
 
 
 def checkpoint_layers(model: nn.Module, num_layers: int | None = None) -> int:
@@ -35,7 +38,7 @@ def checkpoint_layers(model: nn.Module, num_layers: int | None = None) -> int:
         raise ValueError(f"cannot recompute {num_layers} of {len(layers)} layers")
     chosen = layers[:num_layers]
     for layer in chosen:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=selection_for_recompute)
     return len(chosen)
 
 

@@ -262,10 +262,12 @@ def _path(model: PreTrainedModel, settings: StepSettings) -> causal_lm.Path:
     """What ``choose_path`` finds for the usual model; it cannot try on tensors without values."""
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
-    changes = [name for name in causal_lm._HEAD_CHANGES_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
+    changes = [
+        name
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        if getattr(config, name, None) not in (None, 1, 1.0)
+    ]
     direct = type(head) is Int8Head or (type(head) is nn.Linear and head.bias is None)
-    if settings.packing:
-        attention.use_packed_attention(model)
     return causal_lm.Path(settings.packing, settings.chunked_loss and direct and not changes, "")
 
 

@@ -18,6 +18,7 @@ from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.memory import run_step
 from lit_lora.module import LoRALightningModule
 from lit_lora.storage_tracker import StorageTracker
+from lit_lora.trial import choose_path
 from tests.tiny import config, language_model
 
 TOKENS = 256
@@ -32,14 +33,14 @@ def adapted(shape: str, quantized: bool = False) -> PreTrainedModel:
     if quantized:
         quantize_(model, QuantizationConfig(block_size=32))
     inject_lora(model, LoRAConfig(r=4))
-    causal_lm.choose_path(model)  # selects packed attention
+    choose_path(model)  # selects packed attention
     return model.train()
 
 
 def activation_peak(model: PreTrainedModel) -> int:
     """Most bytes of activations and gradients in flight that a real step holds."""
     tracker = StorageTracker(model)
-    path = causal_lm.choose_path(model)
+    path = choose_path(model)
     batch = causal_lm.placeholder_batch([TOKENS], packed=True, device="cpu")
     with tracker:
         with torch.no_grad():  # everything that the base stores is used once, so that it counts as base
@@ -88,7 +89,7 @@ def test_recomputing_some_layers_changes_neither_loss_nor_gradients(num_layers: 
         for parameter in model.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
-        path = causal_lm.choose_path(model)
+        path = choose_path(model)
         checkpoint_layers(model, count)
         batch = causal_lm.placeholder_batch([20, 12], packed=True, device="cpu")
         batch["input_ids"] = torch.arange(32).remainder(97)[None]

@@ -22,6 +22,7 @@ from lit_lora.memory import CATEGORIES, MemoryEstimate, StepSettings, estimate_m
 from lit_lora.models import load_base_model
 from lit_lora.module import LoRALightningModule
 from lit_lora.storage_tracker import StorageTracker
+from lit_lora.trial import choose_path
 from tests.tiny import config
 
 NF4 = QuantizationConfig()
@@ -49,7 +50,7 @@ def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker
     inject_lora(model, settings.lora)
     recompute_gated_mlps(model)
     model.train()
-    path = causal_lm.choose_path(model, packing=settings.packing, shared_prefix=False)
+    path = choose_path(model, packing=settings.packing, shared_prefix=False)
     if settings.gradient_checkpointing:
         checkpoint_layers(model, None if settings.gradient_checkpointing is True else settings.gradient_checkpointing)
     tracker = StorageTracker(model)

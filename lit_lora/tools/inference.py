@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.adapters.peft_format import load_adapter
-from lit_lora.causal_lm import choose_path, language_model_loss
+from lit_lora.causal_lm import language_model_loss
 from lit_lora.config import QuantizationConfig
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.formats import Examples
@@ -20,6 +20,7 @@ from lit_lora.data.packing import collate_packed
 from lit_lora.data.tokenize import encode_examples
 from lit_lora.models import load_base_model, load_tokenizer
 from lit_lora.tools.adapter_folder import base_of_adapter, default_quantization, warn_of_another_base
+from lit_lora.trial import choose_path
 
 
 def load_for_inference(

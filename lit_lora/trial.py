@@ -1,0 +1,254 @@
+"""Which shortcuts are exact for a model: tried on it before a run, not looked up by its name.
+
+The model runs a few short examples its general way, padded and with its own logits, and then each shorter way that its
+structure allows. Compared are the logits at the target tokens in evaluation mode, and in training mode, with dropout
+left out, the loss and its gradients for the adapters and for the embedding of every token. Where they differ, or where
+a shortcut raises, it is not taken, and the path says why. Our own errors are not hidden that way: what was raised by
+this package is raised again, unless it is ``CannotPack``.
+
+A few tokens do not show everything. Windows and chunks of any length: ``attention_calls.py``. Soft caps, and scales
+that are one in a short row: the logits must be the very tensor that the head returned, and no position may be counted
+along the row (``trial_run.py``).
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lit_lora.attention import CannotPack
+from lit_lora.attention_calls import packable_up_to, record_calls
+from lit_lora.causal_lm import Path
+from lit_lora.shared_prefix import why_no_shared_prefix
+from lit_lora.trial_run import (
+    SHARED,
+    GeneralRun,
+    TrialBatch,
+    layout_logits,
+    logit_difference,
+    loss_difference,
+    named_ids,
+    quietly,
+    run_general,
+    run_loss,
+    set_mode,
+    trial_batch,
+)
+
+T = TypeVar("T")
+
+_LENGTHS = (10, 7)
+"""Tokens of the examples, at least: together a number that little else has."""
+_VISIBLE = 64
+"""Sliding windows of so many tokens at most are seen at work: an example is made longer than them."""
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+_HALF_TOLERANCE = 0.1
+_FOR_GRADIENTS = 10
+"""Times as much: they come by way of twice as many operations."""
+
+
+def choose_path(
+    model: nn.Module, *, packing: bool = True, direct_head: bool = True, shared_prefix: bool = True
+) -> Path:
+    """Find out which shortcuts are exact for ``model``.
+
+    Runs it six times on about twenty tokens, twice of these with a backward pass if gradients are enabled; more often
+    where a shortcut turns out not to be exact.
+
+    Args:
+        model: a causal language model, adapters injected or not, on its final device.
+        packing: False to pad without trying.
+        direct_head: False to use the model's logits without trying.
+        shared_prefix: False to compute every example whole.
+
+    Raises:
+        ValueError: if its own forward pass shows that it cannot be trained on next tokens.
+    """
+    check_causal_lm(model)
+    assert isinstance(model, PreTrainedModel)
+    reasons = []
+    with quietly(model):
+        set_mode(model, training=False)
+        limits = _Limits(0, None)
+        if packing:
+            found, reason = _attempt(_packing_limits, model)
+            limits = found or limits
+            if reason:
+                packing = False
+                reasons.append(f"not packed: {reason}")
+        batch, general = _general_run(model, limits)
+        if direct_head and general.why_not_direct:
+            direct_head = False
+            reasons.append(general.why_not_direct)
+        layouts = ["padded"]
+        for layout in ("packed", "shared") if shared_prefix and packing else ("packed",) if packing else ():
+            reason = why_no_shared_prefix(model) if layout == "shared" else ""
+            reason = reason or _why_other_logits(model, layout, batch, general)
+            if reason:
+                reasons.append(f"{_WITHOUT[layout]}: {reason}")
+                break
+            layouts.insert(0, layout)
+        layout, direct_head = _confirmed(model, layouts, direct_head, batch, _tolerance(general), reasons)
+    return Path(
+        layout != "padded",
+        direct_head,
+        "; ".join(reasons),
+        layout == "shared",
+        limits.packed_up_to if layout != "padded" else None,
+        _other_loss(general, batch),
+    )
+
+
+def check_causal_lm(model: nn.Module) -> None:
+    """Look for what the loss of next tokens needs.
+
+    Raises:
+        ValueError: for a model with an encoder, or without an output head, or of another library.
+    """
+    is_lm = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
+    if is_lm and not model.config.is_encoder_decoder:
+        return
+    kind = "an encoder-decoder" if is_lm else "no language model of transformers"
+    raise ValueError(
+        f"{type(model).__name__} is {kind}, and the loss of LoRALightningModule is that of the next token: override "
+        "compute_loss for this model, as load_base"
+    )
+
+
+_TORCH = FilePath(torch.__file__).parent
+_INTERCEPT = "__torch_function__"
+"""Where ``trial_run.py`` stands between a model and torch."""
+_WITHOUT = {"packed": "not packed", "shared": "no shared beginnings"}
+
+
+class _Limits(NamedTuple):
+    """What rows of any length show."""
+
+    longest_visible_window: int
+    packed_up_to: int | None
+
+
+def _packing_limits(model: PreTrainedModel) -> _Limits:
+    ids = trial_batch(model, _LENGTHS, special=False).layouts["padded"]["input_ids"][:1]
+    calls = record_calls(model, ids)
+    packed_up_to = packable_up_to(calls, ids.device)
+    if packed_up_to is not None and packed_up_to < sum(_LENGTHS):
+        raise CannotPack(f"a window or chunk of its attention, of {packed_up_to} tokens, is told by the mask alone")
+    windows = [call.window for call in calls if call.window is not None and call.window <= _VISIBLE]
+    return _Limits(max(windows, default=0), packed_up_to)
+
+
+def _general_run(model: PreTrainedModel, limits: _Limits) -> tuple[TrialBatch, GeneralRun]:
+    """The model's own way, with whatever of special tokens and labels it takes.
+
+    Raises:
+        ValueError: if it takes nothing, gives no numbers, or is not causal.
+    """
+    longest = max(_LENGTHS[0], SHARED + len(named_ids(model)), limits.longest_visible_window + SHARED)
+    longest = min(longest, limits.packed_up_to or longest)
+    name = type(model).__name__
+    for special, labelled in ((True, True), (True, False), (False, True), (False, False)):
+        batch = trial_batch(model, (longest, *_LENGTHS[1:]), special=special)
+        general, reason = _attempt(run_general, model, batch, labelled=labelled)
+        if general is not None:
+            break
+    else:
+        raise ValueError(
+            f"{name} does not run on a batch of token ids and an attention mask alone ({reason}): for a model that "
+            "needs other inputs, override compute_loss of LoRALightningModule"
+        )
+    if general.logits_NLV.isnan().any():
+        raise ValueError(f"the logits of {name} on a few tokens are not numbers (NaN): are its weights whole?")
+    beginnings = general.logits_NLV[:, :SHARED]
+    if not logit_difference(beginnings[1], beginnings[0]) <= _tolerance(general):
+        raise ValueError(
+            f"{name} is not causal: its prediction at a token depends on the tokens after it, so training on next "
+            "tokens would teach it to copy. Load a causal model (for BERT and its kin, is_decoder: true in config.json)"
+        )
+    return batch, general
+
+
+def _why_other_logits(model: PreTrainedModel, layout: str, batch: TrialBatch, general: GeneralRun) -> str:
+    found, reason = _attempt(layout_logits, model, batch, layout)
+    if found is None:
+        return reason
+    if layout == "packed" and found.counted:
+        return "it counts positions along the row"
+    expected_SV = general.logits_NLV.flatten(0, 1)[batch.layouts["padded"]["target_positions"]]
+    difference = logit_difference(found.logits_SV, expected_SV)
+    return "" if difference <= _tolerance(general) else f"it would change the model's outputs (by {difference:.2g})"
+
+
+def _confirmed(
+    model: PreTrainedModel,
+    layouts: list[str],
+    direct_head: bool,
+    batch: TrialBatch,
+    tolerance: float,
+    reasons: list[str],
+) -> tuple[str, bool]:
+    """The first layout, and whether the direct head goes with it, whose loss and gradients are the general way's."""
+    set_mode(model, training=torch.is_grad_enabled())
+    expected, reason = _attempt(run_loss, model, batch, "padded", direct_head=False)
+    if expected is not None and expected.random:  # noise of the model's own: two runs differ however they are laid out
+        set_mode(model, training=False)
+        expected, reason = _attempt(run_loss, model, batch, "padded", direct_head=False)
+    if expected is None:
+        raise ValueError(f"{type(model).__name__} does not run in training mode on a batch of text ({reason})")
+    for layout in layouts:
+        for direct in (True, False) if direct_head else (False,):
+            if layout == "padded" and not direct:
+                continue
+            got, reason = _attempt(run_loss, model, batch, layout, direct_head=direct)
+            if got is not None:
+                differences = loss_difference(got, layout, expected, batch)
+                if all(value <= _FOR_GRADIENTS * tolerance for value in differences.values()):
+                    return layout, direct
+                named = ", ".join(f"{name} by {value:.2g}" for name, value in differences.items())
+                reason = f"it would change {named}"
+            reasons.append(f"not {layout}{' with the loss from hidden states' if direct else ''}: {reason}")
+    return "padded", False
+
+
+def _other_loss(general: GeneralRun, batch: TrialBatch) -> str:
+    padded = batch.layouts["padded"]
+    logits_SV = general.logits_NLV.flatten(0, 1)[padded["target_positions"]].float()
+    ours = float(torch.nn.functional.cross_entropy(logits_SV, padded["target_ids"]))
+    if general.own_loss is None or abs(general.own_loss - ours) <= _tolerance(general) * abs(ours):
+        return ""
+    return (
+        "trained on the mean over target tokens alone; the model's own loss is another, "
+        f"{general.own_loss:.4g} in place of {ours:.4g} on a few tokens"
+    )
+
+
+def _tolerance(general: GeneralRun) -> float:
+    return _TOLERANCE.get(general.logits_NLV.dtype, _HALF_TOLERANCE)
+
+
+def _attempt(function: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T | None, str]:
+    """The result, or why there is none: whatever the model raises. What this package raises are errors of its own."""
+    try:
+        return function(*args, **kwargs), ""
+    except CannotPack as error:
+        return None, str(error)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if _raised_here(error):
+            raise
+        first_line = next(iter(str(error).splitlines()), "")
+        return None, f"{type(error).__name__}: {first_line}"
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether code of this package was the last to run, but for torch's own."""
+    files = [FilePath(frame.filename) for frame in traceback.extract_tb(error.__traceback__) if frame.name != _INTERCEPT]
+    callers = [file for file in files if _TORCH not in file.parents]
+    return FilePath(__file__).parent in callers[-1].parents
