@@ -185,11 +185,12 @@ def packed_attention_forward(
     longest = shared_prefix + max(lengths)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     plain = window is None and softcap is None and dropout == 0.0
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and dropout == 0.0:
+    equal_widths = value.shape[-1] == query.shape[-1]
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and half and softcap is None and dropout == 0.0 and equal_widths:
         return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
     exact = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(query.device.type)
-    exact = exact and value.shape[-1] == query.shape[-1]
-    if exact and plain and query.device.type == "cpu" and (shared_prefix or is_faster(longest)):
+    if exact and equal_widths and plain and query.device.type == "cpu" and (shared_prefix or is_faster(longest)):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return blockwise_attention(query, key, value, lengths, shared_prefix=shared_prefix, scaling=scaling), None
     return _per_example(query, key, value, lengths, shared_prefix, scaling, dropout, window, softcap), None

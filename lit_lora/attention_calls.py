@@ -44,7 +44,8 @@ def record_calls(model: PreTrainedModel, input_ids: Tensor) -> list[AttentionCal
     AttentionInterface.register(_NAME, recorder.attend)
     AttentionMaskInterface.register(_NAME, recorder.make_mask)
     with attention_implementation(model, _NAME):
-        model(input_ids=input_ids, use_cache=False)
+        # With a mask of ones transformers need not look whether the row is a packed one.
+        model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
     return recorder.calls
 
 
@@ -120,9 +121,8 @@ def _first_difference(rule: MaskRule, window: int | None, device: torch.device) 
 def _differs(rule: MaskRule, window: int | None, query: int, device: torch.device) -> bool:
     keys = torch.arange(query + 1, device=device)
     first = torch.zeros(1, dtype=torch.int64, device=device)
-    try:
-        seen = rule(first, first, keys[-1:], keys)
-    except (IndexError, RuntimeError) as error:  # it looks up what the short row held
-        raise CannotPack(f"the mask of its attention depends on more than the distance of tokens ({error})") from error
     expected = keys > query - window if window is not None else torch.ones_like(keys, dtype=torch.bool)
-    return not torch.equal(seen.expand_as(expected), expected)
+    try:
+        return not torch.equal(rule(first, first, keys[-1:], keys).expand_as(expected), expected)
+    except (IndexError, RuntimeError) as error:  # it looks up what the short row held
+        raise CannotPack("the mask of its attention depends on more than the distance of tokens") from error

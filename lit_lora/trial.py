@@ -13,15 +13,15 @@ along the row (``trial_run.py``).
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
-from pathlib import Path as FilePath
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
+from lit_lora.activation_checkpointing import repeated_layers
 from lit_lora.attention import CannotPack
 from lit_lora.attention_calls import packable_up_to, record_calls
 from lit_lora.causal_lm import Path
@@ -34,12 +34,14 @@ from lit_lora.trial_run import (
     logit_difference,
     loss_difference,
     named_ids,
+    placeholder_trial,
     quietly,
     run_general,
     run_loss,
     set_mode,
     trial_batch,
 )
+from lit_lora.whose_error import described, raised_here
 
 T = TypeVar("T")
 
@@ -105,6 +107,41 @@ def choose_path(
     )
 
 
+def likely_path(model: nn.Module, *, packing: bool = True, direct_head: bool = True) -> Path:
+    """What ``choose_path`` would find as far as the structure of a model tells, for one whose tensors have no values.
+
+    Packing is taken to be exact where every layer computes its attention as packed attention does.
+
+    Raises:
+        ValueError: for a model that is no causal language model of transformers.
+    """
+    check_causal_lm(model)
+    assert isinstance(model, PreTrainedModel)
+    reasons = []
+    batch = placeholder_trial(model, _LENGTHS)
+    with quietly(model):
+        set_mode(model, training=False)
+        why_not_direct = run_general(model, batch, labelled=False).why_not_direct if direct_head else ""
+        if why_not_direct:
+            reasons.append(why_not_direct)
+        if packing:
+            _, reason = _attempt(_check_structure, model, batch)
+            if reason:
+                packing = False
+                reasons.append(f"{_WITHOUT['packed']}: {reason}")
+    return Path(packing, direct_head and not why_not_direct, "; ".join(reasons))
+
+
+def _check_structure(model: PreTrainedModel, batch: TrialBatch) -> None:
+    calls = record_calls(model, batch.layouts["padded"]["input_ids"][:1])
+    with _disable_current_modes():  # rules are functions of indices, which have values
+        packable_up_to(calls, torch.device("cpu"))
+    if len(calls) < len(repeated_layers(model)):
+        raise CannotPack("not every layer attends, and the others may mix examples")
+    if layout_logits(model, batch, "packed").counted:
+        raise CannotPack(_COUNTED)
+
+
 def check_causal_lm(model: nn.Module) -> None:
     """Look for what the loss of next tokens needs.
 
@@ -121,9 +158,7 @@ def check_causal_lm(model: nn.Module) -> None:
     )
 
 
-_TORCH = FilePath(torch.__file__).parent
-_INTERCEPT = "__torch_function__"
-"""Where ``trial_run.py`` stands between a model and torch."""
+_COUNTED = "it counts positions along the row"
 _WITHOUT = {"packed": "not packed", "shared": "no shared beginnings"}
 
 
@@ -179,7 +214,7 @@ def _why_other_logits(model: PreTrainedModel, layout: str, batch: TrialBatch, ge
     if found is None:
         return reason
     if layout == "packed" and found.counted:
-        return "it counts positions along the row"
+        return _COUNTED
     expected_SV = general.logits_NLV.flatten(0, 1)[batch.layouts["padded"]["target_positions"]]
     difference = logit_difference(found.logits_SV, expected_SV)
     return "" if difference <= _tolerance(general) else f"it would change the model's outputs (by {difference:.2g})"
@@ -241,14 +276,6 @@ def _attempt(function: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T |
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if _raised_here(error):
+        if raised_here(error):
             raise
-        first_line = next(iter(str(error).splitlines()), "")
-        return None, f"{type(error).__name__}: {first_line}"
-
-
-def _raised_here(error: Exception) -> bool:
-    """Whether code of this package was the last to run, but for torch's own."""
-    files = [FilePath(frame.filename) for frame in traceback.extract_tb(error.__traceback__) if frame.name != _INTERCEPT]
-    callers = [file for file in files if _TORCH not in file.parents]
-    return FilePath(__file__).parent in callers[-1].parents
+        return None, described(error)

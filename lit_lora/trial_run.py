@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from lit_lora.adapters.int8_rows import Int8Head
-from lit_lora.causal_lm import Batch, Path, language_model_loss, target_logits, unpack
+from lit_lora.causal_lm import Batch, Path, language_model_loss, placeholder_batch, target_logits, unpack
 from lit_lora.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.losses import IGNORE_INDEX
 from lit_lora.module_state import attributes_kept
@@ -93,6 +94,15 @@ def trial_batch(model: PreTrainedModel, lengths: tuple[int, ...], *, special: bo
     }
     shared = share_prefix(packed, min_saved=1) if device.type == "cpu" else packed
     return TrialBatch(lengths, {"shared": shared, "packed": packed, "padded": unpack(packed)})
+
+
+def placeholder_trial(model: PreTrainedModel, lengths: tuple[int, ...]) -> TrialBatch:
+    """Examples of these lengths without content, for a model whose tensors have no values."""
+    device = model.get_input_embeddings().weight.device
+    layouts = {
+        layout: placeholder_batch(lengths, packed=layout == "packed", device=device) for layout in ("packed", "padded")
+    }
+    return TrialBatch(lengths, layouts)
 
 
 def named_ids(model: PreTrainedModel) -> list[int]:
@@ -185,7 +195,7 @@ def _is_same(tensor: Tensor, made: Tensor, version: int) -> bool:
     if tensor.shape != made.shape or made._version != version:
         return False
     if tensor.dtype != made.dtype:
-        return torch.equal(tensor, made.to(tensor.dtype))
+        return isinstance(tensor, FakeTensor) or torch.equal(tensor, made.to(tensor.dtype))
     return tensor.untyped_storage()._cdata == made.untyped_storage()._cdata
 
 
