@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from lit_lora.attention import CannotPack, attention_implementation
 
-MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+MaskRule = Callable[[Any, Any, Any, Any], Any]
 """Indices of batch row, head, query and key -> whether that query sees that key."""
 
 _NAME = "lit_lora_recorded"
@@ -71,7 +71,8 @@ class _Recorder:
         self._masks: list[tuple[Tensor, MaskRule]] = []
 
     def make_mask(self, *args: Any, mask_function: MaskRule = causal_mask_function, **kwargs: Any) -> Tensor | None:
-        mask = sdpa_mask(*args, mask_function=mask_function, **{**kwargs, "allow_is_causal_skip": False})
+        kwargs |= {"mask_function": mask_function, "allow_is_causal_skip": False}
+        mask = sdpa_mask(*args, **kwargs)
         if mask is not None:
             self._masks.append((mask, mask_function))
         return mask

@@ -12,7 +12,7 @@ Shapes: B batch, T tokens, L padded length, N examples, S supervised positions, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -87,15 +87,15 @@ def target_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The model's own logits at the target positions of a batch that is laid out, ``(S, V)``, float32."""
     positions_S = batch["target_positions"]
     with _attention_of(model, batch):
-        if batch["input_ids"].shape[0] > 1 or not _keeps_logits(type(model)):
+        if batch["input_ids"].shape[0] > 1 or not _keeps_logits(type(model).forward):
             return model(**_model_inputs(batch)).logits.flatten(0, 1)[positions_S].float()
         return model(**_model_inputs(batch), logits_to_keep=positions_S).logits.squeeze(0).float()
 
 
 @cache
-def _keeps_logits(kind: type[PreTrainedModel]) -> bool:
-    """Whether a class of models computes logits at given positions alone."""
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
+def _keeps_logits(forward: Callable[..., Any]) -> bool:
+    """Whether a model computes logits at given positions alone."""
+    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def laid_out(batch: Batch, path: Path) -> Batch:

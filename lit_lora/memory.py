@@ -37,6 +37,7 @@ from lit_lora.models import RANDOM, _architecture, resolve_base
 from lit_lora.storage_tracker import WORKSPACE, Peak, StorageTracker
 from lit_lora.trial import likely_path
 from lit_lora.valueless import without_values
+from lit_lora.whole_model import readable
 
 PHASES = ("load", "forward", "backward", "optimizer")
 CATEGORIES = ("base", "adapters", "gradients", "optimizer", "activations", WORKSPACE)
@@ -82,6 +83,8 @@ class MemoryEstimate:
     """The highest moment of load, forward, backward and optimizer, and what is alive then by category."""
     cuda: CudaPeak
     """The same as CUDA's allocator would count it: in blocks of 512 bytes, and reserved in segments."""
+    path: causal_lm.Path
+    """How the batch was run, as far as the model's structure tells."""
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -116,7 +119,7 @@ class MemoryEstimate:
                 f"CUDA: {_mb(self.cuda.allocated)} MB allocated in blocks of 512 bytes, {_mb(self.cuda.reserved)} MB "
                 "reserved in segments; the CUDA context and cuBLAS's workspace come on top"
             )
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, f"traced {self.path}", *self.notes])
 
 
 def estimate_memory(
@@ -159,7 +162,6 @@ def trace(settings: StepSettings) -> MemoryEstimate:
         if settings.recompute_mlp:
             recompute_gated_mlps(model, trial=False)
         path = likely_path(model, packing=settings.packing, direct_head=settings.chunked_loss)
-        notes.append(f"traced {path}")
         model.train()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         tracker.claim("adapters", trainable)
@@ -179,7 +181,7 @@ def trace(settings: StepSettings) -> MemoryEstimate:
     phases = {"load": load_peak}
     phases.update({phase: tracker.peak(phase) for phase in PHASES[1:]})
     cuda = replay((event.key, event.num_bytes) for event in tracker.events)
-    return MemoryEstimate(settings, phases, cuda, tuple(notes))
+    return MemoryEstimate(settings, phases, cuda, path, tuple(notes))
 
 
 def run_step(
@@ -234,8 +236,11 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
     if dtype == "auto":
         dtype = "bfloat16" if settings.device == "cuda" else "float32"
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), trust_remote_code=settings.trust_remote_code
+        model = readable(
+            settings.base,
+            lambda: AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=settings.trust_remote_code
+            ),
         )
     at_once = 0
     if settings.quantization is not None:

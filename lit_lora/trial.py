@@ -148,10 +148,11 @@ def check_causal_lm(model: nn.Module) -> None:
     Raises:
         ValueError: for a model with an encoder, or without an output head, or of another library.
     """
-    is_lm = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
-    if is_lm and not model.config.is_encoder_decoder:
-        return
-    kind = "an encoder-decoder" if is_lm else "no language model of transformers"
+    kind = "no language model of transformers"
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
+        if not model.config.is_encoder_decoder:
+            return
+        kind = "an encoder-decoder"
     raise ValueError(
         f"{type(model).__name__} is {kind}, and the loss of LoRALightningModule is that of the next token: override "
         "compute_loss for this model, as load_base"
@@ -217,7 +218,7 @@ def _why_other_logits(model: PreTrainedModel, layout: str, batch: TrialBatch, ge
         return _COUNTED
     expected_SV = general.logits_NLV.flatten(0, 1)[batch.layouts["padded"]["target_positions"]]
     difference = logit_difference(found.logits_SV, expected_SV)
-    return "" if difference <= _tolerance(general) else f"it would change the model's outputs (by {difference:.2g})"
+    return "" if difference <= _tolerance(general) else f"it would change the model's outputs (by {difference:.1g})"
 
 
 def _confirmed(
@@ -245,7 +246,7 @@ def _confirmed(
                 differences = loss_difference(got, layout, expected, batch)
                 if all(value <= _FOR_GRADIENTS * tolerance for value in differences.values()):
                     return layout, direct
-                named = ", ".join(f"{name} by {value:.2g}" for name, value in differences.items())
+                named = ", ".join(f"{name} by {value:.1g}" for name, value in differences.items())
                 reason = f"it would change {named}"
             reasons.append(f"not {layout}{' with the loss from hidden states' if direct else ''}: {reason}")
     return "padded", False

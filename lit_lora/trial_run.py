@@ -70,10 +70,10 @@ def trial_batch(model: PreTrainedModel, lengths: tuple[int, ...], *, special: bo
         special: among them the ids that the config names, and the first and last of the vocabulary.
     """
     embedding: Any = model.get_input_embeddings()
-    vocab, named = _vocab_size(model), named_ids(model)
+    vocab, named = model.config.get_text_config().vocab_size, named_ids(model)
     plain = (token for i in count() if (token := (7 * i + 3) % vocab) not in named)
     beginning = [*islice(plain, SHARED)]
-    examples = []
+    examples: list[list[int]] = []
     for length in lengths:
         own = [*islice(plain, length - SHARED)]
         if special and not examples:
@@ -98,7 +98,7 @@ def trial_batch(model: PreTrainedModel, lengths: tuple[int, ...], *, special: bo
 
 def placeholder_trial(model: PreTrainedModel, lengths: tuple[int, ...]) -> TrialBatch:
     """Examples of these lengths without content, for a model whose tensors have no values."""
-    device = model.get_input_embeddings().weight.device
+    device: Any = model.get_input_embeddings().weight.device
     layouts = {
         layout: placeholder_batch(lengths, packed=layout == "packed", device=device) for layout in ("packed", "padded")
     }
@@ -107,18 +107,13 @@ def placeholder_trial(model: PreTrainedModel, lengths: tuple[int, ...]) -> Trial
 
 def named_ids(model: PreTrainedModel) -> list[int]:
     """Token ids that a config names, such as those of images, and the first and last of the vocabulary."""
-    vocab = _vocab_size(model)
+    vocab = model.config.get_text_config().vocab_size
     found: list[Any] = [vocab - 1, 0]
     for config in (model.config, model.config.get_text_config(), model.generation_config):
         for name, value in vars(config).items() if config is not None else ():
             if name.endswith(("_token_id", "_token_index", "_token_ids")):
                 found += value if isinstance(value, (list, tuple)) else [value]
     return [*dict.fromkeys(token for token in found if type(token) is int and 0 <= token < vocab)]
-
-
-def _vocab_size(model: PreTrainedModel) -> int:
-    embedding: Any = model.get_input_embeddings()
-    return min(model.config.get_text_config().vocab_size, embedding.num_embeddings)
 
 
 # ---------------------------------------------------------------------- the general way

@@ -68,6 +68,11 @@ def readable(location: str, load: Callable[[], T]) -> T:
                 "it comes with code of its own, which runs only with trust_remote_code: --model.trust_remote_code true "
                 "for fit, validate, test and predict, --trust_remote_code for the other verbs"
             )
+        if reason.startswith("Unrecognized configuration class"):  # and a list of some hundred that are recognized
+            raise ValueError(
+                f"{location} is no causal language model that transformers knows: for a model of another kind override "
+                "load_base and compute_loss of LoRALightningModule"
+            ) from error
         raise ValueError(f"cannot load {location}: {type(error).__name__}: {reason}") from error
 
 

@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cuda_allocator": set(),
     "memory": {
         "adapters", "models", "causal_lm", "attention", "activation_checkpointing", "storage_tracker", "cuda_allocator",
-        "amounts", "gated_mlp", "trial", "valueless",
+        "amounts", "gated_mlp", "trial", "valueless", "whole_model",
     },
     "activation_budget": {
         "activation_checkpointing", "amounts", "causal_lm", "module_state", "storage_tracker", "valueless",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,8 +46,10 @@ class Result:
     model_class: str
     status: str
     """equal, different, refused (by us, with a reason), or not built (transformers cannot run a tiny one on text)."""
-    path: str = ""
+    path: Path | None = None
+    """How our batches were run; None for a model with a loss of its own."""
     why: str = ""
+    """Of what was refused or not built."""
     loss: float = 0.0
     """Largest relative difference of the loss."""
     gradients: float = 0.0
@@ -67,12 +69,14 @@ class Run:
         return float((self.loss - expected.loss).abs() / expected.loss.abs()), float(distance / size)
 
 
-def compare(model_type: str, *, seq2seq: bool = False, **fields: Any) -> Result:
+def compare(model_type: str, *, seq2seq: bool = False, alone: bool = True, **fields: Any) -> Result:
     """Build an architecture small, and compare.
 
     Args:
         model_type: key of the mapping of ``AutoModelForCausalLM``.
         seq2seq: of ``AutoModelForSeq2SeqLM`` instead.
+        alone: compare packed examples with each alone; else with a padded batch of them, for a model whose rotary
+            frequencies depend on the longest of a batch.
         fields: of the config.
     """
     try:
@@ -80,18 +84,19 @@ def compare(model_type: str, *, seq2seq: bool = False, **fields: Any) -> Result:
     except Exception as error:  # of any kind: a default config of transformers that it cannot build small
         return Result("", "not built", why=_first_line(error))
     name = type(model).__name__
-    compared = _compare_encoder_decoder if model.config.is_encoder_decoder else _compare_causal
+    path = None
     try:
-        path, differences = compared(model)
+        if model.config.is_encoder_decoder:
+            differences = [_compare_encoder_decoder(model)]
+        else:
+            path, differences = _compare_causal(model, alone)
     except _NotRun as error:
         return Result(name, "not built", why=str(error))
     except ValueError as error:
         return Result(name, "refused", why=_first_line(error))
     loss, gradients = (max(values) for values in zip(*differences, strict=True))
     equal = loss <= LOSS_TOLERANCE and gradients <= GRADIENT_TOLERANCE
-    return Result(
-        name, "equal" if equal else "different", str(path or ""), path.reason if path else "", loss, gradients
-    )
+    return Result(name, "equal" if equal else "different", path, "", loss, gradients)
 
 
 def build(model_type: str, *, seq2seq: bool = False, **fields: Any) -> PreTrainedModel:
@@ -113,19 +118,20 @@ class _NotRun(Exception):
 # ---------------------------------------------------------------------- causal language models
 
 
-def _compare_causal(model: PreTrainedModel) -> tuple[Path, list[tuple[float, float]]]:
+def _compare_causal(model: PreTrainedModel, alone: bool) -> tuple[Path, list[tuple[float, float]]]:
     before = _implementations(model)
     inject_lora(model, LORA)
     path = choose_path(model)
     examples = _examples()
-    if _draws_random_numbers(lambda: _own_run(model, examples, path)):
+    own_path = path if alone else replace(path, packed=False)
+    if _draws_random_numbers(lambda: _own_run(model, examples, own_path)):
         model.eval()
-    expected = _own_run(model, examples, path)
+    expected = _own_run(model, examples, own_path)
     found = [
         _our_run(model, examples, path, collate).differences(expected) for collate in (collate_packed, collate_padded)
     ]
-    alone = _our_run(model, examples[:1], path, collate_packed)
-    found.append(alone.differences(_own_run(model, examples[:1], path)))
+    single = _our_run(model, examples[:1], path, collate_packed)
+    found.append(single.differences(_own_run(model, examples[:1], path)))
     recompute_gated_mlps(model)
     if repeated_layers(model):
         checkpoint_layers(model)
@@ -201,7 +207,7 @@ class _OwnLoss(LoRALightningModule):
         return LossOutput(self.forward(**batch).loss * count, count, None)
 
 
-def _compare_encoder_decoder(model: PreTrainedModel) -> tuple[None, list[tuple[float, float]]]:
+def _compare_encoder_decoder(model: PreTrainedModel) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(1)
     batch = {
         "input_ids": torch.randint(3, VOCAB, (2, 29), generator=generator),
@@ -228,7 +234,7 @@ def _compare_encoder_decoder(model: PreTrainedModel) -> tuple[None, list[tuple[f
         expected = _run(model, own_loss)
     assert module.model is not None
     ours = _run(module.model, lambda: module.compute_loss(batch).loss_sum)
-    return None, [ours.differences(expected)]
+    return ours.differences(expected)
 
 
 # ---------------------------------------------------------------------- both

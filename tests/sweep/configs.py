@@ -66,6 +66,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False},
     "switch_transformers": {"decoder_start_token_id": 0},
     "t5": {"decoder_start_token_id": 0},
+    "xlm": {"causal": True},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
