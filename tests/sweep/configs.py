@@ -78,6 +78,9 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
+_MOST_KINDS = 5
+
+
 def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
     """A small config of this type without dropout.
 
@@ -100,7 +103,7 @@ def _tiny_fields(config: PreTrainedConfig) -> dict[str, Any]:
         if isinstance(value, PreTrainedConfig):
             found[name] = {"model_type": value.model_type, **_tiny_fields(value)}
         elif isinstance(value, (list, tuple)) and len(value) == num_layers:
-            found[name] = list(value[:kept])
+            found[name] = [item for item in value[:kept] if type(item) is not int or item < kept]
         elif isinstance(value, float) and re.search(r"drop|layerdrop|jitter", name):
             found[name] = 0.0
         elif re.search(r"_token_(id|index)s?\Z", name):
@@ -118,7 +121,8 @@ def _layers_to_keep(values: dict[str, Any], num_layers: int | None) -> int:
     for value in values.values():
         if isinstance(value, (list, tuple)) and len(value) == num_layers:
             kinds = [str(item) for item in value]
-            kept = max(kept, *(kinds.index(kind) + 1 for kind in kinds))
+            if len(set(kinds)) <= _MOST_KINDS:  # else it lists numbers of layers
+                kept = max(kept, *(kinds.index(kind) + 1 for kind in kinds))
     return min(kept, 8)
 
 
