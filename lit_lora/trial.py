@@ -25,10 +25,10 @@ from lit_lora.activation_checkpointing import repeated_layers
 from lit_lora.attention import CannotPack
 from lit_lora.attention_calls import packable_up_to, record_calls
 from lit_lora.causal_lm import Path
-from lit_lora.shared_prefix import why_no_shared_prefix
 from lit_lora.trial_run import (
     SHARED,
     GeneralRun,
+    LossRun,
     TrialBatch,
     layout_logits,
     logit_difference,
@@ -88,15 +88,17 @@ def choose_path(
         if direct_head and general.why_not_direct:
             direct_head = False
             reasons.append(general.why_not_direct)
+        expected = _expected_loss(model, batch)
+        set_mode(model, training=False)
         layouts = ["padded"]
         for layout in ("packed", "shared") if shared_prefix and packing else ("packed",) if packing else ():
-            reason = why_no_shared_prefix(model) if layout == "shared" else ""
+            reason = _why_not_shared(batch, expected) if layout == "shared" else ""
             reason = reason or _why_other_logits(model, layout, batch, general)
             if reason:
                 reasons.append(f"{_WITHOUT[layout]}: {reason}")
                 break
             layouts.insert(0, layout)
-        layout, direct_head = _confirmed(model, layouts, direct_head, batch, _tolerance(general), reasons)
+        layout, direct_head = _confirmed(model, layouts, direct_head, batch, expected, _tolerance(general), reasons)
     return Path(
         layout != "padded",
         direct_head,
@@ -221,22 +223,40 @@ def _why_other_logits(model: PreTrainedModel, layout: str, batch: TrialBatch, ge
     return "" if difference <= _tolerance(general) else f"it would change the model's outputs (by {difference:.1g})"
 
 
+def _expected_loss(model: PreTrainedModel, batch: TrialBatch) -> LossRun:
+    """Loss and gradients of the general way, in training mode if gradients are enabled.
+
+    Raises:
+        ValueError: if the model does not run so.
+    """
+    set_mode(model, training=torch.is_grad_enabled())
+    expected, reason = _attempt(run_loss, model, batch, "padded", direct_head=False)
+    if expected is not None and expected.random:  # noise of its own: two runs would differ however they are laid out
+        set_mode(model, training=False)
+        in_evaluation, reason = _attempt(run_loss, model, batch, "padded", direct_head=False)
+        expected = in_evaluation and in_evaluation._replace(random=True)
+    if expected is None:
+        raise ValueError(f"{type(model).__name__} does not run in training mode on a batch of text ({reason})")
+    return expected
+
+
+def _why_not_shared(batch: TrialBatch, expected: LossRun) -> str:
+    if "shared_prefix" not in batch.layouts["shared"]:
+        return "on a CPU only"
+    return "each example has dropout of its own" if expected.dropout or expected.random else ""
+
+
 def _confirmed(
     model: PreTrainedModel,
     layouts: list[str],
     direct_head: bool,
     batch: TrialBatch,
+    expected: LossRun,
     tolerance: float,
     reasons: list[str],
 ) -> tuple[str, bool]:
     """The first layout, and whether the direct head goes with it, whose loss and gradients are the general way's."""
-    set_mode(model, training=torch.is_grad_enabled())
-    expected, reason = _attempt(run_loss, model, batch, "padded", direct_head=False)
-    if expected is not None and expected.random:  # noise of the model's own: two runs differ however they are laid out
-        set_mode(model, training=False)
-        expected, reason = _attempt(run_loss, model, batch, "padded", direct_head=False)
-    if expected is None:
-        raise ValueError(f"{type(model).__name__} does not run in training mode on a batch of text ({reason})")
+    set_mode(model, training=torch.is_grad_enabled() and not expected.random)
     for layout in layouts:
         for direct in (True, False) if direct_head else (False,):
             if layout == "padded" and not direct:

@@ -223,10 +223,12 @@ class LossRun(NamedTuple):
     """For the embedding of each row."""
     random: bool
     """Whether random numbers were drawn, beside those of dropout."""
+    dropout: bool
+    """Whether dropout was asked for, and left out."""
 
 
 def run_loss(model: PreTrainedModel, batch: TrialBatch, layout: str, *, direct_head: bool) -> LossRun:
-    """The training loss of a layout, and its gradients."""
+    """The training loss of a layout, and its gradients; without dropout, which would be another in every run."""
     embedded: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -237,18 +239,19 @@ def run_loss(model: PreTrainedModel, batch: TrialBatch, layout: str, *, direct_h
     handle = model.get_input_embeddings().register_forward_hook(keep) if torch.is_grad_enabled() else None
     torch.manual_seed(0)
     before = _random_state(model)
-    try:
-        loss = language_model_loss(model, batch.layouts[layout], path).nll_sum
-    finally:
-        if handle is not None:
-            handle.remove()
-    random = not torch.equal(_random_state(model), before)
-    if handle is None:
-        return LossRun(loss, [], None, random)
-    wanted = [*embedded, *(p for p in model.parameters() if p.requires_grad)]
-    gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+    with _NoDropout() as noise:
+        try:
+            loss = language_model_loss(model, batch.layouts[layout], path).nll_sum
+        finally:
+            if handle is not None:
+                handle.remove()
+        random = not torch.equal(_random_state(model), before)
+        if handle is None:
+            return LossRun(loss, [], None, random, noise.asked)
+        wanted = [*embedded, *(p for p in model.parameters() if p.requires_grad)]
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
     rows_RD = gradients[0].flatten(0, -2) if len(embedded) == 1 else None
-    return LossRun(loss.detach(), list(gradients[len(embedded) :]), rows_RD, random)
+    return LossRun(loss.detach(), list(gradients[len(embedded) :]), rows_RD, random, noise.asked)
 
 
 def _random_state(model: PreTrainedModel) -> Tensor:
@@ -287,10 +290,10 @@ def _relative(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 @contextmanager
 def quietly(model: PreTrainedModel) -> Iterator[None]:
-    """What a trial changes is undone: modes, what modules note on themselves, the random state. Dropout is left out."""
+    """What a trial changes is undone: modes, what modules note on themselves, the random state."""
     device = model.get_input_embeddings().weight.device
     rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with rng, attributes_kept(model), _NoDropout():
+    with rng, attributes_kept(model):
         yield
 
 
@@ -301,17 +304,27 @@ def set_mode(model: PreTrainedModel, training: bool) -> None:
 
 
 class _NoDropout(TorchFunctionMode):
-    """Dropout does nothing: it would be another in every run."""
+    """Dropout does nothing but to be noticed."""
+
+    asked = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout):
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention and len(args) > 4:
-            args = (*args[:4], 0.0, *args[5:])
-        elif func is F.scaled_dot_product_attention:
-            kwargs["dropout_p"] = 0.0
+        if func in _DROPOUTS:
+            given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+            self.asked |= bool(given.get("p", 0.5)) and given.get("training", given.get("train", True))
+            return given["input"]
+        if func is F.scaled_dot_product_attention:
+            given = (
+                dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
+            )
+            self.asked |= bool(given.pop("dropout_p", 0.0))
+            return func(**given)
         return func(*args, **kwargs)
+
+
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_DROPOUTS = (F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 class _CountedPositions(TorchFunctionMode):

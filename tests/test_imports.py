@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"products"},
     "blockwise_attention": {"products"},
     "attention": {"blockwise_attention"},
-    "shared_prefix": {"adapters", "blockwise_attention"},
+    "shared_prefix": {"blockwise_attention"},
     "gated_mlp": {"adapters", "whose_error"},
     "schedule": set(),
     "trainer_settings": set(),
@@ -47,8 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "causal_lm": {"losses", "attention", "adapters", "shared_prefix"},
     "trial_run": {"adapters", "causal_lm", "frozen_statistics", "losses", "module_state", "shared_prefix"},
     "trial": {
-        "activation_checkpointing", "attention", "attention_calls", "causal_lm", "shared_prefix", "trial_run",
-        "whose_error",
+        "activation_checkpointing", "attention", "attention_calls", "causal_lm", "trial_run", "whose_error",
     },
     "models": {"adapters", "data.byte_tokenizer", "whole_model"},
     "data": {"models", "data.byte_tokenizer", "data.resume"},

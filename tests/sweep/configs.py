@@ -101,7 +101,8 @@ def _tiny_fields(config: PreTrainedConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
-            found[name] = {"model_type": value.model_type, **_tiny_fields(value)}
+            own = FIELDS.get(value.model_type, {})
+            found[name] = {"model_type": value.model_type, **_tiny_fields(value), **own}
         elif isinstance(value, (list, tuple)) and len(value) == num_layers:
             found[name] = [item for item in value[:kept] if type(item) is not int or item < kept]
         elif isinstance(value, float) and re.search(r"drop|layerdrop|jitter", name):
