@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from lit_lora.whose_error import described, raised_here
+from lit_lora.whose_error import described, place, raised_here
 
 
 @contextmanager
@@ -36,7 +36,9 @@ def without_values(purpose: str) -> Iterator[FakeTensorMode]:
     except Exception as error:
         if raised_here(error):
             raise
-        raise ValueError(f"the model does not run on tensors without values ({described(error)}): {purpose}") from error
+        raise ValueError(
+            f"the model does not run on tensors without values ({described(error)}, in {place(error)}): {purpose}"
+        ) from error
     finally:
         log.disabled = was_disabled
 

@@ -18,13 +18,22 @@ _INTERCEPTORS = ("__torch_function__", "__torch_dispatch__")
 
 def raised_here(error: BaseException) -> bool:
     """Whether code of this package was the last to run, not counting torch."""
-    frames = traceback.extract_tb(error.__traceback__)
-    files = [Path(frame.filename) for frame in frames if frame.name not in _INTERCEPTORS]
-    callers = [file for file in files if _TORCH not in file.parents]
-    return bool(callers) and _HERE in callers[-1].parents
+    raised_in = _caller(error)
+    return raised_in is not None and _HERE in Path(raised_in.filename).parents
+
+
+def place(error: BaseException) -> str:
+    """The file and line that raised it, or that called torch, which did."""
+    raised_in = _caller(error)
+    return "" if raised_in is None else f"{Path(raised_in.filename).name}, line {raised_in.lineno}"
 
 
 def described(error: BaseException) -> str:
     """Its kind and the first line of what it says."""
     first_line = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first_line}"
+
+
+def _caller(error: BaseException) -> traceback.FrameSummary | None:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name not in _INTERCEPTORS]
+    return next((frame for frame in reversed(frames) if _TORCH not in Path(frame.filename).parents), None)
