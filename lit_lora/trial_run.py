@@ -198,19 +198,20 @@ def _is_same(tensor: Tensor, made: Tensor, version: int) -> bool:
 
 
 class LayoutLogits(NamedTuple):
-    """The model's own logits at the target positions."""
+    """The model's own logits."""
 
-    logits_SV: Tensor
+    logits_RV: Tensor
     counted: bool
     """Whether positions were counted along the row, as far as that can be seen."""
 
 
 @torch.no_grad()
 def layout_logits(model: PreTrainedModel, batch: TrialBatch, layout: str) -> LayoutLogits:
-    """Run the model on a layout."""
+    """Run the model on a layout, and take the logits at all of its rows."""
     laid_out = batch.layouts[layout]
-    with _CountedPositions(laid_out["input_ids"].numel()) as watch:
-        return LayoutLogits(target_logits(model, laid_out), watch.seen)
+    rows = torch.arange(laid_out["input_ids"].numel(), device=laid_out["input_ids"].device)
+    with _CountedPositions(len(rows)) as watch:
+        return LayoutLogits(target_logits(model, {**laid_out, "target_positions": rows}), watch.seen)
 
 
 class LossRun(NamedTuple):
@@ -270,9 +271,9 @@ def loss_difference(got: LossRun, layout: str, expected: LossRun, batch: TrialBa
     return found
 
 
-def logit_difference(got_SV: Tensor, expected_SV: Tensor) -> float:
-    """The largest difference of a position's log-probabilities, relative to how far these are spread."""
-    got, expected = (x.float().log_softmax(-1).clamp(min=_LOWEST) for x in (got_SV, expected_SV))
+def logit_difference(got_TV: Tensor, expected_TV: Tensor) -> float:
+    """The largest difference of a token's log-probabilities, relative to how far these are spread."""
+    got, expected = (x.float().log_softmax(-1).clamp(min=_LOWEST) for x in (got_TV, expected_TV))
     if got.shape != expected.shape:
         return math.inf
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)

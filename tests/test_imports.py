@@ -47,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "causal_lm": {"losses", "attention", "adapters", "shared_prefix"},
     "trial_run": {"adapters", "causal_lm", "frozen_statistics", "losses", "module_state", "shared_prefix"},
     "trial": {
-        "activation_checkpointing", "attention", "attention_calls", "causal_lm", "trial_run", "whose_error",
+        "activation_checkpointing", "adapters", "attention", "attention_calls", "causal_lm", "trial_run",
+        "whose_error",
     },
     "models": {"adapters", "data.byte_tokenizer", "whole_model"},
     "data": {"models", "data.byte_tokenizer", "data.resume"},

@@ -94,6 +94,13 @@ def compute_dtype(module: Any, input_dtype: torch.dtype) -> torch.dtype:
     return module.weight.dtype
 
 
+def rounds_products(module: nn.Module) -> bool:
+    """Whether the layer multiplies in half precision, or with inputs of 8 bits: equal rows then differ by rounding."""
+    if not is_linear_like(module):
+        return False
+    return _is_8bit(module) or compute_dtype(module, torch.float32) in (torch.float16, torch.bfloat16)
+
+
 def read_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
     """The weight as ``(out_features, in_features)``, dequantized if need be.
 
