@@ -8,10 +8,14 @@ the first time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 
 from lit_lora.attention import selection_for_recompute
 
@@ -38,8 +42,19 @@ def checkpoint_layers(model: nn.Module, num_layers: int | None = None) -> int:
         raise ValueError(f"cannot recompute {num_layers} of {len(layers)} layers")
     chosen = layers[:num_layers]
     for layer in chosen:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=selection_for_recompute)
+        layer.forward = partial(_recomputed, layer.forward)
     return len(chosen)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+        raise ValueError(
+            "a layer that is recomputed would fill its key-value cache twice: pass use_cache=False to the model, or "
+            "set gradient_checkpointing to false"
+        )
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=selection_for_recompute, **kwargs)
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:

@@ -257,7 +257,9 @@ def _expected_loss(model: PreTrainedModel, batch: TrialBatch) -> LossRun:
 def _why_not_shared(batch: TrialBatch, expected: LossRun) -> str:
     if "shared_prefix" not in batch.layouts["shared"]:
         return "on a CPU only"
-    return "each example has dropout of its own" if expected.dropout or expected.random else ""
+    if expected.random:
+        return "each example has noise of its own"
+    return "each example has dropout of its own" if expected.dropout else ""
 
 
 def _confirmed(

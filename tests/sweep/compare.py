@@ -33,7 +33,7 @@ from tests.sweep.configs import VOCAB, tiny_config
 LENGTHS = (29, 41, 12)
 """Tokens of the examples: longer than every window and chunk."""
 LORA = LoRAConfig(r=4, init_lora_weights=False)
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 3e-3
 
 Examples = Sequence[tuple[Tensor, Tensor]]
 """Token ids and supervised mask of each."""
@@ -137,8 +137,8 @@ def _compare_causal(model: PreTrainedModel, alone: bool) -> tuple[Path, list[tup
         checkpoint_layers(model)
     try:
         found.append(_our_run(model, examples, path, collate_packed).differences(expected))
-    except RuntimeError as error:
-        if "expand" not in str(error):  # XLM counts keys in a cache, which a layer that runs twice fills twice
+    except ValueError as error:
+        if "cache twice" not in str(error):  # a model that always keeps one
             raise
     assert _implementations(model) == before, "the model's own attention was not given back"
     return path, found
@@ -208,7 +208,7 @@ class _OwnLoss(LoRALightningModule):
 
     def compute_loss(self, batch: Any, *, accuracy: bool = False) -> LossOutput:
         count = int((batch["labels"] != -100).sum())
-        return LossOutput(self.forward(**batch).loss * count, count, None)
+        return LossOutput(self.forward(**batch, use_cache=False).loss * count, count, None)
 
 
 def _compare_encoder_decoder(model: PreTrainedModel) -> tuple[float, float]:
@@ -216,10 +216,10 @@ def _compare_encoder_decoder(model: PreTrainedModel) -> tuple[float, float]:
     batch = {
         "input_ids": torch.randint(3, VOCAB, (2, 29), generator=generator),
         "attention_mask": (torch.arange(29) < torch.tensor([[29], [17]])).long(),
-        "labels": torch.randint(3, VOCAB, (2, 23), generator=generator),
+        "labels": torch.randint(3, VOCAB, (2, 29), generator=generator),
     }
     try:
-        model(**batch)
+        model(**batch, use_cache=False)
     except Exception as error:
         raise _NotRun(_first_line(error)) from error
     module = _OwnLoss(copy.deepcopy(model))
@@ -230,7 +230,7 @@ def _compare_encoder_decoder(model: PreTrainedModel) -> tuple[float, float]:
     inject_lora(model, LORA)
 
     def own_loss() -> Tensor:
-        return model(**batch).loss * batch["labels"].numel()
+        return model(**batch, use_cache=False).loss * batch["labels"].numel()
 
     if _draws_random_numbers(own_loss):
         model.eval(), module.eval()

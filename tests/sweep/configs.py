@@ -45,6 +45,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "encoder-decoder": {"decoder_start_token_id": 1, "pad_token_id": 0},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16, "mamba_n_groups": 1},
     "granitemoehybrid": {"mamba_d_head": 16, "mamba_n_groups": 1, "layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -104,7 +105,7 @@ def _tiny_fields(config: PreTrainedConfig) -> dict[str, Any]:
             own = FIELDS.get(value.model_type, {})
             found[name] = {"model_type": value.model_type, **_tiny_fields(value), **own}
         elif isinstance(value, (list, tuple)) and len(value) == num_layers:
-            found[name] = [item for item in value[:kept] if type(item) is not int or item < kept]
+            found[name] = _tiny_list(name, list(value), kept)
         elif isinstance(value, float) and re.search(r"drop|layerdrop|jitter", name):
             found[name] = 0.0
         elif re.search(r"_token_(id|index)s?\Z", name):
@@ -114,6 +115,13 @@ def _tiny_fields(config: PreTrainedConfig) -> dict[str, Any]:
     if "kv_lora_rank" in values:  # latent attention has as many key heads as query heads
         found["num_key_value_heads"] = found.get("num_attention_heads", values.get("num_attention_heads"))
     return {name: value for name, value in found.items() if value != values.get(name)}
+
+
+def _tiny_list(name: str, values: list[Any], kept: int) -> list[Any]:
+    """Of a list with one entry a layer, or of one that names layers by number."""
+    if all(type(item) is int for item in values) and values == sorted(set(values)):
+        return [item for item in values if item < kept]
+    return [_tiny_size(name, item) if type(item) is int else item for item in values[:kept]]
 
 
 def _layers_to_keep(values: dict[str, Any], num_layers: int | None) -> int:
