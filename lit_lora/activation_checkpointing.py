@@ -47,13 +47,14 @@ def checkpoint_layers(model: nn.Module, num_layers: int | None = None) -> int:
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward pass, recomputed in the backward pass if there will be one.
+
+    Without a key-value cache, as in transformers: the second pass would fill it again, and training has no use for it.
+    """
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
-        raise ValueError(
-            "a layer that is recomputed would fill its key-value cache twice: pass use_cache=False to the model, or "
-            "set gradient_checkpointing to false"
-        )
+    args = tuple(None if isinstance(value, Cache) else value for value in args)
+    kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
     return checkpoint(forward, *args, use_reentrant=False, context_fn=selection_for_recompute, **kwargs)
 
 
