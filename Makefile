@@ -9,7 +9,7 @@ TORCH = $(shell grep '^torch==' constraints.txt)
 RUN = runs/quickstart
 
 .DEFAULT_GOAL = help
-.PHONY: help setup model quickstart tiers test unit lint faults check wheel clean
+.PHONY: help setup model quickstart tiers test unit lint faults sweep check wheel clean
 
 help:  ## this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -49,6 +49,9 @@ lint: setup  ## formatting, lint and types
 
 faults: setup  ## kill, starve and feed nonsense to real runs (about 5 minutes); writes benchmarks/results/faults.md
 	$(BIN)/python benchmarks/faults.py
+
+sweep: setup  ## compare every architecture of transformers with its own loss (minutes); writes docs/architectures.md
+	$(BIN)/python -m pytest --sweep -m sweep tests/sweep
 
 check: lint unit  ## what to run before a commit: lint and the unit tests
 

@@ -25,10 +25,11 @@ from lit_lora.adapters import base_weight
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.adapters.quantize import quantized_layer
 from lit_lora.adapters.quantized_forward import prepare_base_layer
-from lit_lora.causal_lm import Path, choose_path, language_model_loss
+from lit_lora.causal_lm import Path, language_model_loss
 from lit_lora.config import QuantizationConfig
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.gated_mlp import recompute_gated_mlps
+from lit_lora.trial import choose_path
 
 FLOAT32_BOUND = 1e-5
 """Largest relative error of an adapter's gradient: |got - exact| / |exact|, Euclidean norms of each matrix."""

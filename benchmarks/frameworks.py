@@ -260,9 +260,10 @@ def parity(job: Job) -> dict[str, Any]:
 
     from lit_lora import QuantizationConfig, load_base_model
     from lit_lora.adapters.peft_format import load_adapter
-    from lit_lora.causal_lm import choose_path, language_model_loss
+    from lit_lora.causal_lm import language_model_loss
     from lit_lora.data.dataset import TokenizedExample
     from lit_lora.data.packing import collate_packed
+    from lit_lora.trial import choose_path
 
     first = _examples(job)[: job["batch_size"]]
     model = load_base_model(

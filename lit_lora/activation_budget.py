@@ -15,13 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from lit_lora import causal_lm
 from lit_lora.activation_checkpointing import checkpoint_layers, repeated_layers
 from lit_lora.amounts import parse_bytes
+from lit_lora.module_state import attributes_kept
 from lit_lora.storage_tracker import StorageTracker
+from lit_lora.valueless import without_values
 from lit_lora.wording import setting
 
 _KEPT_FREE = 0.1  # of what is free, under "auto"
@@ -154,9 +155,11 @@ def measure_activations(
     handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(leave) for layer in layers]
     device = next(model.parameters()).device
+    piece = path.packed_up_to or batch_tokens  # a longer example would be padded
+    lengths = [min(piece, batch_tokens - start) for start in range(0, batch_tokens, piece)]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            batch = causal_lm.placeholder_batch([batch_tokens], packed=path.packed, device=device)
+        with attributes_kept(model), without_values("set gradient_checkpointing in place of activation_memory") as mode:
+            batch = causal_lm.placeholder_batch(lengths, packed=path.packed, device=device)
             # The mode makes a fake twin of each real tensor that it meets. Twins of weights are no activations.
             twins = [mode.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())]
             with tracker:

@@ -1,8 +1,13 @@
 """Attention over a packed batch: examples lie one after another in one row, and none sees another.
 
-transformers lets a model's attention be chosen by name, so nothing of the model is patched: ``use_packed_attention``
-registers and selects ours. A call that carries offsets (``cu_seq_lens_q``) is computed per example; any other call
-(validation of padded batches, generation with a cache) goes to transformers' own SDPA attention.
+transformers lets a model's attention be chosen by name, so nothing of the model is patched: within
+``packed_attention`` a model computes its attention here, and outside of it as it always did. That is why generation,
+padded batches and a saved config are what they would be without packing. Layers that are recomputed in the backward
+pass find the choice of their forward pass again (``selection_for_recompute``).
+
+A call is computed per example from the offsets that come with it. One that asks for something else than a causal
+attention with a window, a soft cap and a scale (sinks, a bias, keys of another length, a mask of the model's own) is
+refused with ``CannotPack``: the trial before a run (``trial.py``) then pads.
 
 Which kernel: half precision on CUDA takes torch's variable-length attention, one launch for all examples. Full
 precision on a CPU takes ``blockwise_attention.py``, where that is faster. Elsewhere each example goes through
@@ -17,37 +22,108 @@ Shapes: T tokens of the batch, H query heads, K key and value heads, E head dime
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
 
 from lit_lora.blockwise_attention import blockwise_attention, is_faster
 
 IMPLEMENTATION = "lit_lora_packed"
 
+_KNOWN_TENSORS = ("position_ids", "cache_position", "position_embeddings", "cu_seq_lens_k", "logits_to_keep")
+"""Arguments that models hand on to their attention and that a packed one needs not: positions are in queries and keys
+already."""
 
-def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let ``model`` compute its attention with :func:`packed_attention_forward`.
 
-    Raises:
-        ValueError: from transformers, for a model whose attention cannot be chosen.
+class CannotPack(ValueError):
+    """A model asks of its attention what cannot be computed over a packed batch; says what."""
+
+
+def attention_implementation(model: PreTrainedModel, name: str) -> AbstractContextManager[None]:
+    """Within, ``model`` computes its attention by the implementation that is registered under this name.
+
+    Unlike ``set_attn_implementation`` this does not ask whether the model says that it supports it, and gives back what
+    each part of the model had.
     """
-    AttentionInterface.register(IMPLEMENTATION, packed_attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # for calls that are not packed
-    model.set_attn_implementation(IMPLEMENTATION)
+    return _Selection(_configs(model), name)
+
+
+def packed_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Within, ``model`` computes its attention with :func:`packed_attention_forward`."""
+    return attention_implementation(model, IMPLEMENTATION)
+
+
+def selection_for_recompute() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For ``torch.utils.checkpoint``: contexts of the forward pass and of its repetition in the backward pass.
+
+    The backward pass runs outside of ``attention_implementation``, and its attention must be that of the forward pass.
+    """
+    active = _Selection.active
+    return nullcontext(), nullcontext() if active is None else _Selection(active.configs, active.name)
+
+
+class _Selection(AbstractContextManager[None]):
+    """Context in which all these configs name one implementation of attention."""
+
+    active: _Selection | None = None
+
+    def __init__(self, configs: Sequence[PreTrainedConfig], name: str) -> None:
+        self.configs = configs
+        self.name = name
+
+    def __enter__(self) -> None:
+        self._before = [config._attn_implementation_internal for config in self.configs]
+        self._outer, _Selection.active = _Selection.active, self
+        for config in self.configs:
+            config._attn_implementation_internal = self.name  # the public property would set others with it
+
+    def __exit__(self, *_: object) -> None:
+        _Selection.active = self._outer
+        for config, name in zip(self.configs, self._before, strict=True):
+            config._attn_implementation_internal = name
+
+
+_CONFIGS: WeakKeyDictionary[PreTrainedModel, list[PreTrainedConfig]] = WeakKeyDictionary()
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Every config that a part of the model may ask for its attention."""
+    if model not in _CONFIGS:
+        found: dict[int, PreTrainedConfig] = {}
+        waiting = [
+            config for module in model.modules() if isinstance(config := vars(module).get("config"), PreTrainedConfig)
+        ]
+        while waiting:
+            config = waiting.pop(0)
+            if id(config) not in found:
+                found[id(config)] = config
+                waiting += [
+                    sub
+                    for name in config.sub_configs
+                    if isinstance(sub := getattr(config, name, None), PreTrainedConfig)
+                ]
+        _CONFIGS[model] = list(found.values())
+    return _CONFIGS[model]
 
 
 def no_mask(device: torch.device) -> Tensor:
     """What to give a model as attention mask of a packed batch: four dimensions, so that the model makes none itself.
 
     Making one would cost memory quadratic in the tokens, and a question to the device whether the batch is packed.
+    Without elements: an attention that is not ours cannot take it for a mask and compute something else unnoticed.
     """
-    return torch.zeros((1, 1, 1, 1), device=device)
+    return torch.zeros((1, 1, 0, 0), device=device)
+
+
+def _refuse_mask(*_: object, **__: object) -> NoReturn:
+    raise CannotPack("it makes an attention mask of its own")
 
 
 class SeqLens:
@@ -87,35 +163,59 @@ def packed_attention_forward(
         query: ``(1, H, T, E)``.
         key: ``(1, K, T, E)``.
         value: ``(1, K, T, E)``.
-        attention_mask: only for calls that are not packed.
+        attention_mask: what ``no_mask`` made.
         scaling: factor on the scores; 1/sqrt(E) by default.
         dropout: probability on the attention weights.
-        cu_seq_lens_q: where examples start and end, ``(N + 1,)`` int32; None for a call that is not packed.
+        cu_seq_lens_q: where examples start and end, ``(N + 1,)`` int32.
         seq_lens: the examples' lengths, and how much of them is shared.
         sliding_window: tokens that a token sees, itself included; None for all.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
-        kwargs: passed on for calls that are not packed.
+        kwargs: what else the model says of the call.
 
     Returns:
         ``(1, T, H, E)``, and None in the place of attention weights.
+
+    Raises:
+        CannotPack: if the call asks for more than that.
     """
     if cu_seq_lens_q is None or seq_lens is None:
-        if softcap is not None:
-            kwargs["softcap"] = softcap
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        raise CannotPack("it does not hand on to its attention where examples begin")
+    _check_call(query, key, value, attention_mask, kwargs)
     lengths, shared_prefix = seq_lens.lengths, seq_lens.shared_prefix
     longest = shared_prefix + max(lengths)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     plain = window is None and softcap is None and dropout == 0.0
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and dropout == 0.0:
+    equal_widths = value.shape[-1] == query.shape[-1]
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and half and softcap is None and dropout == 0.0 and equal_widths:
         return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
     exact = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(query.device.type)
-    if exact and plain and query.device.type == "cpu" and (shared_prefix or is_faster(longest)):
+    if exact and equal_widths and plain and query.device.type == "cpu" and (shared_prefix or is_faster(longest)):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return blockwise_attention(query, key, value, lengths, shared_prefix=shared_prefix, scaling=scaling), None
     return _per_example(query, key, value, lengths, shared_prefix, scaling, dropout, window, softcap), None
+
+
+def _check_call(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, others: dict[str, Any]
+) -> None:
+    if not isinstance(attention_mask, Tensor) or attention_mask.numel():
+        raise CannotPack("it makes an attention mask of its own")
+    if query.ndim != 4 or query.shape[0] != 1:
+        raise CannotPack(
+            f"its attention takes queries of shape {tuple(query.shape)}, in place of (1, heads, tokens, width)"
+        )
+    same = key.shape[:3] == value.shape[:3] and key.shape[::2] == query.shape[::2] and key.shape[-1] == query.shape[-1]
+    if not same or query.shape[1] % key.shape[1]:
+        raise CannotPack(
+            f"its attention takes keys of shape {tuple(key.shape)} and values of {tuple(value.shape)} with queries of "
+            f"{tuple(query.shape)}"
+        )
+    unknown = [name for name, argument in others.items() if isinstance(argument, Tensor) and name not in _KNOWN_TENSORS]
+    if unknown:
+        raise CannotPack(f"its attention takes {', '.join(unknown)}")
+    if others.get("is_causal") is False:
+        raise CannotPack("its attention is not causal")
 
 
 def _per_example(
@@ -194,3 +294,7 @@ def _masked_attention(
     precise = torch.promote_types(scores_HLL.dtype, torch.float32)
     weights_HLL = scores_HLL.masked_fill(~visible_LL, float("-inf")).softmax(dim=-1, dtype=precise)
     return F.dropout(weights_HLL.to(query.dtype), dropout) @ value
+
+
+AttentionInterface.register(IMPLEMENTATION, packed_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, _refuse_mask)

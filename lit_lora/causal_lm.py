@@ -3,34 +3,32 @@
 Three shortcuts are taken where they are exact. *Packing*: examples lie one after another without padding, with
 attention confined to each (``attention.py``). *Shared prefix*: what all examples of a packed batch begin with (a system
 prompt) is computed once (``shared_prefix.py``). *Direct head*: the loss is computed from hidden states and the head's
-weight in chunks (``losses.py``). Whether they are exact for a given model is not looked up by its name but tried on it:
-``choose_path`` compares them with the model's own forward on two short examples before training starts. Where one
-differs, batches are padded, or the model computes its own logits at the supervised positions.
+weight in chunks (``losses.py``). Whether they are exact for a given model is found by trial (``trial.py``); without
+them batches are padded, and the model computes its own logits at the supervised positions.
 
 Shapes: B batch, T tokens, L padded length, N examples, S supervised positions, D hidden, V vocab.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lit_lora.adapters.int8_rows import Int8Head
-from lit_lora.attention import SeqLens, no_mask, use_packed_attention
+from lit_lora.attention import SeqLens, no_mask, packed_attention
 from lit_lora.losses import IGNORE_INDEX, LinearCrossEntropyOutput, linear_cross_entropy_with_accuracy
-from lit_lora.shared_prefix import share_prefix, why_no_shared_prefix
+from lit_lora.shared_prefix import share_prefix
 
 Batch = dict[str, Any]
-
-_TOLERANCE = 2e-5  # relative to the largest logit, float32; looser in half precision
-_HEAD_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 @dataclass(frozen=True)
@@ -45,44 +43,18 @@ class Path:
     """Why a shortcut is not taken; empty where all are."""
     shared_prefix: bool = False
     """What all examples of a packed batch begin with is computed once."""
+    packed_up_to: int | None = None
+    """Tokens of the longest example that is packed; a batch with a longer one is padded. None for no such limit."""
+    other_loss: str = ""
+    """How the model's own loss differs from the one that is trained on; empty where it does not."""
 
     def __str__(self) -> str:
         rows = "packed without padding" if self.packed else "padded"
+        rows += f" up to {self.packed_up_to} tokens an example" if self.packed_up_to else ""
         rows += ", shared beginnings computed once" if self.shared_prefix else ""
         head = "loss from hidden states, in chunks" if self.direct_head else "loss from the model's logits"
-        return f"{rows}; {head}" + (f" ({self.reason})" if self.reason else "")
-
-
-def choose_path(
-    model: PreTrainedModel, *, packing: bool = True, direct_head: bool = True, shared_prefix: bool = True
-) -> Path:
-    """Find out which shortcuts are exact for ``model``, and select packed attention where packing is.
-
-    Runs the model five times on twelve tokens.
-
-    Args:
-        model: a causal language model, adapters injected or not, on its final device.
-        packing: False to pad without trying.
-        direct_head: False to use the model's logits without trying.
-        shared_prefix: False to compute every example whole.
-    """
-    reasons = []
-    training = model.training
-    model.eval()
-    try:
-        if direct_head and (reason := _why_not_direct_head(model)):
-            direct_head = False
-            reasons.append(reason)
-        if packing and (reason := _why_not_packed(model)):
-            packing = False
-            reasons.append(reason)
-        shared_prefix = shared_prefix and packing
-        if shared_prefix and (reason := _why_not_shared_prefix(model)):
-            shared_prefix = False
-            reasons.append(f"no shared beginnings: {reason}")
-    finally:
-        model.train(training)
-    return Path(packing, direct_head, "; ".join(reasons), shared_prefix)
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"{rows}; {head}{reason}" + (f"; {self.other_loss}" if self.other_loss else "")
 
 
 def language_model_loss(
@@ -94,24 +66,47 @@ def language_model_loss(
         model: the causal language model.
         batch: as the collators of ``lit_lora.data`` make it, or ``input_ids``, ``attention_mask`` and ``labels`` as
             transformers' collators make it.
-        path: from :func:`choose_path`.
+        path: from :func:`lit_lora.trial.choose_path`.
         accuracy: also count the tokens that were predicted right.
     """
-    batch = with_targets(batch)
-    if not path.packed and "cu_seq_lens" in batch:
-        batch = unpack(batch)
-    if path.shared_prefix and "cu_seq_lens" in batch:
-        batch = share_prefix({**batch, "seq_lens": _seq_lens(batch)})
+    batch = laid_out(batch, path)
     positions_S, targets_S = batch["target_positions"], batch["target_ids"]
     if path.direct_head:
-        hidden_TD = _hidden_states(model, batch).flatten(0, 1)
+        with _attention_of(model, batch):
+            hidden_TD = model.get_decoder()(**_model_inputs(batch)).last_hidden_state.flatten(0, 1)
         head = model.get_output_embeddings()
         weight = head if isinstance(head, Int8Head) else head.weight
         return linear_cross_entropy_with_accuracy(hidden_TD[positions_S], weight, targets_S, accuracy=accuracy)
-    logits_SV = _logits(model, batch, positions_S).float()
+    logits_SV = target_logits(model, batch)
     nll_sum = F.cross_entropy(logits_SV, targets_S, reduction="sum")
     num_correct = (logits_SV.argmax(-1) == targets_S).sum() if accuracy else None
     return LinearCrossEntropyOutput(nll_sum, num_correct)
+
+
+def target_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The model's own logits at the target positions of a batch that is laid out, ``(S, V)``, float32."""
+    positions_S = batch["target_positions"]
+    with _attention_of(model, batch):
+        if batch["input_ids"].shape[0] > 1 or not _keeps_logits(type(model).forward):
+            return model(**_model_inputs(batch)).logits.flatten(0, 1)[positions_S].float()
+        return model(**_model_inputs(batch), logits_to_keep=positions_S).logits.squeeze(0).float()
+
+
+@cache
+def _keeps_logits(forward: Callable[..., Any]) -> bool:
+    """Whether a model computes logits at given positions alone."""
+    return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+def laid_out(batch: Batch, path: Path) -> Batch:
+    """``batch`` with targets, in the layout that the path asks for: padded, packed, or with its beginning shared."""
+    batch = with_targets(batch)
+    if "cu_seq_lens" not in batch:
+        return batch
+    seq_lens = _seq_lens(batch)
+    if not path.packed or (path.packed_up_to is not None and max(seq_lens) > path.packed_up_to):
+        return unpack(batch)
+    return share_prefix({**batch, "seq_lens": seq_lens}) if path.shared_prefix else batch
 
 
 def placeholder_batch(
@@ -202,86 +197,5 @@ def _model_inputs(batch: Batch) -> Batch:
     return {**inputs, "use_cache": False}
 
 
-def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return model.get_decoder()(**_model_inputs(batch)).last_hidden_state
-
-
-def _logits(model: PreTrainedModel, batch: Batch, positions_S: Tensor) -> Tensor:
-    inputs = _model_inputs(batch)
-    if batch["input_ids"].shape[0] > 1:
-        return model(**inputs).logits.flatten(0, 1)[positions_S]
-    return model(**inputs, logits_to_keep=positions_S).logits.squeeze(0)
-
-
-def _probe(model: PreTrainedModel, length: int, start: int) -> Tensor:
-    device: Any = model.get_input_embeddings().weight.device
-    return (torch.arange(start, start + length, device=device) * 7 % model.config.get_text_config().vocab_size)[None]
-
-
-def _differ(got: Tensor, expected: Tensor) -> bool:
-    tolerance = _TOLERANCE if expected.dtype == torch.float32 else 0.05
-    limit = tolerance * expected.float().abs().max().clamp(min=1e-6)
-    return got.shape != expected.shape or not bool((got.float() - expected.float()).abs().max() <= limit)
-
-
-@torch.no_grad()
-def _why_not_direct_head(model: PreTrainedModel) -> str:
-    head = model.get_output_embeddings()
-    if type(head) not in (nn.Linear, Int8Head):
-        return f"the output head is a {type(head).__name__}"
-    if isinstance(head, nn.Linear) and head.bias is not None:
-        return "the output head has a bias"
-    config = model.config.get_text_config()
-    if changed := [name for name in _HEAD_CHANGES_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]:
-        return f"the model changes its logits ({', '.join(changed)})"
-    try:
-        decoder = model.get_decoder()
-        ids = _probe(model, 5, 3)
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-    except (AttributeError, TypeError, NotImplementedError) as error:
-        return f"the decoder cannot be run apart from the head ({error})"
-    if decoder is model or _differ(head(hidden), model(input_ids=ids, use_cache=False).logits):
-        return "the model's logits are not its head applied to the decoder's output"
-    return ""
-
-
-@torch.no_grad()
-def _why_not_packed(model: PreTrainedModel) -> str:
-    examples = [_probe(model, 5, 3), _probe(model, 7, 11)]
-    expected = torch.cat([model(input_ids=ids, use_cache=False).logits for ids in examples], dim=1)
-    implementation = model.config._attn_implementation
-    try:
-        use_packed_attention(model)
-        got = model(**_model_inputs(_packed(examples))).logits
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"packing is not possible with this model ({str(error).splitlines()[0]})"
-    else:
-        if not _differ(got, expected):
-            return ""
-        reason = "packing would change this model's outputs"
-    model.set_attn_implementation(implementation)
-    return reason
-
-
-@torch.no_grad()
-def _why_not_shared_prefix(model: PreTrainedModel) -> str:
-    if reason := why_no_shared_prefix(model):
-        return reason
-    first, second = _probe(model, 5, 3), _probe(model, 7, 11)
-    second[:, :3] = first[:, :3]
-    batch = _packed([first, second])
-    batch["target_positions"] = torch.tensor([3, 4, 8, 9, 10, 11])
-    expected = model(**_model_inputs(batch)).logits[:, batch["target_positions"]]
-    batch = share_prefix(batch, min_saved=3)
-    got = model(**_model_inputs(batch)).logits[:, batch["target_positions"]]
-    return "sharing them would change this model's outputs" if _differ(got, expected) else ""
-
-
-def _packed(examples: Sequence[Tensor]) -> Batch:
-    device, lengths = examples[0].device, [ids.shape[1] for ids in examples]
-    return {
-        "input_ids": torch.cat([*examples], dim=1),
-        "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
-        "cu_seq_lens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-        "seq_lens": lengths,
-    }
+def _attention_of(model: PreTrainedModel, batch: Batch) -> AbstractContextManager[None]:
+    return packed_attention(model) if "cu_seq_lens" in batch else nullcontext()

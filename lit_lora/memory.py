@@ -21,14 +21,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from lit_lora import attention, causal_lm
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters import base_weight
 from lit_lora.adapters.inject import inject_lora
-from lit_lora.adapters.int8_rows import Int8Head
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.adapters.quantize import is_left_plain, quantize_
 from lit_lora.amounts import parse_bytes
@@ -37,6 +35,9 @@ from lit_lora.cuda_allocator import CudaPeak, replay
 from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.models import RANDOM, _architecture, resolve_base
 from lit_lora.storage_tracker import WORKSPACE, Peak, StorageTracker
+from lit_lora.trial import likely_path
+from lit_lora.valueless import without_values
+from lit_lora.whole_model import readable
 
 PHASES = ("load", "forward", "backward", "optimizer")
 CATEGORIES = ("base", "adapters", "gradients", "optimizer", "activations", WORKSPACE)
@@ -82,6 +83,8 @@ class MemoryEstimate:
     """The highest moment of load, forward, backward and optimizer, and what is alive then by category."""
     cuda: CudaPeak
     """The same as CUDA's allocator would count it: in blocks of 512 bytes, and reserved in segments."""
+    path: causal_lm.Path
+    """How the batch was run, as far as the model's structure tells."""
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -116,7 +119,7 @@ class MemoryEstimate:
                 f"CUDA: {_mb(self.cuda.allocated)} MB allocated in blocks of 512 bytes, {_mb(self.cuda.reserved)} MB "
                 "reserved in segments; the CUDA context and cuBLAS's workspace come on top"
             )
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, f"traced {self.path}", *self.notes])
 
 
 def estimate_memory(
@@ -149,7 +152,7 @@ def trace(settings: StepSettings) -> MemoryEstimate:
     notes = []
     if device != settings.device:
         notes.append("traced without CUDA: operators chosen as on a CPU, types and attention as on CUDA")
-    with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+    with without_values("its step cannot be traced. Run a short fit instead, which reports its peak"), tracker:
         model, load_peak = _load(settings, device, tracker)
         inject_lora(model, settings.lora)
         if not settings.fused_lora:
@@ -158,17 +161,17 @@ def trace(settings: StepSettings) -> MemoryEstimate:
                     layer.has_fast_path = False
         if settings.recompute_mlp:
             recompute_gated_mlps(model, trial=False)
+        path = likely_path(model, packing=settings.packing, direct_head=settings.chunked_loss)
         model.train()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         tracker.claim("adapters", trainable)
         tracker.forget_the_dead()
         tracker.name_modules(model)
-        path = _path(model, settings)
         if settings.gradient_checkpointing:
             count = settings.gradient_checkpointing
             checkpoint_layers(model, None if count is True else count)
         batch = causal_lm.placeholder_batch(
-            settings.lengths, packed=settings.packing, device=device, supervised=settings.supervised
+            settings.lengths, packed=path.packed, device=device, supervised=settings.supervised
         )
         with ExitStack() as stack:
             if device != settings.device:
@@ -178,7 +181,7 @@ def trace(settings: StepSettings) -> MemoryEstimate:
     phases = {"load": load_peak}
     phases.update({phase: tracker.peak(phase) for phase in PHASES[1:]})
     cuda = replay((event.key, event.num_bytes) for event in tracker.events)
-    return MemoryEstimate(settings, phases, cuda, tuple(notes))
+    return MemoryEstimate(settings, phases, cuda, path, tuple(notes))
 
 
 def run_step(
@@ -233,8 +236,11 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
     if dtype == "auto":
         dtype = "bfloat16" if settings.device == "cuda" else "float32"
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), trust_remote_code=settings.trust_remote_code
+        model = readable(
+            settings.base,
+            lambda: AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=settings.trust_remote_code
+            ),
         )
     at_once = 0
     if settings.quantization is not None:
@@ -258,23 +264,12 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
     return model, Peak(loaded + at_once, {"base": loaded, WORKSPACE: at_once}, where)
 
 
-def _path(model: PreTrainedModel, settings: StepSettings) -> causal_lm.Path:
-    """What ``choose_path`` finds for the usual model; it cannot try on tensors without values."""
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    changes = [name for name in causal_lm._HEAD_CHANGES_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
-    direct = type(head) is Int8Head or (type(head) is nn.Linear and head.bias is None)
-    if settings.packing:
-        attention.use_packed_attention(model)
-    return causal_lm.Path(settings.packing, settings.chunked_loss and direct and not changes, "")
-
-
 @contextmanager
 def _as_on_cuda() -> Iterator[None]:
     """Where our code asks for the device, it takes CUDA's way, for fake tensors that are not on it."""
 
     def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        if q.dtype not in (torch.float16, torch.bfloat16) or kwargs.get("seq_lens") is None:
+        if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] != v.shape[-1]:
             return attention.packed_attention_forward(module, q, k, v, mask, **kwargs)
         longest = max(kwargs["seq_lens"].lengths)
         return attention._varlen(q, k, v, kwargs["cu_seq_lens_q"], longest, kwargs.get("scaling"), None), None

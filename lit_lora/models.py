@@ -269,7 +269,9 @@ def _random_model(
 ) -> PreTrainedModel:
     config = _architecture(base.removeprefix(RANDOM), revision, trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = readable(
+            base, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         _fill(model, "", model, device, quantization)

@@ -19,7 +19,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lit_lora import causal_lm, compilation, hyperparameters, liger_kernels, training_record, training_state
 from lit_lora.activation_budget import ActivationBudget
@@ -43,6 +42,7 @@ from lit_lora.step_metrics import LossOutput
 from lit_lora.token_loss import LOGGED, TokenLossModule
 from lit_lora.trainer_settings import check_built, check_monitors
 from lit_lora.training_point import TrainingPoint
+from lit_lora.trial import choose_path
 
 __all__ = ["LoRALightningModule", "LossOutput"]
 
@@ -179,7 +179,10 @@ class LoRALightningModule(TokenLossModule):
             batch: what the dataloader gives.
             accuracy: also count correct predictions (validation and test).
         """
-        assert self.path is not None, "configure_model has not run, or the base is no language model"
+        assert self.model is not None, "configure_model has not run"
+        if self.path is None:  # an override that calls this one
+            self._choose_path(self.model)
+        assert self.path is not None
         batch = causal_lm.with_targets(batch)
         nll_sum, num_correct = causal_lm.language_model_loss(self.model, batch, self.path, accuracy=accuracy)  # type: ignore[arg-type]
         return LossOutput(nll_sum, batch["target_ids"].numel(), num_correct, batch.get("num_tokens"))
@@ -230,22 +233,28 @@ class LoRALightningModule(TokenLossModule):
         if self.recompute_mlp:
             recompute_gated_mlps(model)
         model.train()
-        if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
-            self.path = causal_lm.choose_path(
-                model, packing=self.packing, direct_head=self.chunked_loss, shared_prefix=self.shared_prefix
-            )
-            rank_zero_info(f"Forward path: {self.path}")
+        if type(self).compute_loss is LoRALightningModule.compute_loss:
+            self._choose_path(model)
         if self.compile_layers:
             self._compile_clock = compilation.compile_layers(model)
         if self.gradient_checkpointing:
             checkpoint_layers(model)
         elif self.activation_memory is not None:
             if self.path is None:
-                raise ValueError("activation_memory needs a causal language model: set gradient_checkpointing instead")
+                raise ValueError(
+                    "activation_memory measures the loss of next tokens, and this module overrides compute_loss: set "
+                    "gradient_checkpointing instead"
+                )
             self._activation_budget = ActivationBudget(model, self.activation_memory, self.path)  # type: ignore[arg-type]
         self.model = model
         note_base(model, base_hash(model))
         keep_batch_norm_frozen(model)
+
+    def _choose_path(self, model: nn.Module) -> None:
+        self.path = choose_path(
+            model, packing=self.packing, direct_head=self.chunked_loss, shared_prefix=self.shared_prefix
+        )
+        rank_zero_info(f"Forward path: {self.path}")
 
     def train(self, mode: bool = True) -> LoRALightningModule:
         """Set the mode; batch norms of the frozen base stay in evaluation, so that their statistics do not move."""

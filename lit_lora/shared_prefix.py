@@ -11,9 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
 
-from lit_lora.adapters.layers import LoRALayer
 from lit_lora.blockwise_attention import is_faster
 
 Batch = dict[str, Any]
@@ -59,15 +57,3 @@ def share_prefix(batch: Batch, *, min_saved: int = 16) -> Batch:
         "target_positions": row_of_T[target_rows],
         "shared_prefix": num_shared,
     }
-
-
-def why_no_shared_prefix(model: nn.Module) -> str:
-    """Why beginnings cannot be shared; empty if they can, as far as can be told without trying."""
-    if next(model.parameters()).device.type != "cpu":
-        return "on a CPU only"
-    for module in model.modules():
-        rates = [getattr(module, "attention_dropout", 0), module.p if isinstance(module, nn.Dropout) else 0]
-        rates.append(module.config.lora_dropout if isinstance(module, LoRALayer) else 0)
-        if any(isinstance(rate, float) and rate for rate in rates):
-            return "each example has dropout of its own"
-    return ""

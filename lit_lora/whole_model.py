@@ -91,6 +91,11 @@ def readable(location: str, load: Callable[[], T]) -> T:
         reason = (str(error).strip().splitlines() or [""])[0]
         if "trust_remote_code" in str(error):
             reason = f"it comes with code of its own, which runs only with {setting('model.trust_remote_code', True)}"
+        if reason.startswith("Unrecognized configuration class"):  # and a list of some hundred that are recognized
+            raise ValueError(
+                f"{location} is no causal language model that transformers knows: for a model of another kind override "
+                "load_base and compute_loss of LoRALightningModule"
+            ) from error
         raise ValueError(f"cannot load {location}: {type(error).__name__}: {reason}") from error
 
 

@@ -13,6 +13,18 @@ from lit_lora.tools.fetch import model_folder
 REAL_MODEL = "smollm2-135m-instruct"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sweep", action="store_true", help="also compare every architecture (about two minutes)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the sweep out unless it is asked for, whatever else selects tests."""
+    if not config.getoption("--sweep"):
+        for item in items:
+            if item.get_closest_marker("sweep"):
+                item.add_marker(pytest.mark.skip(reason="compares every architecture: pytest --sweep"))
+
+
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:
     """What a test leaves in ``os.environ`` ends with it.

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from lit_lora import causal_lm
@@ -18,6 +19,7 @@ from lit_lora.config import LoRAConfig, QuantizationConfig
 from lit_lora.memory import run_step
 from lit_lora.module import LoRALightningModule
 from lit_lora.storage_tracker import StorageTracker
+from lit_lora.trial import choose_path
 from tests.tiny import config, language_model
 
 TOKENS = 256
@@ -32,14 +34,14 @@ def adapted(shape: str, quantized: bool = False) -> PreTrainedModel:
     if quantized:
         quantize_(model, QuantizationConfig(block_size=32))
     inject_lora(model, LoRAConfig(r=4))
-    causal_lm.choose_path(model)  # selects packed attention
+    choose_path(model)  # selects packed attention
     return model.train()
 
 
 def activation_peak(model: PreTrainedModel) -> int:
     """Most bytes of activations and gradients in flight that a real step holds."""
     tracker = StorageTracker(model)
-    path = causal_lm.choose_path(model)
+    path = choose_path(model)
     batch = causal_lm.placeholder_batch([TOKENS], packed=True, device="cpu")
     with tracker:
         with torch.no_grad():  # everything that the base stores is used once, so that it counts as base
@@ -80,6 +82,56 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+LONGROPE: dict[str, Any] = {
+    "pad_token_id": 0, "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 4.0,
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    },
+}  # fmt: skip
+
+
+def test_what_a_model_notes_on_itself_while_it_is_measured_is_undone() -> None:
+    """Rotary frequencies of long rows, here without values: the next step would trip over them."""
+    model = language_model("Phi3", **LONGROPE)
+    inject_lora(model, LoRAConfig(r=4))
+    measure_activations(model, 40)
+    for module in model.modules():
+        assert not any(isinstance(value, FakeTensor) for value in (*vars(module).values(), *module._buffers.values()))
+    model(input_ids=torch.arange(40)[None])
+
+
+@pytest.mark.filterwarnings("ignore:not adapted")
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Bloom", {}),
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("GptOss", {"head_dim": 8, "num_local_experts": 4}),
+        ("Mamba", {"state_size": 8}),
+    ],
+)
+def test_other_architectures_are_measured_as_they_are_run(kind: str, fields: dict[str, Any]) -> None:
+    model = language_model(kind, **fields)
+    inject_lora(model, LoRAConfig(r=4))
+    measured = measure_activations(model, 64, choose_path(model))
+    assert len(measured.layers) == 2
+    assert measured.needed(2) < measured.needed(0)
+
+
+def test_a_chunk_bounds_the_example_that_is_measured() -> None:
+    path = causal_lm.Path(packed=True, direct_head=True, reason="", packed_up_to=20)
+    model = adapted("narrow")
+    whole = measure_activations(model, 50)
+    assert measure_activations(model, 50, path).layers == whole.layers
+
+
+def test_a_model_that_needs_values_is_refused_with_what_to_do() -> None:
+    model = language_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    with pytest.raises(ValueError, match=r"in modeling_rope_utils\.py, line \d+\): set gradient_checkpointing"):
+        measure_activations(model, 40)
+
+
 @pytest.mark.parametrize("num_layers", [1, 3, 6])
 def test_recomputing_some_layers_changes_neither_loss_nor_gradients(num_layers: int) -> None:
     def loss_and_gradients(count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -88,7 +140,7 @@ def test_recomputing_some_layers_changes_neither_loss_nor_gradients(num_layers: 
         for parameter in model.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
-        path = causal_lm.choose_path(model)
+        path = choose_path(model)
         checkpoint_layers(model, count)
         batch = causal_lm.placeholder_batch([20, 12], packed=True, device="cpu")
         batch["input_ids"] = torch.arange(32).remainder(97)[None]

@@ -6,9 +6,10 @@ from torch.nn import functional as F
 
 from lit_lora import LoRAConfig, inject_lora
 from lit_lora.activation_checkpointing import checkpoint_layers
-from lit_lora.causal_lm import Path, choose_path, language_model_loss, unpack, with_targets
+from lit_lora.causal_lm import Path, language_model_loss, unpack, with_targets
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
+from lit_lora.trial import choose_path
 from tests.tiny import examples, language_model
 
 # kind, fields, packed, direct head

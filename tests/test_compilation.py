@@ -25,6 +25,7 @@ from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed
 from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.module import LoRALightningModule
+from lit_lora.trial import choose_path
 from tests.tiny import config, examples, language_model
 
 # torch 2.13's compiler uses what torch deprecates.
@@ -109,7 +110,7 @@ def test_graphs_equal_eager_for_batches_of_any_lengths_without_compiling_again(r
 def _compiled_equals_eager(recomputed: int) -> None:
     eager, compiled = adapted(), adapted()
     for model in (eager, compiled):
-        assert causal_lm.choose_path(model).packed
+        assert choose_path(model).packed
     names = list(compiled.state_dict())
     compile_layers(compiled)
     checkpoint_layers(compiled, recomputed)

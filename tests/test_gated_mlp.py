@@ -86,6 +86,43 @@ def test_mlps_of_another_formula_are_left_alone():
     assert recompute_gated_mlps(model) == 0
 
 
+def test_each_mlp_is_tried_by_itself():
+    model = _model()
+    model.model.layers[1].mlp.scale = 2
+
+    class Scaled(type(model.model.layers[0].mlp)):
+        def forward(self, x):
+            return getattr(self, "scale", 1) * super().forward(x)
+
+    for layer in model.model.layers:
+        layer.mlp.__class__ = Scaled
+    assert recompute_gated_mlps(model) == 1
+
+
+def test_a_limit_that_only_large_values_reach_is_seen():
+    model = _model()
+
+    class Limited(type(model.model.layers[0].mlp)):
+        def forward(self, x):
+            gate, up = self.gate_proj(x).clamp(max=200.0), self.up_proj(x).clamp(-200.0, 200.0)
+            return self.down_proj(self.act_fn(gate) * up)
+
+    model.model.layers[0].mlp.__class__ = Limited
+    assert recompute_gated_mlps(model) == 1
+
+
+@pytest.mark.parametrize("error", [KeyError, AttributeError, AssertionError])
+def test_whatever_an_mlp_raises_leaves_it_alone(error):
+    model = _model()
+
+    class Strange(type(model.model.layers[0].mlp)):
+        def forward(self, x):
+            raise error("it wants more than its input")
+
+    model.model.layers[0].mlp.__class__ = Strange
+    assert recompute_gated_mlps(model) == 1
+
+
 def test_a_disabled_adapter_acts_as_the_base():
     model = _model()
     recompute_gated_mlps(model)

@@ -22,12 +22,14 @@ from lit_lora.memory import CATEGORIES, MemoryEstimate, StepSettings, estimate_m
 from lit_lora.models import load_base_model
 from lit_lora.module import LoRALightningModule
 from lit_lora.storage_tracker import StorageTracker
+from lit_lora.trial import choose_path
 from tests.tiny import config
 
 NF4 = QuantizationConfig()
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "vocab_size": 512}
 DEEP: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "vocab_size": 256}
 TIED: dict[str, Any] = {**WIDE, "tie_word_embeddings": True, "vocab_size": 2048}
+MOE: dict[str, Any] = {"hidden_size": 64, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 LORA = LoRAConfig(r=4)
 
 
@@ -49,13 +51,14 @@ def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker
     inject_lora(model, settings.lora)
     recompute_gated_mlps(model)
     model.train()
-    path = causal_lm.choose_path(model, packing=settings.packing, shared_prefix=False)
+    path = choose_path(model, packing=settings.packing, shared_prefix=False)
     if settings.gradient_checkpointing:
         checkpoint_layers(model, None if settings.gradient_checkpointing is True else settings.gradient_checkpointing)
     tracker = StorageTracker(model)
     with tracker:
         tracker.add([*model.parameters(), *model.buffers()])
-        run_step(model, batch_of(settings), path, tracker, accumulate_grad_batches=settings.accumulate_grad_batches)
+        batch = causal_lm.placeholder_batch(settings.lengths, packed=path.packed, device="cpu")
+        run_step(model, batch, path, tracker, accumulate_grad_batches=settings.accumulate_grad_batches)
     return tracker
 
 
@@ -73,8 +76,14 @@ def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker
         pytest.param("Llama", DEEP, {"quantization": NF4, "gradient_checkpointing": True}, id="NF4, checkpointed"),
         pytest.param("Llama", WIDE, {"packing": False, "lengths": (50, 50)}, id="padded"),
         pytest.param("Llama", WIDE, {"accumulate_grad_batches": 4}, id="accumulated gradients"),
+        pytest.param("Mixtral", MOE, {}, id="mixture of experts"),
+        pytest.param("Qwen3Moe", {**MOE, "moe_intermediate_size": 96}, {}, id="another mixture of experts"),
+        pytest.param("Bloom", {"hidden_size": 64}, {"lengths": (64, 40)}, id="padded by the model's nature"),
+        pytest.param("Mamba", {"state_size": 8, "hidden_size": 64}, {"lengths": (20, 30)}, id="no attention at all"),
+        pytest.param("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}, {}, id="logits of its own"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:not adapted")
 def test_estimate_is_within_5_percent_of_what_is_alive(
     tmp_path: Path, kind: str, shape: dict[str, Any], settings: dict[str, Any]
 ) -> None:

@@ -14,8 +14,16 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from transformers import AutoModelForSeq2SeqLM
 
-from lit_lora import LoRAConfig, LoRALightningModule, SFTDataModule, assert_loss_convergence, load_adapter
+from lit_lora import (
+    LoRAConfig,
+    LoRALightningModule,
+    SFTDataModule,
+    assert_loss_convergence,
+    load_adapter,
+    load_base_model,
+)
 from lit_lora.callbacks import (
     ConvergenceAssertion,
     GradientFlowAssertion,
@@ -291,6 +299,70 @@ def test_a_loss_of_your_own_can_build_on_the_language_models(base, tmp_path):
     _trainer(tmp_path, max_steps=1).fit(doubled, _loader())
     first = [module.training_metrics.losses[0] for module in (plain, doubled)]
     assert first[1] == pytest.approx(2 * first[0], rel=1e-5)
+
+
+class Translation(LoRALightningModule):
+    """An encoder-decoder, by one of the two hooks or by both."""
+
+    def load_base(self):
+        torch.manual_seed(0)
+        options = {"d_kv": 8, "d_ff": 64, "num_decoder_layers": 2, "decoder_start_token_id": 0}
+        return AutoModelForSeq2SeqLM.from_config(config("T5", **options))
+
+
+class TranslationLoss(Translation):
+    def compute_loss(self, batch, *, accuracy=False):
+        count = batch["labels"].numel()
+        return LossOutput(self.model(**batch).loss * count, count, None)
+
+
+def test_an_encoder_decoder_meets_no_trial_of_language_models(tmp_path):
+    batch = {"input_ids": torch.arange(3, 23).view(2, 10), "labels": torch.arange(30, 44).view(2, 7)}
+    module = TranslationLoss("t5", lora=LoRAConfig(r=4), learning_rate=0.02, gradient_checkpointing=True)
+    _trainer(tmp_path, max_steps=12).fit(module, DataLoader([batch] * 12, batch_size=None))
+    assert module.path is None
+    losses = module.training_metrics.losses
+    assert losses[-1] < 0.9 * losses[0]
+    assert module.model.generate(batch["input_ids"], max_new_tokens=3).shape[0] == 2
+
+
+def test_an_encoder_decoder_without_a_loss_of_its_own_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration is an encoder-decoder.*override compute_loss"):
+        Translation("t5", lora=LoRAConfig(r=4)).configure_model()
+
+
+def test_a_cache_is_not_filled_twice_where_layers_are_recomputed(base):
+    """As transformers' models make one unless they are told not to, and a loss of one's own may forget to tell them."""
+    ids = torch.arange(3, 23).view(2, 10)
+    mask = (torch.arange(10) < torch.tensor([[10], [6]])).long()
+    gradients = []
+    for recomputed in (False, True):
+        module = _module(base, lora=LoRAConfig(r=4, init_lora_weights=False), gradient_checkpointing=recomputed)
+        module.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=True).loss.backward()
+        gradients.append([parameter.grad for parameter in module.trainable_parameters().values()])
+    for recomputed, kept in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, kept)
+
+
+def test_a_packed_fit_leaves_the_models_own_attention_in_place(tmp_path):
+    """Gemma 2's has a soft cap, which transformers' SDPA attention does not know."""
+    folder = tmp_path / "gemma2"
+    options = {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8, "initializer_range": 0.2}
+    config("Gemma2", **options).save_pretrained(folder)
+    module = _module(f"random:{folder}")
+    trainer = _trainer(tmp_path, max_steps=3, callbacks=[HFAdapterExport()])
+    trainer.fit(module, _loader(2), _loader(2, collate_padded))
+    assert module.path.packed
+    padded, packed = (
+        trainer.validate(module, _loader(2, collate), verbose=False) for collate in (collate_padded, collate_packed)
+    )
+    assert padded[0]["val_loss"] == pytest.approx(packed[0]["val_loss"], rel=1e-5)
+    fresh = load_base_model(f"random:{folder}").eval()
+    load_adapter(fresh, tmp_path / "adapter")
+    model = module.model.eval()
+    ids, options = torch.tensor([[5, 6, 7, 8, 9, 10]]), {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), fresh.generate(ids, **options))
+    assert model.config._attn_implementation == fresh.config._attn_implementation == "eager"
 
 
 class SmallVision(nn.Module):

@@ -19,10 +19,11 @@ from lit_lora import (
     load_tokenizer,
     save_adapter,
 )
-from lit_lora.causal_lm import choose_path, language_model_loss
+from lit_lora.causal_lm import language_model_loss
 from lit_lora.data.packing import collate_packed
 from lit_lora.data.prepare import SourceSettings, tokenize_source
 from lit_lora.models import resolve_base
+from lit_lora.trial import choose_path
 from tests.command_line import lit_lora
 
 pytestmark = pytest.mark.real_model

@@ -12,7 +12,7 @@ import yaml
 
 from lit_lora import strict_yaml
 from lit_lora.__main__ import main
-from lit_lora.tools.adapter_folder import trained_on
+from lit_lora.tools.adapter_folder import trained_quantization
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
@@ -78,7 +78,7 @@ def test_the_config_of_a_run_is_read_as_strictly(folder, content, told):
     Path("run/adapter").mkdir(parents=True)
     write("run/config.yaml", content)
     with pytest.raises(ValueError, match=r"run/config.yaml should be the config of the run") as caught:
-        trained_on("run/adapter")
+        trained_quantization("run/adapter")
     assert told in str(caught.value)
 
 

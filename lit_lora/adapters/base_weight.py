@@ -25,11 +25,24 @@ def is_linear_like(module: nn.Module) -> bool:
     """Whether a linear adapter can wrap this layer.
 
     ``nn.MultiheadAttention`` reads the weight of its output projection without calling it, so an adapter around that
-    layer would never run: it does not count.
+    layer would never run: it does not count. Neither does a class of linear layer that gives something else than the
+    product of its one input, such as the routers of some mixtures of experts.
     """
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward or may_be_quantized(module):
+        return isinstance(module, nn.Linear) or is_conv1d(module)
+    return _gives_rows(module)
+
+
+@torch.no_grad()
+def _gives_rows(module: nn.Linear) -> bool:
+    x = torch.zeros(2, module.in_features, device=module.weight.device, dtype=module.weight.dtype)
+    try:
+        result = module(x)
+    except Exception:  # whatever it needs instead
+        return False
+    return isinstance(result, Tensor) and result.shape == (2, module.out_features)
 
 
 def is_conv1d(module: Any) -> bool:
@@ -83,6 +96,13 @@ def compute_dtype(module: Any, input_dtype: torch.dtype) -> torch.dtype:
     if is_quantized(module):
         return input_dtype
     return module.weight.dtype
+
+
+def rounds_products(module: nn.Module) -> bool:
+    """Whether the layer multiplies in half precision, or with inputs of 8 bits: equal rows then differ by rounding."""
+    if not is_linear_like(module):
+        return False
+    return _is_8bit(module) or compute_dtype(module, torch.float32) in (torch.float16, torch.bfloat16)
 
 
 def read_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:

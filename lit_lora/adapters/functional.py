@@ -175,7 +175,8 @@ class _LoRALinear(torch.autograd.Function):
         ctx.save_for_backward(x, up, weight_OI, lora_A, lora_B, down_TR)
         ctx.scaling, ctx.layer, ctx.dtypes = scaling, layer, dtypes
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+        # Not a view: autograd forbids to change in place what a function returns as a view of its own.
+        return torch.ops.aten._unsafe_view(y_TO, (*x.shape[:-1], y_TO.shape[-1]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

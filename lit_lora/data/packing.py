@@ -25,7 +25,7 @@ def collate_packed(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
 
     ``cu_seq_lens`` has them as a tensor, ``seq_lens`` as plain lengths, so that no layer has to ask a device.
     """
-    lengths = [_kept_length(example) for example in examples]
+    lengths = [kept_length(example) for example in examples]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([example.ids[:length] for example, length in zip(examples, lengths, strict=True)])
     positions = np.concatenate([np.arange(length) for length in lengths])
@@ -41,7 +41,7 @@ def collate_packed(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
 
 def collate_padded(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
     """One row an example, ``(N, L)``, padded on the right with id 0, and ``attention_mask`` of the real tokens."""
-    lengths = [_kept_length(example) for example in examples]
+    lengths = [kept_length(example) for example in examples]
     ids = np.zeros((len(examples), max(lengths)), dtype=np.int64)
     for row, example, length in zip(ids, examples, lengths, strict=True):
         row[:length] = example.ids[:length]
@@ -53,7 +53,8 @@ def collate_padded(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
     }
 
 
-def _kept_length(example: TokenizedExample) -> int:
+def kept_length(example: TokenizedExample) -> int:
+    """Tokens of an example up to the last supervised one: what a batch holds of it."""
     supervised = np.flatnonzero(example.mask)
     return int(supervised[-1]) + 1 if supervised.size else 1
 

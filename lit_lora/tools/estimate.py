@@ -6,7 +6,10 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+_MOST_EPOCHS = 10
 
 
 def estimate(arguments: list[str]) -> None:
@@ -27,9 +30,11 @@ def estimate(arguments: list[str]) -> None:
     if options.fits is not None:
         parse_bytes(options.fits)
     config = parse_fit(fit_arguments)
-    settings = step_settings(config, device=options.device, lengths=options.lengths)
-    found = trace(settings)
-    print(found)
+    batches = largest_batches(config) if options.lengths is None else given_batch(options.lengths)
+    found = trace(step_settings(config, batches.packed, device=options.device))
+    if not found.path.packed and batches.padded != batches.packed:
+        found = trace(step_settings(config, batches.padded, device=options.device))
+    print(f"{batches.origin}\n{found}")
     if config.model.get("optimizer") is not None:
         print("traced with AdamW: the state of another optimizer is not known")
     if config.model.activation_memory is not None:
@@ -48,13 +53,85 @@ def estimate(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def step_settings(config: Any, *, device: str | None = None, lengths: list[int] | None = None) -> Any:
-    """The settings of the largest step that the data settings of a ``fit`` allow.
+class Batch(NamedTuple):
+    """Sizes of a micro-batch."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each example."""
+    supervised: float
+    """Share of the tokens that the loss counts."""
+
+
+class LargestBatches(NamedTuple):
+    """The micro-batch that needs most memory, in either layout."""
+
+    packed: Batch
+    padded: Batch
+    origin: str
+    """Where they come from, in words."""
+
+
+def given_batch(lengths: Sequence[int]) -> LargestBatches:
+    """One of examples with these lengths."""
+    batch = Batch(tuple(lengths), 1.0)
+    return LargestBatches(batch, batch, "a micro-batch of the given lengths, every token supervised")
+
+
+def largest_batches(config: Any) -> LargestBatches:
+    """Those of the run's own plan over its data; where that cannot be read, the largest that the settings allow."""
+    data = dict(config.data)
+    if data["tokenizer"] is None:
+        data["tokenizer"] = config.model.base
+    try:
+        examples = _training_data(data)
+    except (OSError, ValueError) as error:
+        batch = Batch(tuple(_largest_allowed(config.data)), 1.0)
+        reason = str(error).splitlines()[0].removesuffix(":")
+        origin = f"assumed the largest micro-batch that the settings allow: the data could not be read ({reason})"
+        return LargestBatches(batch, batch, origin)
+    return _largest_planned(*examples, config)
+
+
+def _training_data(data: dict[str, Any]) -> tuple[Any, Any]:
+    from lit_lora.data.datamodule import SFTDataModule
+
+    module = SFTDataModule(**data)
+    module.setup("validate")  # what fit does, without a summary of it
+    assert module.train_data is not None
+    return module.train_data, module.batch_settings
+
+
+def _largest_planned(examples: Any, settings: Any, config: Any) -> LargestBatches:
+    import numpy as np
+
+    from lit_lora.data.packing import kept_length
+    from lit_lora.data.sampler import plan_batches
+
+    kept = np.array([kept_length(examples[i]) for i in range(len(examples))])
+    supervised = np.add.reduceat(examples.mask, examples.offsets[:-1], dtype=np.int64)
+    first = plan_batches(examples.lengths, settings)
+    plan = [*first]
+    for epoch in range(1, _num_epochs(config, len(first)) if settings.shuffle else 1):
+        plan += plan_batches(examples.lengths, settings, epoch)
+
+    def largest(cost: Callable[[Any], int]) -> Batch:
+        batch = max(plan, key=lambda batch: cost(kept[batch]))
+        lengths = tuple(int(length) for length in kept[batch])
+        return Batch(lengths, float(supervised[batch].sum()) / max(1, sum(lengths) - len(lengths)))
+
+    packed, padded = largest(lambda lengths: lengths.sum()), largest(lambda lengths: lengths.max() * len(lengths))
+    return LargestBatches(
+        packed, padded, f"the largest of {len(plan)} micro-batches of {len(examples)} examples in {config.data.train}"
+    )
+
+
+def step_settings(config: Any, batch: Batch, *, device: str | None = None) -> Any:
+    """The settings of a training step of a ``fit``.
 
     Args:
         config: the parsed settings of a ``fit``.
+        batch: its micro-batch.
         device: "cpu" or "cuda"; by default what ``trainer.accelerator`` asks for.
-        lengths: tokens of each example, where the largest batch is not the one to look at.
     """
     import torch
 
@@ -76,7 +153,7 @@ def step_settings(config: Any, *, device: str | None = None, lengths: list[int] 
     return StepSettings(
         base=model.base,
         lora=lora,
-        lengths=tuple(lengths or largest_batch(config.data)),
+        lengths=batch.lengths,
         quantization=None if model.quantization is None else _built(QuantizationConfig, model.quantization),
         dtype=dtype,
         device=device,  # type: ignore[arg-type]
@@ -85,14 +162,22 @@ def step_settings(config: Any, *, device: str | None = None, lengths: list[int] 
         chunked_loss=model.chunked_loss,
         fused_lora=model.fused_lora,
         recompute_mlp=model.recompute_mlp,
+        supervised=batch.supervised,
         accumulate_grad_batches=trainer.accumulate_grad_batches or 1,
         autocast=autocast,  # type: ignore[arg-type]
         trust_remote_code=model.trust_remote_code,
     )
 
 
-def largest_batch(data: Any) -> list[int]:
-    """Lengths of the examples of the largest micro-batch that the data settings allow."""
+def _num_epochs(config: Any, num_batches: int) -> int:
+    """Epochs that the run begins; at most ten, since their largest batches are alike."""
+    trainer = config.trainer
+    steps = trainer.max_steps * (trainer.accumulate_grad_batches or 1) if trainer.max_steps > 0 else 0
+    epochs = trainer.max_epochs if (trainer.max_epochs or 0) > 0 else _MOST_EPOCHS
+    return min(_MOST_EPOCHS, epochs, -(-steps // num_batches) if steps else epochs)
+
+
+def _largest_allowed(data: Any) -> list[int]:
     from lit_lora.data.datamodule import DEFAULT_BATCH_SIZE
 
     longest, count, most = data.max_length, data.batch_size, data.max_tokens_per_batch
@@ -119,6 +204,9 @@ def _options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--fits", metavar="AMOUNT", help='does it fit, in for example "12GB"? Exits with 1 if not')
     parser.add_argument("--device", choices=["cpu", "cuda"], help="by default what trainer.accelerator asks for")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="of each example in a micro-batch")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", metavar="TOKENS",
+        help="of each example in a micro-batch; by default the largest micro-batch of the run's own data is looked for",
+    )  # fmt: skip
     parser.add_argument("--suggest", action="store_true", help="say what would lower the peak, and to how much")
     return parser

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.adapters.peft_format import load_adapter
 from lit_lora.adapters.trained_on import TrainedOn
-from lit_lora.causal_lm import choose_path, language_model_loss
+from lit_lora.causal_lm import language_model_loss
 from lit_lora.config import QuantizationConfig
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.formats import Examples
@@ -30,6 +30,7 @@ from lit_lora.tools.adapter_folder import (
     local_folder,
 )
 from lit_lora.tools.adapter_tokenizer import tokenizer_for
+from lit_lora.trial import choose_path
 
 
 class Loaded(NamedTuple):

@@ -307,3 +307,18 @@ def test_a_copied_layer_computes_the_same():
     layer = _layer(_quantized(4))
     x = torch.randn(3, 64)
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_the_result_may_be_changed_in_place():
+    """As Gemma 3n does with a projection."""
+    torch.manual_seed(0)
+    layer = _layer(nn.Linear(NUM_IN, NUM_OUT))
+    x = torch.randn(2, 3, NUM_IN)
+    gradients = []
+    for change in (lambda y: y.mul_(2.0), lambda y: y * 2.0):
+        layer.zero_grad()
+        change(layer(x)).square().sum().backward()
+        gradients.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
+    assert len(gradients[0]) == 2
+    for changed, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(changed, expected)

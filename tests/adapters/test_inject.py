@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lit_lora import LoRAConfig, QuantizationConfig, inject_lora
+from lit_lora.adapters.base_weight import is_linear_like
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALinear, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import ranges
 from lit_lora.adapters.quantize import quantize_
@@ -291,3 +292,25 @@ def test_ranges_read_back_as_the_numbers(numbers):
         first, _, last = part.partition("-")
         read |= set(range(int(first), int(last or first) + 1))
     assert read == numbers
+
+
+def test_a_linear_layer_that_gives_something_else_is_no_target():
+    """Such as Llama 4's router: a linear layer by inheritance, which returns two tensors."""
+
+    class Router(nn.Linear):
+        def forward(self, x):
+            scores = super().forward(x)
+            return scores.softmax(-1), scores
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.ModuleDict({"router": Router(4, 2), "scaled": Scaled(4, 4), "plain": nn.Linear(4, 4)})
+    assert [name for name, module in model.items() if is_linear_like(module)] == ["scaled", "plain"]
+    inject_lora(model, LoRAConfig(r=2))
+    assert [name for name, _ in lora_layers(model)] == ["scaled", "plain"]
+    with pytest.raises(ValueError, match="router"):
+        inject_lora(
+            nn.ModuleDict({"router": Router(4, 2), "plain": nn.Linear(4, 4)}), LoRAConfig(target_modules=["router"])
+        )
