@@ -25,6 +25,9 @@ from lit_lora.callbacks._stop_signals import StopSignals
 from lit_lora.callbacks._trainer import any_rank
 from lit_lora.checkpoint import SAVED
 
+_OURS = "step=" + 8 * "[0-9]" + "*.ckpt"
+"""Names of our files: another callback's ``step=3.ckpt`` beside them is not ours to delete."""
+
 
 class TrainingCheckpoint(Checkpoint):
     """Save the state of training so that a run can go on where it stopped."""
@@ -109,7 +112,7 @@ class TrainingCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             make_folder(folder, option="dirpath (of TrainingCheckpoint)")
             remove_partial_files(folder)
-            self._counts = {path: _count(trainer, path) for path in folder.glob("step=*.ckpt")}
+            self._counts = {path: _count(trainer, path) for path in folder.glob(_OURS)}
             self._count = max(0, *self._counts.values()) if self._counts else 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -255,7 +258,7 @@ class TrainingCheckpoint(Checkpoint):
         """
         self._count += 1
         self._counts[written] = self._count
-        files = sorted(written.parent.glob("step=*.ckpt"), key=lambda path: (self._counts.get(path, 0), path.name))
+        files = sorted(written.parent.glob(_OURS), key=lambda path: (self._counts.get(path, 0), path.name))
         kept = {str(path) for path in files[-self.keep_last :]} | self._scores.keys()
         for path in files:
             if str(path) not in kept:

@@ -98,22 +98,25 @@ class _Saved(NamedTuple):
     number: int
     """How many had been saved into the folder by then, this one included; -1 where it does not say."""
     step: int
+    whole: bool
+    """Whether training can go on from it; weights alone (``save_weights_only``) are no state of a run."""
 
     @classmethod
     def read(cls, path: Path) -> _Saved:
         lazily = zipfile.is_zipfile(path)  # then nothing is read of the tensors
         content = _loaded(path, map_location="cpu", mmap=lazily)
         saved, step = content.get(SAVED), content.get("global_step")
+        whole = "optimizer_states" in content
         numbers = (int, float)
         if isinstance(saved, dict) and isinstance(saved.get("at_s"), numbers) and isinstance(saved.get("count"), int):
-            return cls(float(saved["at_s"]), saved["count"], step if isinstance(step, int) else -1)
-        return cls(path.stat().st_mtime, -1, step if isinstance(step, int) else -1)
+            return cls(float(saved["at_s"]), saved["count"], step if isinstance(step, int) else -1, whole)
+        return cls(path.stat().st_mtime, -1, step if isinstance(step, int) else -1, whole)
 
 
 def newest_checkpoint(*folders: str | Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in these folders that is complete and undamaged.
 
-    Within a folder by how many had been saved before it, and between folders by when the newest was: both stand in the
+    Files with weights alone are passed over. Within a folder by how many had been saved before it, and between folders by when the newest was: both stand in the
     files, so that copying a folder changes nothing.
 
     Returns:
@@ -126,7 +129,9 @@ def newest_checkpoint(*folders: str | Path) -> tuple[Path | None, list[str]]:
         found = []
         for path in Path(folder).glob(f"*{SUFFIX}"):
             try:
-                found.append((_Saved.read(path), path))
+                saved = _Saved.read(path)
+                if saved.whole:
+                    found.append((saved, path))
             except (DamagedCheckpointError, OSError) as error:
                 unreadable[path] = str(error)
         found.sort(key=lambda entry: (entry[0].number, entry[0].step, entry[0].at_s), reverse=True)

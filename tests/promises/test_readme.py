@@ -169,10 +169,10 @@ def test_the_python_of_the_readme_runs(stranger):
 def test_the_adapter_is_read_as_the_readme_says(stranger):
     """By PEFT, from the folder, onto the base that was trained on: the logits are those of ``lit-lora``."""
     import torch
-
-    from lit_lora.models import load_base_model
-    from lit_lora.adapters.peft_format import load_adapter
     from peft import PeftModel
+
+    from lit_lora.adapters.peft_format import load_adapter
+    from lit_lora.models import load_base_model
 
     stranger.fit()
     ids = torch.arange(20).reshape(1, 20)

@@ -269,3 +269,29 @@ def test_formats_are_named(stranger):
     refused = stranger.fit(ckpt_path="last", trainer__max_steps=8)
     assert "format 99" in refused.err
     assert "'9.9'" in refused.err
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_files_of_another_checkpoint_callback_are_neither_gone_on_from_nor_deleted(stranger):
+    """Weights alone, saved last and into the same folder, by a callback of Lightning's own."""
+    callback = json.dumps(
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {
+                "dirpath": "run/checkpoints",
+                "filename": "{step}",
+                "auto_insert_metric_name": True,
+                "save_weights_only": True,
+                "every_n_train_steps": 1,
+                "save_top_k": -1,
+            },
+        }
+    )
+    options = {"trainer__callbacks": f"[{callback}]", "checkpoint__keep_last": 1}
+    assert stranger.fit(trainer__max_steps=4, **options).code == 0
+    theirs = {"step=1.ckpt", "step=2.ckpt", "step=3.ckpt", "step=4.ckpt"}
+    assert theirs < {path.name for path in Path("run/checkpoints").iterdir()}
+    resumed = stranger.fit(ckpt_path="last", trainer__max_steps=6, **options)
+    assert resumed.code == 0, resumed.err
+    assert "Going on from run/checkpoints/step=00000004.ckpt" in resumed.err
+    assert theirs < {path.name for path in Path("run/checkpoints").iterdir()}
