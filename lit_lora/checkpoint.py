@@ -116,8 +116,8 @@ class _Saved(NamedTuple):
 def newest_checkpoint(*folders: str | Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in these folders that is complete and undamaged.
 
-    Files with weights alone are passed over. Within a folder by how many had been saved before it, and between folders by when the newest was: both stand in the
-    files, so that copying a folder changes nothing.
+    Files with weights alone are passed over. Within a folder the newest is the one before which most had been saved,
+    and between folders the one whose newest is newer: both stand in the files, so that a copy is ranked alike.
 
     Returns:
         Its path (None if there is none), and what was wrong with each newer one. One that cannot be read at all counts
