@@ -113,7 +113,8 @@ def test_what_a_model_notes_on_itself_while_it_is_measured_is_undone() -> None:
 )
 def test_other_architectures_are_measured_as_they_are_run(kind: str, fields: dict[str, Any]) -> None:
     model = language_model(kind, **fields)
-    inject_lora(model, LoRAConfig(r=4))
+    unadaptable = ["dt_proj", "out_proj"] if kind == "Mamba" else None  # its kernels read their weights
+    inject_lora(model, LoRAConfig(r=4, exclude_modules=unadaptable))
     measured = measure_activations(model, 64, choose_path(model))
     assert len(measured.layers) == 2
     assert measured.needed(2) < measured.needed(0)

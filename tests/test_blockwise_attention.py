@@ -79,7 +79,7 @@ def test_long_examples_take_torchs_kernel_where_products_are_slow(monkeypatch, l
     q, k, v = (torch.randn(1, 2, sum(lengths), 8) for _ in range(3))
     seq_lens = attention.SeqLens(lengths, shared)
     attention.packed_attention_forward(
-        torch.nn.Module(), q, k, v, None, cu_seq_lens_q=torch.zeros(1), seq_lens=seq_lens
+        torch.nn.Module(), q, k, v, attention.no_mask(q.device), cu_seq_lens_q=torch.zeros(1), seq_lens=seq_lens
     )
     assert bool(calls) == blockwise
 
@@ -88,10 +88,11 @@ def test_autocast_takes_the_other_branch_in_half_precision():
     q, k, v = (torch.randn(1, 2, 12, 8, requires_grad=True) for _ in range(3))
     seq_lens = attention.SeqLens([4, 5, 3], 4)
     call = {"cu_seq_lens_q": torch.zeros(1), "seq_lens": seq_lens}
-    expected, _ = attention.packed_attention_forward(torch.nn.Module(), q, k, v, None, **call)
+    mask = attention.no_mask(q.device)
+    expected, _ = attention.packed_attention_forward(torch.nn.Module(), q, k, v, mask, **call)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         # As after rotary positions: queries and keys in float32, values in half precision.
-        got, _ = attention.packed_attention_forward(torch.nn.Module(), q, k, v.bfloat16(), None, **call)
+        got, _ = attention.packed_attention_forward(torch.nn.Module(), q, k, v.bfloat16(), mask, **call)
     got.sum().backward()
     torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
 

@@ -8,7 +8,9 @@ single example.
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -111,6 +113,18 @@ def build(model_type: str, *, seq2seq: bool = False, **fields: Any) -> PreTraine
     return model.train()
 
 
+def _adaptable(model: PreTrainedModel) -> LoRAConfig:
+    """All linear layers but those that a run refuses to adapt, left out as its message says."""
+    try:
+        inject_lora(copy.deepcopy(model), LORA)
+    except ValueError as error:
+        advice = re.search(r"set exclude_modules: (\[.*\])", str(error))
+        if advice is None:
+            raise
+        return replace(LORA, exclude_modules=ast.literal_eval(advice[1]))
+    return LORA
+
+
 class _NotRun(Exception):
     """The model's own forward pass needs more than token ids."""
 
@@ -120,7 +134,7 @@ class _NotRun(Exception):
 
 def _compare_causal(model: PreTrainedModel, alone: bool) -> tuple[Path, list[tuple[float, float]]]:
     before = _implementations(model)
-    inject_lora(model, LORA)
+    inject_lora(model, _adaptable(model))
     path = choose_path(model)
     examples = _examples()
     own_path = path if alone else replace(path, packed=False)
@@ -196,7 +210,7 @@ class _OwnLoss(LoRALightningModule):
     """The two hooks, as a user of another model overrides them."""
 
     def __init__(self, built: PreTrainedModel) -> None:
-        super().__init__("", lora=LORA, gradient_checkpointing=bool(repeated_layers(built)))
+        super().__init__("", lora=_adaptable(built), gradient_checkpointing=bool(repeated_layers(built)))
         self._built = [built]
 
     def load_base(self) -> nn.Module:
@@ -223,7 +237,7 @@ def _compare_encoder_decoder(model: PreTrainedModel) -> tuple[float, float]:
     module.configure_model()
     assert module.path is None, "the trial of next tokens has run on a model with a loss of its own"
     torch.manual_seed(2)
-    inject_lora(model, LORA)
+    inject_lora(model, module.lora)
 
     def own_loss() -> Tensor:
         return model(**batch).loss * batch["labels"].numel()

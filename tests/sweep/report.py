@@ -12,8 +12,9 @@ from tests.sweep.sweep import Architecture
 _HEAD = """# Architectures
 
 Every causal and sequence-to-sequence architecture that transformers {version} knows, built small, with LoRA on all
-linear layers: the loss and the adapters' gradients of lit_lora against those of the model's own forward pass, in
-float32, on three examples of {lengths} tokens, in training mode. `make sweep` makes this page.
+linear layers but those that a run refuses to adapt: the loss and the adapters' gradients of lit_lora against those of
+the model's own forward pass, in float32, on three examples of {lengths} tokens, in training mode. `make sweep` makes
+this page.
 
 {summary}.
 
