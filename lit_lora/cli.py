@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -347,6 +348,7 @@ class _Parser(LightningArgumentParser):
     """Strict YAML, no abbreviated options, and one report of all that is wrong."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # fields of LoRAConfig and the like
         super().__init__(*args, **{"parser_mode": strict_yaml.install(), "allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

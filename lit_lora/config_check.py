@@ -10,14 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import ArgumentParser, Namespace
 
 from lit_lora.command_line import settings
 from lit_lora.data.sources import existing_file, is_file_source
 from lit_lora.models import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base, resolve_tokenizer
-from lit_lora.setting_check import BUILT_FROM_FIELDS, known_settings, look_at_each, misplaced, wrong_type
+from lit_lora.setting_check import known_settings, look_at_each, misplaced, nested_settings, wrong_type
 from lit_lora.shipped import shipped
 
 DATA_KEYS = ("data.train", "data.validation", "data.test")
@@ -39,7 +39,7 @@ def problems_in(parser: ArgumentParser, arguments: Sequence[str], parts: Mapping
         found = look_at_each(parser, rest, verb, _wrong_value)
     finally:
         parser.exit_on_error = exits
-    return list(dict.fromkeys(found.problems + _refused_parts(found.sound, parts)))
+    return list(dict.fromkeys(found.problems + _refused_parts(found.sound, parts, nested_settings(parser))))
 
 
 def problems_of(
@@ -60,14 +60,14 @@ def problems_of(
     found: list[str] = []
     unsound: set[str] = set()
     for setting in settings(rest, known, found):
-        if problem := misplaced(setting, known, verb):
+        if problem := misplaced(setting, parser, verb):
             found.append(problem)
         elif problem := wrong_type(parser, setting.key, setting.value):
             found.append(f"{setting.origin}: {setting.key}: {problem}")
             unsound.add(setting.key)
     keys = ("seed_everything", *_NAMES_OF_FILES)
     found += [f"{key}: {problem}" for key in keys if (problem := _wrong_value(key, config.get(key)))]
-    return list(dict.fromkeys(found + _refused_parts(config, parts, unsound)))
+    return list(dict.fromkeys(found + _refused_parts(config, parts, nested_settings(parser), unsound)))
 
 
 def parser_of(parser: ArgumentParser, verb: str) -> ArgumentParser:
@@ -100,18 +100,22 @@ def _wrong_value(key: str, value: Any) -> str | None:
 
 
 def _refused_parts(
-    config: Namespace, parts: Mapping[str, Callable[..., Any]], unsound: Collection[str] = ()
+    config: Namespace,
+    parts: Mapping[str, Callable[..., Any]],
+    nested: Mapping[str, type],
+    unsound: Collection[str] = (),
 ) -> list[str]:
     found: list[str] = []
-    for group, kind in {**BUILT_FROM_FIELDS, **parts}.items():
+    nested = {key: kind for key, kind in nested.items() if key not in parts}
+    for group, kind in {**nested, **parts}.items():
         given = config.get(group)
         given = given.as_dict() if isinstance(given, Namespace) else given
         if not isinstance(given, Mapping):
             continue
         given = given.get("init_args", given)
-        names = {entry.name for entry in fields(kind)} if group in BUILT_FROM_FIELDS else set(given)
-        sound = {n: v for n, v in given.items() if n in names and f"{group}.{n}" not in {*BUILT_FROM_FIELDS, *unsound}}
-        found += _refusals(group, kind, sound)
+        names = {entry.name for entry in fields(kind)} if group in nested else set(given)  # type: ignore[arg-type]
+        sound = {n: v for n, v in given.items() if n in names and f"{group}.{n}" not in {*nested, *unsound}}
+        found += _refusals(group, cast("Callable[..., Any]", kind), sound)
     return found
 
 

@@ -54,8 +54,8 @@ class LoRALightningModule(TokenLossModule):
         self,
         base: str = "smollm2-135m-instruct",
         *,
-        lora: LoRAConfig | dict[str, Any] = LoRAConfig(),  # noqa: B008 (frozen)
-        quantization: QuantizationConfig | dict[str, Any] | None = None,
+        lora: LoRAConfig = LoRAConfig(),  # noqa: B008 (frozen)
+        quantization: QuantizationConfig | None = None,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -107,8 +107,8 @@ class LoRALightningModule(TokenLossModule):
         """
         super().__init__()
         self.base = base
-        self.lora = LoRAConfig(**lora) if isinstance(lora, Mapping) else lora
-        self.quantization = QuantizationConfig(**quantization) if isinstance(quantization, Mapping) else quantization
+        self.lora = lora
+        self.quantization = quantization
         self.lora.check_for_training()
         self.dtype_name = dtype
         self.revision = revision
@@ -401,8 +401,10 @@ class LoRALightningModule(TokenLossModule):
         Lightning's own key for hyper-parameters is not used: its command line would let the file override options.
         """
         state = read_checkpoint(checkpoint_path).get(training_state.KEY, {})
-        saved = state.get("settings", {})
+        saved = dict(state.get("settings", {}))
         if (commit := training_record.saved(state).revision) and "base" not in kwargs:  # where none was asked for
             saved = {**saved, "revision": commit}
+        kinds = {"lora": LoRAConfig, "quantization": QuantizationConfig}
+        saved |= {name: kind(**saved[name]) for name, kind in kinds.items() if saved.get(name) is not None}
         trust = kwargs.pop("trust_remote_code", False)  # never taken from a file
         return super().load_from_checkpoint(checkpoint_path, **{**saved, **kwargs, "trust_remote_code": trust})

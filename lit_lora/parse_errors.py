@@ -61,7 +61,7 @@ def reason(message: str, *, classes: Sequence[type] = (), known: Iterable[str] =
 def subclasses(typehint: Any) -> list[type]:
     """All classes that a value of this type can name, as far as they are imported."""
     found: list[type] = []
-    for base in _bases(typehint):
+    for base in bases(typehint):
         waiting = [base]
         while waiting:
             kind = waiting.pop()
@@ -71,12 +71,13 @@ def subclasses(typehint: Any) -> list[type]:
     return found
 
 
-def _bases(typehint: Any) -> Iterable[type]:
+def bases(typehint: Any) -> Iterable[type]:
+    """The classes in a type, but for those of Python itself."""
     if isinstance(typehint, (list, tuple)):
         for part in typehint:
-            yield from _bases(part)
+            yield from bases(part)
     elif parts := get_args(typehint):
-        yield from _bases(parts)
+        yield from bases(parts)
     elif isinstance(typehint, type) and typehint.__module__ not in ("builtins", "collections.abc", "types"):
         yield typehint
 

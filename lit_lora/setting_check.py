@@ -11,7 +11,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import partial
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -20,16 +20,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lit_lora import strict_yaml
 from lit_lora.command_line import COMMAND_LINE, CONFIG, Option, Setting, Source, options, settings
-from lit_lora.config import LoRAConfig, QuantizationConfig
-from lit_lora.parse_errors import reason, subclasses
+from lit_lora.parse_errors import bases, reason, subclasses
 from lit_lora.synonyms import suggestion
-
-BUILT_FROM_FIELDS: dict[str, Any] = {
-    "model.lora": LoRAConfig,
-    "model.quantization": QuantizationConfig,
-    "quantization": QuantizationConfig,
-}
-"""Settings that are a mapping in YAML, and what is made of it; their fields are settings, too."""
 
 GROUPS = ("trainer", "model", "data")
 _ERRORS = (ArgumentError, ValueError, TypeError, KeyError, AttributeError)
@@ -68,7 +60,7 @@ def look_at_each(
         if setting.source is not Source.COMMAND_LINE:
             in_configs[setting.key.removesuffix("+")] = setting.value
         given.add(setting.key.removesuffix("+"))
-        if problem := misplaced(setting, known, verb):
+        if problem := misplaced(setting, parser, verb):
             found.problems.append(problem)
         elif not (setting.source is Source.COMMAND_LINE and _class_setting(setting.key, known, parser)):
             value, problem = _checked(parser, setting, wrong)
@@ -97,21 +89,31 @@ def look_at_each(
     return found
 
 
+def nested_settings(parser: ArgumentParser) -> dict[str, Any]:
+    """Settings that are a mapping in YAML, and the dataclass that is made of it: its fields are settings, too."""
+    kinds = {
+        action.dest: [getattr(action, "basetype", None), *bases(getattr(action, "_typehint", None))]
+        for action in parser._actions
+    }
+    return {key: kind for key, several in kinds.items() for kind in several if is_dataclass(kind)}
+
+
 def known_settings(parser: ArgumentParser) -> set[str]:
     """Keys of all settings of a parser, those of fields too."""
     keys = {action.dest for action in parser._actions if action.dest and not action.dest.endswith("help")}
-    return keys | {
-        f"{key}.{entry.name}" for key, kind in BUILT_FROM_FIELDS.items() if key in keys for entry in fields(kind)
-    }
+    nested = nested_settings(parser)
+    return keys | {f"{key}.{entry.name}" for key, kind in nested.items() for entry in fields(kind)}
 
 
-def misplaced(setting: Setting, known: set[str], verb: str) -> str | None:
+def misplaced(setting: Setting, parser: ArgumentParser, verb: str) -> str | None:
     """What is wrong with where a setting stands."""
     key = setting.key.removesuffix("+")
-    if key in GROUPS or (key in BUILT_FROM_FIELDS and setting.value is not None):
+    known, nested = known_settings(parser), nested_settings(parser)
+    nullable = key in nested and _accepts_null(_typehint(parser, key))
+    if key in GROUPS or (key in nested and not (nullable and setting.value is None)):
         return f"{setting.origin}: {key}: expected settings by name, got {shown(setting.value)}"
     parent = next((parent for parent in _parents(key) if parent in known), None)
-    is_inside = parent is not None and parent not in BUILT_FROM_FIELDS and not _is_group(parent, known)
+    is_inside = parent is not None and parent not in nested and not _is_group(parent, known)
     if key in known or is_inside or key.endswith(("help", "print_config")):
         return None
     return f"{setting.origin}: no setting {key!r}{suggestion(key, known, verb)}"
@@ -120,14 +122,14 @@ def misplaced(setting: Setting, known: set[str], verb: str) -> str | None:
 def wrong_type(parser: ArgumentParser, key: str, value: Any) -> str | None:
     """What is wrong with a type that the parser lets pass: that of a mapping's field, or null for anything."""
     parent, _, name = key.rpartition(".")
-    is_field = parent in BUILT_FROM_FIELDS
-    typehint = get_type_hints(BUILT_FROM_FIELDS[parent])[name] if is_field else _typehint(parser, key)
+    kind = nested_settings(parser).get(parent)
+    typehint = _typehint(parser, key) if kind is None else get_type_hints(kind)[name]
     if value is None:
-        return None if typehint in (None, Any) or NoneType in get_args(typehint) else "expected a value, got null"
-    if not is_field:
+        return None if typehint is None or _accepts_null(typehint) else "expected a value, got null"
+    if kind is None:
         return None
     parser = ArgumentParser(exit_on_error=False, parser_mode=strict_yaml.install())
-    parser.add_class_arguments(BUILT_FROM_FIELDS[parent])
+    parser.add_class_arguments(kind)
     problem = _refused(lambda: parser.parse_object({name: value}))
     return problem and f"{reason(problem)}, got {shown(value)}"
 
@@ -154,7 +156,7 @@ def _checked(
 ) -> tuple[Any, str | None]:
     """The value as the parser understands it, and what is wrong with it by itself."""
     key, value = setting.key, setting.value
-    if key.rpartition(".")[0] in BUILT_FROM_FIELDS:
+    if key.rpartition(".")[0] in nested_settings(parser):
         return value, wrong_type(parser, key, value) or wrong(key, value)
     parsed: list[Any] = []
     if problem := _refused(lambda: parsed.append(_parsed(parser, setting))):
@@ -204,7 +206,7 @@ def _class_options(parser: ArgumentParser, given: Sequence[Option], known: set[s
 def _class_setting(key: str, known: set[str], parser: ArgumentParser) -> str | None:
     """The setting that a class is given for, where an option is that or an argument of the class."""
     setting = next((k for k in (key.removesuffix("+"), *_parents(key)) if k in known), None)
-    if setting is None or setting in BUILT_FROM_FIELDS or _is_group(setting, known):
+    if setting is None or setting in nested_settings(parser) or _is_group(setting, known):
         return None
     return setting if subclasses(_typehint(parser, setting)) else None
 
@@ -239,6 +241,10 @@ def _class_names(value: Any) -> Iterator[str]:
 
 def _typehint(parser: ArgumentParser, key: str) -> Any:
     return next((getattr(action, "_typehint", None) for action in parser._actions if action.dest == key), None)
+
+
+def _accepts_null(typehint: Any) -> bool:
+    return typehint is Any or NoneType in get_args(typehint)
 
 
 def _is_group(key: str, known: set[str]) -> bool:
