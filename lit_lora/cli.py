@@ -145,6 +145,8 @@ class LoRACLI(LightningCLI):
 
     outcome: Outcome | None = None
     """How the run ended; of a fit, on its first process."""
+    trains = True
+    """Whether a fit is run, which must have an end, and not only parsed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Run the command line; see :func:`run`."""
@@ -193,7 +195,7 @@ class LoRACLI(LightningCLI):
             if config.get(key):
                 config[key] = shipped(config[key]) or config[key]
         found = problems_of(config, parser, sys.argv[1:], PARTS)
-        if not found and self.config["subcommand"] == "fit":
+        if not found and self.trains and self.config["subcommand"] == "fit":
             found = missing_end(**vars(config.trainer))
         if found:
             refuse(found)
@@ -337,6 +339,8 @@ class _Parsed(Exception):
 
 
 class _ParsingCLI(LoRACLI):
+    trains = False
+
     def check_config(self, config: Any, parser: LightningArgumentParser) -> None:
         super().check_config(config, parser)
         raise _Parsed(config)
