@@ -29,6 +29,7 @@ from lit_lora.adapters.model_card import model_card
 from lit_lora.adapters.peft_format import (
     CARD_NAME,
     CONFIG_NAME,
+    WEIGHTS_NAME,
     adapter_state_dict,
     from_peft_config,
     save_adapter,
@@ -243,7 +244,7 @@ class HFAdapterExport(Check):
     def _bring_back_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         """Write the best adapter again where it is gone; why that cannot be done, or empty."""
         folder = self._best_folder(trainer)
-        if trainer.strategy.broadcast((folder / CONFIG_NAME).is_file()):
+        if trainer.strategy.broadcast(all((folder / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))):
             return ""
         paths = [c.best_path for c in trainer.callbacks if isinstance(c, TrainingCheckpoint)]  # type: ignore[attr-defined]
         path = next(filter(None, paths), None)

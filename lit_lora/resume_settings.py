@@ -36,9 +36,9 @@ REFUSED = ("quantization", "lora.adapter_dtype")
 
 TRAINER = (
     "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision", "max_steps", "max_epochs",
-    "limit_train_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch",
+    "limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch",
 )  # fmt: skip
-"""Settings of the Trainer that change what is learned, or when it is validated."""
+"""Settings of the Trainer that change what is learned, or when and on what it is validated."""
 
 
 class Difference(NamedTuple):

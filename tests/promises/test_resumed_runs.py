@@ -106,12 +106,15 @@ APPLIED = {
     "trainer.gradient_clip_val": 0.01,
     "trainer.max_steps": 12,
     "trainer.limit_train_batches": 11,
+    "trainer.limit_val_batches": 0.5,
 }
 
 
 @pytest.mark.parametrize("name", APPLIED)
 def test_a_setting_that_is_applied_is_named_and_recorded_as_it_was(stranger, name):
     option = name.replace(".", "__")
+    if name == "trainer.limit_val_batches":
+        stranger.options |= {"data.validation_fraction": 0.2}
     stranger.fit(**{"trainer__max_steps": 8, "trainer__default_root_dir": "other", option: APPLIED[name]})
     with_old = stranger.fit(trainer__max_steps=8, checkpoint__keep_last=9)
     assert with_old.code == 0
@@ -132,7 +135,8 @@ def test_a_setting_that_is_applied_is_named_and_recorded_as_it_was(stranger, nam
         assert "learning_rate | 0.001" in Path("run/adapter/README.md").read_text()
     elif name in ("model.lr_schedule", "model.warmup_ratio"):
         assert rates(stranger)[4:] == rates(stranger, "other")[4:8]
-    if name not in ("model.packing", "trainer.limit_train_batches"):  # which change the rounding, and later epochs
+    # Which change the rounding, later epochs, and what is best:
+    if name not in ("model.packing", "trainer.limit_train_batches", "trainer.limit_val_batches"):
         assert losses(stranger)[5:] != losses(stranger, "same")[5:]
 
 
