@@ -87,6 +87,8 @@ class GradientNormLogger(Check):
     """
 
     name = "gradients"
+    key = "gradient_norm"
+    without_effect = frozenset({"per_layer"})
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
 from torch.optim import Optimizer
@@ -41,6 +41,16 @@ TRAINER = (
 """Settings of the Trainer that change what is learned, or when and on what it is validated."""
 
 
+@runtime_checkable
+class Judging(Protocol):
+    """A callback that says by which settings it judges: see :class:`lit_lora.callbacks.verdict.Check`."""
+
+    without_effect: frozenset[str]
+
+    def settings(self) -> dict[str, Any]:
+        """By the names of their options."""
+
+
 class Difference(NamedTuple):
     """One setting that was another."""
 
@@ -53,9 +63,11 @@ class Difference(NamedTuple):
 
 
 def trainer_settings(trainer: Trainer) -> dict[str, Any]:
-    """What is compared of a Trainer, plain types, by the names of its options."""
+    """What is compared of a Trainer and of the checks it has, plain types, by the names of their options."""
     values = {f"trainer.{name}": getattr(trainer, name) for name in TRAINER}
     values |= {"trainer.devices x num_nodes": trainer.world_size}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        values |= callback.settings() if isinstance(callback, Judging) else {}
     seed = os.environ.get("PL_GLOBAL_SEED")  # where seed_everything leaves it
     return _plain({**values, "seed_everything (without effect on a resumed run)": int(seed) if seed else None})
 

@@ -170,6 +170,9 @@ def test_the_best_adapter_comes_back_from_its_checkpoint_or_the_run_is_not_prove
     shutil.rmtree(best.parent)
     assert stranger.fit(**settings, ckpt_path="last").headline == "proved"
     assert best.read_bytes() == expected
+    best.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))
+    stranger.fit(ckpt_path="last", **settings)
+    assert best.read_bytes() == expected
     best.unlink()
     assert stranger.fit(**settings, ckpt_path="last").headline == "proved"
     assert best.read_bytes() == expected
