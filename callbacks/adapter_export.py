@@ -31,6 +31,7 @@ from lit_lora.adapters.peft_format import (
     CONFIG_NAME,
     adapter_state_dict,
     from_peft_config,
+    is_whole_adapter,
     save_adapter,
 )
 from lit_lora.adapters.trained_on import noted
@@ -67,6 +68,10 @@ class HFAdapterExport(Check):
     """
 
     name = "adapter export"
+    key = "export"
+    without_effect = frozenset(
+        {"folder", "best_folder", "every_n_steps", "model_attr", "base_model_name", "data", "portable"}
+    )
 
     def __init__(
         self,
@@ -241,9 +246,9 @@ class HFAdapterExport(Check):
         )
 
     def _bring_back_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-        """Write the best adapter again where it is gone; why that cannot be done, or empty."""
+        """Write the best adapter again where it is gone or damaged; why that cannot be done, or empty."""
         folder = self._best_folder(trainer)
-        if trainer.strategy.broadcast((folder / CONFIG_NAME).is_file()):
+        if trainer.strategy.broadcast(is_whole_adapter(folder) if trainer.is_global_zero else None):
             return ""
         paths = [c.best_path for c in trainer.callbacks if isinstance(c, TrainingCheckpoint)]  # type: ignore[attr-defined]
         path = next(filter(None, paths), None)

@@ -48,6 +48,7 @@ class ConvergenceAssertion(Check):
     """
 
     name = "convergence"
+    key = "convergence"
 
     def __init__(
         self,

@@ -50,6 +50,7 @@ class GradientFlowAssertion(Check):
     """
 
     name = "gradient flow"
+    key = "gradient_flow"
 
     def __init__(
         self,

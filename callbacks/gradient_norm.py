@@ -87,6 +87,8 @@ class GradientNormLogger(Check):
     """
 
     name = "gradients"
+    key = "gradient_norm"
+    without_effect = frozenset({"per_layer"})
 
     def __init__(
         self,
@@ -120,7 +122,6 @@ class GradientNormLogger(Check):
         self.num_non_finite = 0
         """Optimizer steps dropped, by "skip" or by the fp16 loss scale."""
         self.spikes = SpikeWatch(window, spike_std, explosion_factor)
-        self._window = window
         self._step_loss = StepLoss(monitor)
         self._names: dict[int, str] = {}
         self._pending: list[_Step] = []

@@ -95,6 +95,7 @@ class MemoryProfiler(Check):
     """
 
     name = "memory"
+    key = "memory"
 
     def __init__(
         self,

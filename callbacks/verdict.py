@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
 
@@ -38,8 +39,19 @@ class Check(pl.Callback, ABC):
     name: ClassVar[str]
     """What is checked."""
 
+    key: ClassVar[str]
+    """What its settings are called by on the command line."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    """Settings that change neither what is trained nor how it is judged."""
+
     verdict: Verdict | None = None
     """None until the run is judged."""
+
+    def settings(self) -> dict[str, Any]:
+        """What it was given of what has an effect, by name: of a resumed run, the difference is named."""
+        names = inspect.signature(type(self).__init__).parameters.keys() - {"self", *self.without_effect}
+        return {f"{self.key}.{name}": getattr(self, name) for name in sorted(names) if hasattr(self, name)}
 
     @abstractmethod
     def judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Verdict:

@@ -1,4 +1,4 @@
-"""Which base an adapter belongs to: a SHA-256 over all of its weights.
+"""Which base an adapter belongs to: a SHA-256 over all of its weights, and the configuration that computes with them.
 
 Weights in files are hashed as they are stored, tensor by tensor, so that the dtype they are loaded in, quantizing, and
 the way they are divided into shards change nothing. That happens in the background while the model is loaded, and once:
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -110,15 +111,17 @@ def hash_weights(location: str, gguf_file: str | None, revision: str | None) -> 
         None if the files are not on this machine.
     """
     paths = _weight_files(location, gguf_file, revision)
-    return hash_files(paths) if paths else None
+    configs = [] if gguf_file else _files(location, ["config.json"], revision)
+    return hash_files(paths, configs[0] if configs else None) if paths else None
 
 
-def hash_files(paths: Sequence[Path], cache_dir: Path | None = None) -> BaseHash:
-    """The hash of weights that are stored in these files (safetensors or GGUF)."""
-    folder = cache_folder("hashes") if cache_dir is None else cache_dir
+def hash_files(paths: Sequence[Path], config: Path | None = None) -> BaseHash:
+    """The hash of weights that are stored in these files (safetensors or GGUF), and of a ``config.json``."""
+    folder = cache_folder("hashes")
 
     def compute() -> str:
-        return f"files:{_combined(entry for path in paths for entry in _known_or_hashed(path, folder))}"
+        entries = [entry for path in paths for entry in _known_or_hashed(path, folder)]
+        return f"files:{_combined(entries + ([] if config is None else [_of_config(config)]))}"
 
     return BaseHash(compute, sum(path.stat().st_size for path in paths))
 
@@ -141,6 +144,21 @@ def _in_memory(model: nn.Module) -> BaseHash:
         return f"memory:{_combined(_described(tensors))}"
 
     return BaseHash(compute, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+_NO_EFFECT = re.compile(
+    r"_.*|.*_token_id|architectures|auto_map|dtype|torch_dtype|quantization_config|transformers_version|use_cache"
+)
+"""Fields of a ``config.json`` that change nothing in what a forward pass computes, or are compared elsewhere."""
+
+
+def _of_config(path: Path) -> tuple[str, str]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # loading the model says what is wrong with it
+        content = {}
+    fields = {name: value for name, value in content.items() if not _NO_EFFECT.fullmatch(name)}
+    return "config", hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _described(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, str]]:

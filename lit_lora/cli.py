@@ -37,7 +37,7 @@ from lit_lora.callbacks import (
     ThroughputLogger,
     TrainingCheckpoint,
 )
-from lit_lora.callbacks._trainer import why_past_its_end
+from lit_lora.callbacks._trainer import why_past_its_end, writes_files
 from lit_lora.checkpoint import AtomicCheckpointIO, read_checkpoint
 from lit_lora.command_line import in_order, without_contradictions
 from lit_lora.config_check import DATA_KEYS, parser_of, problems_in, problems_of
@@ -146,6 +146,8 @@ class LoRACLI(LightningCLI):
 
     outcome: Outcome | None = None
     """How the run ended; of a fit, on its first process."""
+    trains = True
+    """Whether a fit is run, which must have an end, and not only parsed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Run the command line; see :func:`run`."""
@@ -194,7 +196,7 @@ class LoRACLI(LightningCLI):
             if config.get(key):
                 config[key] = shipped(config[key]) or config[key]
         found = problems_of(config, parser, sys.argv[1:], PARTS)
-        if not found and self.config["subcommand"] == "fit":
+        if not found and self.trains and self.config["subcommand"] == "fit":
             found = missing_end(**vars(config.trainer))
         if found:
             refuse(found)
@@ -229,7 +231,7 @@ class LoRACLI(LightningCLI):
             rank_zero_info(f"No checkpoint in {root}: a new run starts")
         config.ckpt_path = str(found.checkpoint) if found is not None else None
         if verb == "fit" and found is not None and found.folder is not None:
-            _refuse_older(found.checkpoint, found.folder, config.trainer.max_steps)
+            _refuse_older(found.checkpoint, found.folder, config.trainer)
         if verb == "fit" and _is_first_process():
             resumed = found.folder if found is not None else None
             trial = bool(config.trainer.get("fast_dev_run"))
@@ -297,10 +299,9 @@ class LoRACLI(LightningCLI):
             "ckpt_path": None,
         }
 
-    @rank_zero_only
     def _write_config(self, folder: Path) -> None:
         path = folder / CONFIG_NAME
-        if not self._differs(path):
+        if not writes_files(self.trainer) or not self._differs(path):
             return
         make_folder(folder, option="trainer.default_root_dir")
         if path.exists():
@@ -339,6 +340,8 @@ class _Parsed(Exception):
 
 
 class _ParsingCLI(LoRACLI):
+    trains = False
+
     def check_config(self, config: Any, parser: LightningArgumentParser) -> None:
         super().check_config(config, parser)
         raise _Parsed(config)
@@ -369,18 +372,24 @@ def _is_of_loading(error: Exception) -> bool:
 yaml.SafeDumper.add_representer(Interval, lambda dumper, value: dumper.represent_str(value.value))
 
 
-def _refuse_older(checkpoint: Path, folder: Path, max_steps: int) -> None:
+def _refuse_older(checkpoint: Path, folder: Path, trainer: Any) -> None:
     """Refuse to end a finished run again, at an older step: its results would be replaced by earlier ones."""
     outcome = read_outcome(folder)
-    if outcome is None or not outcome.finished or not 0 <= max_steps < outcome.step:
+    if outcome is None or not outcome.finished:
         return
-    step = read_checkpoint(checkpoint)["global_step"]
-    if max_steps <= step < outcome.step:
-        raise ValueError(
-            f"the run in {folder} finished at step {outcome.step}, {checkpoint} is of step {step}, and "
-            f"trainer.max_steps {max_steps} leaves nothing to train: `lit-lora export {checkpoint} FOLDER` writes its "
-            "adapter"
-        )
+    content = read_checkpoint(checkpoint)
+    step: int = content["global_step"]
+    epochs: int = content.get(SFTDataModule.__name__, content)["epoch"]  # the data's count is the one that is gone by
+    if step >= outcome.step:
+        return
+    for name, reached in (("max_steps", step), ("max_epochs", epochs)):
+        end = trainer[name]
+        if end is not None and 0 <= end <= reached:
+            raise ValueError(
+                f"the run in {folder} finished at step {outcome.step}, {checkpoint} is of step {step}, and "
+                f"trainer.{name} {end} leaves nothing to train: `lit-lora export {checkpoint} FOLDER` writes its "
+                "adapter"
+            )
 
 
 def _is_first_process() -> bool:

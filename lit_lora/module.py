@@ -332,8 +332,7 @@ class LoRALightningModule(TokenLossModule):
         state = training_state.collect(self.trainer, self._identity, self._recorder, self.trainable_parameters())
         own = {"optimizer": self._given, "changes": self.setting_changes, "training_point": self._point.state_dict()}
         checkpoint[training_state.KEY] = {**state, **own}
-        if self.model is not None:
-            training_record.save(self.model, checkpoint[training_state.KEY])
+        training_record.save(self.model, checkpoint[training_state.KEY])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint belongs to this base and these adapters; keep the rest for the start of training.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
 from torch.optim import Optimizer
@@ -36,9 +36,19 @@ REFUSED = ("quantization", "lora.adapter_dtype")
 
 TRAINER = (
     "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision", "max_steps", "max_epochs",
-    "limit_train_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch",
+    "limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch",
 )  # fmt: skip
-"""Settings of the Trainer that change what is learned, or when it is validated."""
+"""Settings of the Trainer that change what is learned, or when and on what it is validated."""
+
+
+@runtime_checkable
+class Judging(Protocol):
+    """A callback that says by which settings it judges: see :class:`lit_lora.callbacks.verdict.Check`."""
+
+    without_effect: frozenset[str]
+
+    def settings(self) -> dict[str, Any]:
+        """By the names of their options."""
 
 
 class Difference(NamedTuple):
@@ -53,9 +63,11 @@ class Difference(NamedTuple):
 
 
 def trainer_settings(trainer: Trainer) -> dict[str, Any]:
-    """What is compared of a Trainer, plain types, by the names of its options."""
+    """What is compared of a Trainer and of the checks it has, plain types, by the names of their options."""
     values = {f"trainer.{name}": getattr(trainer, name) for name in TRAINER}
     values |= {"trainer.devices x num_nodes": trainer.world_size}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        values |= callback.settings() if isinstance(callback, Judging) else {}
     seed = os.environ.get("PL_GLOBAL_SEED")  # where seed_everything leaves it
     return _plain({**values, "seed_everything (without effect on a resumed run)": int(seed) if seed else None})
 

@@ -130,11 +130,6 @@ class RunRecord(L.Callback):
         else:
             self.failure = None
 
-    @property
-    def has_trained(self) -> bool:
-        """Whether the last fit took a step."""
-        return self._started
-
     def finished(self, trainer: L.Trainer) -> Outcome | None:
         """What the run had said of itself when it came to this very step, if the last fit took no further one."""
         earlier = None if self._started or why_past_its_end(trainer) else read_outcome(trainer.default_root_dir)
@@ -162,10 +157,10 @@ class RunRecord(L.Callback):
     def _outcome(self, trainer: L.Trainer, earlier: Outcome | None) -> Outcome:
         verdicts = [check.verdict or Verdict(check.name, None, "not judged") for check in _checks(trainer)]
         if earlier is not None:
-            # Its adapter may have gone since, and come back or not: that is the one thing to look at again.
+            # Its adapter may have gone since, or have been written only now: that is the one thing to look at again.
             exports = {check.name: check.verdict for check in _checks(trainer) if isinstance(check, HFAdapterExport)}
-            gone = {name: verdict for name, verdict in exports.items() if verdict is not None and not verdict.passed}
-            return replace(earlier, verdicts=[gone.get(verdict.name, verdict) for verdict in earlier.verdicts])
+            found = [(verdict, exports.get(verdict.name) or verdict) for verdict in earlier.verdicts]
+            return replace(earlier, verdicts=[was if was.passed == now.passed else now for was, now in found])
         module = trainer.lightning_module
         return Outcome(
             step=trainer.global_step,

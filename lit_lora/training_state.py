@@ -139,8 +139,8 @@ def check(
     if state["base_hash"] != ours:
         raise ValueError(
             f"the checkpoint belongs to another base: it was trained on {state['base']!r}, "
-            f"{short(state['base_hash'])}; this is {identity.base!r}, {short(ours)}, whose weights are not the same "
-            "bit for bit. Set model.base to the base that it was trained on"
+            f"{short(state['base_hash'])}; this is {identity.base!r}, {short(ours)}, whose weights or config are not "
+            "the same. Set model.base to the base that it was trained on"
         )
     if state.get("base_dtype") != _dtype_of(identity.model):
         applied.append(Difference("dtype of the base", state.get("base_dtype"), _dtype_of(identity.model)))

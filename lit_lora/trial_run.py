@@ -316,9 +316,7 @@ class _NoDropout(TorchFunctionMode):
             self.asked |= bool(given.get("p", 0.5)) and given.get("training", given.get("train", True))
             return given["input"]
         if func is F.scaled_dot_product_attention:
-            given = (
-                dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
-            )
+            given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | kwargs
             self.asked |= bool(given.pop("dropout_p", 0.0))
             return func(**given)
         return func(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -72,6 +73,22 @@ def test_the_way_of_loading_does_not_count(stored, tmp_path):
     model = load_base_model(str(tmp_path / "shards"))
     inject_lora(model, LoRAConfig(r=4))
     assert value(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "changed", "counts"),
+    [
+        ("rms_norm_eps", 0.5, True), ("rope_parameters", {"rope_type": "default", "rope_theta": 99.0}, True),
+        ("hidden_act", "gelu", True), ("sliding_window", 7, True),
+        ("pad_token_id", 3, False), ("transformers_version", "9.9", False), ("use_cache", False, False),
+        ("dtype", "float16", False),
+    ],
+)  # fmt: skip
+def test_what_of_the_config_changes_the_forward_pass_counts(stored, field, changed, counts):
+    before = value(load_base_model(str(stored), dtype="float32"))
+    path = stored / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: changed}, indent=7))
+    assert (value(load_base_model(str(stored), dtype="float32")) != before) is counts
 
 
 def test_a_file_is_hashed_once_and_again_when_it_changed(stored, monkeypatch):

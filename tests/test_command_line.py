@@ -241,7 +241,7 @@ def test_shipped_data_is_found_by_every_verb_from_any_folder(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main(arguments)
-    assert "no adapter folder runs/x" in capsys.readouterr().err
+    assert "no adapter folder 'runs/x'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,16 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: b
     return report
 
 
+def is_whole_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter just as it was written, by its checksum."""
+    try:
+        weights = find_weights(folder)
+        check_adapter(weights, read_tensors(weights), from_peft_config(read_config(folder / CONFIG_NAME)))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _tokenizer_files(tokenizer: Any, folder: Path) -> list[FileToWrite]:
     files = []
     for name, content in tokenizer_files(tokenizer).items():

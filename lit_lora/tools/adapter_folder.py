@@ -111,8 +111,8 @@ def check_base(adapter: str, record: TrainedOn, model: nn.Module, place: Base, *
     named = _named_base(adapter) if Path(adapter).is_dir() else None
     message = (
         f"the adapter in {adapter} was trained on {named.name if named else 'another base'}, "
-        f"{short(record.base_hash)}, and {place.name} is {short(found)}: its weights are not the same, so it will not "
-        "compute what was trained"
+        f"{short(record.base_hash)}, and {place.name} is {short(found)}: its weights or its config are not the same, "
+        "so it will not compute what was trained"
     )
     if found.partition(":")[0] != record.base_hash.partition(":")[0]:
         _warn(f"{message}, unless only the kind of file differs")

@@ -44,8 +44,14 @@ def export(
         local_folder,
         trained_quantization,
     )
+    from lit_lora.wording import setting
 
     if Path(source).suffix == ".ckpt":
+        if other_base:
+            raise ValueError(
+                f"{setting('other_base')} is for the folder of an adapter: a checkpoint is read onto the base that it "
+                f"was trained on ({setting('base')} says where that lies now)"
+            )
         from lit_lora.module import LoRALightningModule
 
         options = {name: value for name, value in {"base": base, "revision": revision}.items() if value is not None}

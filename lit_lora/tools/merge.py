@@ -116,7 +116,9 @@ def merge(
         references["the unmerged model on the same base"] = sample_logits(model, texts)
     merge_lora(model)
     if broken := [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]:
-        raise ValueError(f"{base} holds NaN or infinity in {some(broken)}: nothing is merged. Take an undamaged copy")
+        raise ValueError(
+            f"{place.name} holds NaN or infinity in {some(broken)}: nothing is merged. Take an undamaged copy"
+        )
 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -102,12 +102,14 @@ def test_a_checkpoint_past_the_end_is_judged_by_nothing(stranger, killed_at, mon
     assert stranger.contents() == before
 
 
-def test_an_older_checkpoint_with_nothing_left_to_do_harms_nothing_newer(stranger):
-    stranger.fit(trainer__max_steps=8, checkpoint__keep_last=9)
+@pytest.mark.parametrize(("unit", "length"), [("steps", 2), ("epochs", 1)])
+def test_an_older_checkpoint_with_nothing_left_to_do_harms_nothing_newer(stranger, unit, length):
+    stranger.options |= {"data.batch_size": 20, "trainer.max_steps": -1, "trainer.max_epochs": -1}  # 2 steps an epoch
+    stranger.fit(**{f"trainer__max_{unit}": 2 * length, "checkpoint__keep_last": 9})
     before = stranger.contents()
-    refused = stranger.fit(trainer__max_steps=4, ckpt_path="run/checkpoints/step=00000004.ckpt")
+    refused = stranger.fit(**{f"trainer__max_{unit}": length}, ckpt_path="run/checkpoints/step=00000002.ckpt")
     assert refused.code == 1
-    assert "finished at step 8" in refused.err
+    assert "finished at step 4" in refused.err
     assert stranger.contents() == before
 
 
@@ -168,11 +170,38 @@ def test_the_best_adapter_comes_back_from_its_checkpoint_or_the_run_is_not_prove
     shutil.rmtree(best.parent)
     assert stranger.fit(**settings, ckpt_path="last").headline == "proved"
     assert best.read_bytes() == expected
-    shutil.rmtree(best.parent)
+    best.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))
+    stranger.fit(ckpt_path="last", **settings)
+    assert best.read_bytes() == expected
+    best.unlink()
+    assert stranger.fit(**settings, ckpt_path="last").headline == "proved"
+    assert best.read_bytes() == expected
+    shutil.move(best.parent, "kept")
     Path("run/checkpoints/step=00000002.ckpt").unlink()
     lost = stranger.fit(**settings, ckpt_path="last")
     assert (lost.code, lost.headline) == (EXIT_NOT_PROVED, "NOT PROVED: adapter export")
     assert "neither is its checkpoint" in lost.out
+    shutil.move("kept", best.parent)
+    back = stranger.fit(**settings, ckpt_path="last")
+    assert (back.code, back.headline) == (0, "proved")
+
+
+def test_an_adapter_that_could_be_written_only_later_is_there_then(stranger):
+    Path("full").touch()
+    failed = stranger.fit(export__folder="full/adapter")
+    assert (failed.code, failed.headline) == (1, "NOT PROVED: adapter export")
+    Path("full").unlink()
+    again = stranger.fit(export__folder="full/adapter", ckpt_path="last")
+    assert (again.code, again.headline) == (0, "proved")
+    assert stranger.record("verdict.json")["result"] == "proved"
+    assert Path("full/adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_trial_leaves_the_folder_of_a_run_alone(stranger):
+    stranger.fit()
+    before = stranger.contents()
+    assert stranger.fit(trainer__fast_dev_run="true", model__learning_rate=0.02).code == 0
+    assert stranger.contents() == before
 
 
 def start(stranger, *arguments: object, count: int = 1, **changed) -> list[subprocess.Popen[str]]:

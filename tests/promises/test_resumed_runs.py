@@ -106,17 +106,21 @@ APPLIED = {
     "trainer.gradient_clip_val": 0.01,
     "trainer.max_steps": 12,
     "trainer.limit_train_batches": 11,
+    "trainer.limit_val_batches": 0.5,
 }
 
 
 @pytest.mark.parametrize("name", APPLIED)
 def test_a_setting_that_is_applied_is_named_and_recorded_as_it_was(stranger, name):
     option = name.replace(".", "__")
+    if name == "trainer.limit_val_batches":
+        stranger.options |= {"data.validation_fraction": 0.2}
     stranger.fit(**{"trainer__max_steps": 8, "trainer__default_root_dir": "other", option: APPLIED[name]})
+    stranger.options |= {"convergence.min_decrease": -9}
     with_old = stranger.fit(trainer__max_steps=8, checkpoint__keep_last=9)
     assert with_old.code == 0
     shutil.copytree("run", "same")
-    resume = {"trainer__max_steps": 8, "convergence__min_decrease": -9}
+    resume = {"trainer__max_steps": 8}
     stranger.fit(**resume, trainer__default_root_dir="same", ckpt_path="same/checkpoints/step=00000004.ckpt")
     changed = stranger.fit(**{**resume, option: APPLIED[name]}, ckpt_path="run/checkpoints/step=00000004.ckpt")
     assert changed.code == 0
@@ -132,7 +136,8 @@ def test_a_setting_that_is_applied_is_named_and_recorded_as_it_was(stranger, nam
         assert "learning_rate | 0.001" in Path("run/adapter/README.md").read_text()
     elif name in ("model.lr_schedule", "model.warmup_ratio"):
         assert rates(stranger)[4:] == rates(stranger, "other")[4:8]
-    if name not in ("model.packing", "trainer.limit_train_batches"):  # which change the rounding, and later epochs
+    # Which change the rounding, later epochs, and what is best:
+    if name not in ("model.packing", "trainer.limit_train_batches", "trainer.limit_val_batches"):
         assert losses(stranger)[5:] != losses(stranger, "same")[5:]
 
 
@@ -210,6 +215,36 @@ def flip_a_bit(path: Path, tensor: int, bit: int) -> None:
     flat = tensors[name].reshape(-1).view(torch.int32)
     flat[(7919 * bit) % len(flat)] ^= 1 << (bit % 32)
     save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("convergence.min_decrease", -5.0),
+        ("gradient_norm.on_non_finite", "skip"),
+        ("gradient_flow.check_base", "false"),
+        ("memory.budget_mib", 90000),
+    ],
+)
+def test_a_check_that_judges_otherwise_is_named_and_recorded(stranger, name, changed):
+    stranger.fit()
+    resumed = stranger.fit(ckpt_path="last", trainer__max_steps=6, **{name.replace(".", "__"): changed})
+    assert f"{name} was " in resumed.err
+    (change,) = stranger.record("verdict.json")["changes"]
+    assert name in change["settings"]
+
+
+def test_a_base_that_computes_otherwise_is_an_error_on_resume(stranger, stored_base):
+    """The same weights, and another number in the config beside them."""
+    stranger.fit()
+    config = stored_base.parent / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
+    refused = stranger.fit(ckpt_path="last", trainer__max_steps=8)
+    assert refused.code == 1
+    assert "whose weights or config are not the same" in refused.err
+    generated = stranger.run("generate", "say 3", "--adapter", "run/adapter", "--max_new_tokens", 3)
+    assert generated.code == 1
+    assert "its weights or its config are not the same" in generated.err
 
 
 @pytest.mark.parametrize("number", range(4))

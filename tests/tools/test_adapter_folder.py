@@ -109,22 +109,24 @@ def test_inference_on_a_base_that_is_stored_quantized_takes_it_as_it_is(base, tm
     byte_tokenizer().save_pretrained(tmp_path / "base4")
     adapter = _make_adapter(base, tmp_path / "adapter", QuantizationConfig())
     with pytest.warns(UserWarning, match="was trained on"):
-        load_for_inference(str(tmp_path / "base4"), adapter)
+        load_for_inference(str(tmp_path / "base4"), adapter, other_base=True)
 
 
 @pytest.mark.filterwarnings("error")
-def test_another_base_of_the_same_shape_gets_a_warning(base, adapter, tmp_path, monkeypatch):
+def test_another_base_of_the_same_shape_is_refused_or_gets_a_warning(base, adapter, tmp_path, monkeypatch):
     other = _make_base(tmp_path / "other", 1)
     verbs = {
-        "inference": lambda name: load_for_inference(name, adapter),
-        "merge": lambda name: merge(adapter, str(tmp_path / "merged"), base=name),
-        "export": lambda name: export(adapter, str(tmp_path / "exported"), base=name),
+        "inference": lambda **base: load_for_inference(adapter=adapter, **base),
+        "merge": lambda **base: merge(adapter, str(tmp_path / "merged"), **base),
+        "export": lambda **base: export(adapter, str(tmp_path / "exported"), **base),
     }
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(base)
     for verb in verbs.values():
-        with pytest.warns(UserWarning, match=r"was trained on '.*base' and is put on '.*other'"):
-            verb(other)
+        with pytest.raises(ValueError, match=r"was trained on .*base, files:.* and .*other is files:"):
+            verb(base=other)
+        with pytest.warns(UserWarning, match=r"was trained on .*base, files:.* and .*other is files:"):
+            verb(base=other, other_base=True)
     for same in (base, "base", "./base/", str(tmp_path / "link")):
         load_for_inference(same, adapter)
 

@@ -120,7 +120,7 @@ def test_what_the_base_ends_with_counts_only_as_far_as_the_tokenizer_ends_with_i
 
 def test_a_base_without_a_tokenizer_asks_for_one(tmp_path):
     make_base(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"no tokenizer: .*has no tokenizer of its own.*--tokenizer"):
+    with pytest.raises(ValueError, match=r"no tokenizer: .*has no tokenizer of its own: set tokenizer"):
         load_for_inference(f"random:{tmp_path / 'base' / 'config.json'}", None)
     _, tokenizer, _ = load_for_inference(f"random:{tmp_path / 'base' / 'config.json'}", None, tokenizer="bytes")
     assert tokenizer.chat_template == CHAT_TEMPLATE

@@ -86,14 +86,20 @@ def test_the_revision_of_training_is_used_by_every_verb(given, commit, recorded,
     assert again["revision"] == recorded
 
 
-def test_another_revision_gets_a_warning_and_another_base_has_none(hub, tmp_path):
+@pytest.mark.filterwarnings("ignore:the adapter in .* was trained on")  # the other of two warnings
+def test_another_revision_is_named_and_has_other_weights(hub, tmp_path):
     adapter = str(_train(tmp_path, model__revision="v1"))
     other = str(hub / "snapshots" / NEW)
-    with pytest.warns(UserWarning, match="was trained on revision v1, and is put on main"):
-        model, _, _ = load_for_inference(None, adapter, revision="main")
-    assert torch.equal(_logits(model), _expected(Path(adapter), Path(other)))
-    with pytest.warns(UserWarning, match="was trained on 'acme/tiny' and is put on"):
-        load_for_inference(other, adapter)
+    named = "was trained on revision v1, and is put on main"
+    for base, revision, warning in ((None, "main", named), (other, None, "its weights are not the same")):
+        with pytest.warns(UserWarning, match=warning):
+            model, _, _ = load_for_inference(base, adapter, revision=revision, other_base=True)
+        assert torch.equal(_logits(model), _expected(Path(adapter), Path(other)))
+    with (
+        pytest.raises(ValueError, match="its weights are not the same"),
+        pytest.warns(UserWarning, match=named),
+    ):
+        load_for_inference(None, adapter, revision="main")
 
 
 def test_an_adapter_on_the_hub_is_run_as_it_was_trained(hub, tmp_path, capsys):
