@@ -113,7 +113,7 @@ def layers_to_checkpoint(
             return k
     raise ValueError(
         f"activations of {batch_tokens} tokens need {measured.needed(count) / 1e6:,.0f} MB with all {count} layers "
-        f"recomputed, activation_memory allows {budget_bytes / 1e6:,.0f} MB: raise it, or lower "
+        f"recomputed, {setting('model.step.recompute')} allows {budget_bytes / 1e6:,.0f} MB: raise it, or lower "
         f"{setting('data.batch_size')}, {setting('data.max_length')} or {setting('data.max_tokens_per_batch')}"
     )
 
@@ -126,7 +126,7 @@ def measure_activations(
     path = replace(path, shared_prefix=False)  # the most that a batch of this size can need
     layers = repeated_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no list of equal layers: leave out activation_memory")
+        raise ValueError(f"{type(model).__name__} has no list of equal layers: set {setting('model.step.recompute', False)}")
     before: list[int] = []
     after: list[int] = []
     hidden_bytes = 0
@@ -158,7 +158,7 @@ def measure_activations(
     piece = path.packed_up_to or batch_tokens  # a longer example would be padded
     lengths = [min(piece, batch_tokens - start) for start in range(0, batch_tokens, piece)]
     try:
-        with attributes_kept(model), without_values("set gradient_checkpointing in place of activation_memory") as mode:
+        with attributes_kept(model), without_values("set recompute to true in place of an amount") as mode:
             batch = causal_lm.placeholder_batch(lengths, packed=path.packed, device=device)
             # The mode makes a fake twin of each real tensor that it meets. Twins of weights are no activations.
             twins = [mode.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())]
@@ -177,7 +177,7 @@ def measure_activations(
 
 
 def budget_bytes(amount: str, device: torch.device, reserved: int) -> int:
-    """Bytes that ``activation_memory`` allows; "auto" is what is free now.
+    """Bytes that ``recompute`` allows; "auto" is what is free now.
 
     Args:
         amount: "2GiB", or "auto".

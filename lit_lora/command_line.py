@@ -69,9 +69,7 @@ class Replacement(NamedTuple):
 REPLACEMENTS = (
     Replacement("data.validation", "data.validation_fraction", "0.0"),
     Replacement("data.validation_fraction", "data.validation", "null"),
-    Replacement("model.gradient_checkpointing", "model.activation_memory", "null"),
-    Replacement("model.activation_memory", "model.gradient_checkpointing", "false"),
-    Replacement("model.optimizer", "model.weight_decay", "0.0"),
+    Replacement("model.optimizer", "model.optimization.weight_decay", "0.0"),
     Replacement("trainer.max_epochs", "trainer.max_steps", "-1", only_shipped=True),
 )
 

@@ -1,6 +1,9 @@
-"""What the user may set about adapters and quantization: frozen dataclasses, checked on construction.
+"""What the user may set, grouped by consequence: frozen dataclasses, checked on construction.
 
-Field names are PEFT's, so that a config reads the same in ``adapter_config.json``, in YAML and in Python. Left out on
+What is adapted (``LoRAConfig``), how the base is held (``QuantizationConfig``), what is learned
+(``OptimizationConfig``), and at what cost (``StepConfig``).
+
+Field names of adapters are PEFT's, so that a config reads the same in ``adapter_config.json``, in YAML and in Python. Left out on
 purpose: fields of PEFT that change the function and that lit_lora does not implement (DoRA, trainable biases, ...).
 Reading an adapter that uses one of them is an error, see ``adapters/peft_format.py``.
 """
@@ -13,6 +16,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lit_lora.amounts import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,92 @@ class QuantizationConfig:
             raise ValueError("quant_type, double_quant and block_size only apply to 4 bits: leave them out")
 
 
-def _convert_fields(config: LoRAConfig | QuantizationConfig) -> None:
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """What is learned: AdamW, and a learning rate that rises and then comes down."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate of the built-in AdamW."""
+
+    weight_decay: float = 0.0
+    """Weight decay of the built-in AdamW."""
+
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What follows the warm-up, per optimizer step."""
+
+    warmup_ratio: float = 0.03
+    """Share of all steps over which the learning rate rises, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        _convert_fields(self)
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How a step is computed: other time and memory, the same result. A resumed run may have others."""
+
+    recompute: bool | int | str = False
+    """Decoder layers that are computed again in the backward pass, for less memory and more time: false for none, true
+    for all, a number for the first so many, an amount such as 4GiB for as few as keep activations within it, or "auto"
+    for what is free on the device."""
+
+    recompute_mlp: bool = True
+    """Make the activation and product of SwiGLU MLPs again in the backward pass: half of a layer's activations for two
+    elementwise passes."""
+
+    shared_prefix: bool = True
+    """Compute what all examples of a packed batch begin with once; on a CPU, without dropout."""
+
+    chunked_loss: bool = True
+    """Compute the loss from hidden states in chunks, where that is exact; else from full logits."""
+
+    fused_lora: bool = True
+    """One autograd function per adapted layer; else plain operations, for comparison."""
+
+    compile_layers: bool = False
+    """Run each decoder layer through torch.compile, for longer runs on CUDA (unverified on hardware). No gain on a CPU;
+    the first step waits for the compiler."""
+
+    liger: bool = False
+    """Liger's kernels for norms, rotary positions and gated MLPs; CUDA only (unverified on hardware)."""
+
+    def __post_init__(self) -> None:
+        _convert_fields(self)
+        if isinstance(self.recompute, str):
+            if self.recompute != "auto":
+                parse_bytes(self.recompute)
+        elif self.recompute < 0:
+            raise ValueError(f"recompute must be at least 0 layers, got {self.recompute}")
+        if self.liger and self.compile_layers:
+            raise ValueError(
+                "liger and compile_layers fuse the same operations, and together they are untested: set one of them"
+            )
+        if self.liger and self.activation_budget is not None:
+            raise ValueError(
+                f"recompute {self.recompute!r} traces the model on tensors without values, which Liger's kernels cannot: "
+                "set recompute to true, or liger to false"
+            )
+
+    @property
+    def activation_budget(self) -> str | None:
+        """Memory that ``recompute`` is to keep activations within, if it is that."""
+        return self.recompute if isinstance(self.recompute, str) else None
+
+    @property
+    def recomputed_layers(self) -> int | None:
+        """How many decoder layers are recomputed from the start; None for all."""
+        if isinstance(self.recompute, str):
+            return 0
+        return None if self.recompute is True else int(self.recompute)
+
+
+def _convert_fields(config: LoRAConfig | QuantizationConfig | OptimizationConfig | StepConfig) -> None:
     """Give every field the plain type of its annotation, so that what is set can also be written to a file.
 
     Sets and tuples become lists, numbers of numpy plain ones, ``torch.bfloat16`` its name. Whatever else is not of the

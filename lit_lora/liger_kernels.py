@@ -20,13 +20,6 @@ from transformers import PreTrainedModel
 _NEVER = ("cross_entropy", "fused_linear_cross_entropy")
 
 
-def refusal(compile_layers: bool) -> str:
-    """Why the kernels are not combined with another setting."""
-    if compile_layers:
-        return "liger and compile_layers fuse the same operations, and together they are untested: set one of them"
-    return "activation_memory traces the model on tensors without values, which Liger's kernels cannot: set one of them"
-
-
 def check_available(device: torch.device) -> None:
     """Look for what the kernels need, before anything large is loaded.
 

@@ -30,7 +30,7 @@ from lit_lora.adapters.inject import inject_lora
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.adapters.quantize import is_left_plain, quantize_
 from lit_lora.amounts import parse_bytes
-from lit_lora.config import LoRAConfig, QuantizationConfig
+from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.cuda_allocator import CudaPeak, replay
 from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.models import RANDOM, _architecture, resolve_base
@@ -54,12 +54,8 @@ class StepSettings:
     quantization: QuantizationConfig | None = None
     dtype: str = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
-    gradient_checkpointing: bool | int = False
-    """Layers that are recomputed in the backward pass: all, none, or the first so many."""
+    step: StepConfig = StepConfig()  # noqa: RUF009 (frozen)
     packing: bool = True
-    chunked_loss: bool = True
-    fused_lora: bool = True
-    recompute_mlp: bool = True
     supervised: float = 1.0
     """Share of tokens that the loss counts."""
     accumulate_grad_batches: int = 1
@@ -68,8 +64,8 @@ class StepSettings:
 
     def __str__(self) -> str:
         base = "16- or 32-bit base" if self.quantization is None else f"{self.quantization.bits}-bit base"
-        chosen = self.gradient_checkpointing
-        recomputed = "all layers" if chosen is True else f"{int(chosen) or 'no'} layers"
+        count = self.step.recomputed_layers
+        recomputed = "all layers" if count is None else f"{count or 'no'} layers"
         tokens = f"{len(self.lengths)} examples of up to {max(self.lengths)} tokens"
         return f"{self.base} on {self.device}, {base}, rank {self.lora.r}, {tokens}, {recomputed} recomputed"
 
@@ -155,21 +151,20 @@ def trace(settings: StepSettings) -> MemoryEstimate:
     with without_values("its step cannot be traced. Run a short fit instead, which reports its peak"), tracker:
         model, load_peak = _load(settings, device, tracker)
         inject_lora(model, settings.lora)
-        if not settings.fused_lora:
+        if not settings.step.fused_lora:
             for _, layer in lora_layers(model):
                 if isinstance(layer, LoRALinear):
                     layer.has_fast_path = False
-        if settings.recompute_mlp:
+        if settings.step.recompute_mlp:
             recompute_gated_mlps(model, trial=False)
-        path = likely_path(model, packing=settings.packing, direct_head=settings.chunked_loss)
+        path = likely_path(model, packing=settings.packing, direct_head=settings.step.chunked_loss)
         model.train()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         tracker.claim("adapters", trainable)
         tracker.forget_the_dead()
         tracker.name_modules(model)
-        if settings.gradient_checkpointing:
-            count = settings.gradient_checkpointing
-            checkpoint_layers(model, None if count is True else count)
+        if settings.step.recompute:
+            checkpoint_layers(model, settings.step.recomputed_layers)
         batch = causal_lm.placeholder_batch(
             settings.lengths, packed=path.packed, device=device, supervised=settings.supervised
         )
@@ -331,8 +326,8 @@ def suggest(estimate: MemoryEstimate, limit: int | str | None = None) -> list[Su
 
 
 def _changes(settings: StepSettings) -> Iterator[tuple[str, StepSettings]]:
-    if settings.gradient_checkpointing is not True:
-        yield "model.gradient_checkpointing true", replace(settings, gradient_checkpointing=True)
+    if settings.step.recompute is not True:
+        yield "model.step.recompute true", replace(settings, step=replace(settings.step, recompute=True))
     if settings.quantization is None:
         yield "model.quantization.bits 4", replace(settings, quantization=QuantizationConfig())
     elif settings.quantization.embedding_bits is None:

@@ -9,9 +9,8 @@ How a step's loss and gradients count tokens is its base class's matter: :mod:`l
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
 
 import lightning as L
@@ -27,10 +26,9 @@ from lit_lora.adapters import trained_on
 from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.adapters.module_names import plain_name
-from lit_lora.amounts import parse_bytes
 from lit_lora.base_hash import base_hash, forget_base, note_base
 from lit_lora.checkpoint import read_checkpoint
-from lit_lora.config import LoRAConfig, QuantizationConfig
+from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
 from lit_lora.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.metrics import TrainingMetrics
@@ -59,21 +57,10 @@ class LoRALightningModule(TokenLossModule):
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
-        learning_rate: float = 2e-4,
-        weight_decay: float = 0.0,
-        lr_schedule: Literal["cosine", "linear", "constant"] = "cosine",
-        warmup_ratio: float = 0.03,
+        optimization: OptimizationConfig = OptimizationConfig(),  # noqa: B008
+        step: StepConfig = StepConfig(),  # noqa: B008
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
-        packing: bool = True,
-        shared_prefix: bool = True,
-        chunked_loss: bool = True,
-        fused_lora: bool = True,
-        recompute_mlp: bool = True,
-        compile_layers: bool = False,
-        liger: bool = False,
-        gradient_checkpointing: bool = False,
-        activation_memory: str | None = None,
         max_new_tokens: int = 128,
     ) -> None:
         """Store the settings; the model is built in :meth:`configure_model`.
@@ -85,24 +72,10 @@ class LoRALightningModule(TokenLossModule):
             dtype: of the base's weights; auto is bfloat16 on CUDA and float32 on a CPU.
             revision: branch, tag or commit of the base on the Hub.
             trust_remote_code: run code that comes with the base.
-            learning_rate: peak learning rate of the built-in AdamW.
-            weight_decay: of the built-in AdamW.
-            lr_schedule: what follows the warm-up, per optimizer step.
-            warmup_ratio: share of all steps over which the learning rate rises.
+            optimization: learning rate, its schedule, weight decay.
+            step: how a step is computed: what is recomputed, compiled, fused.
             optimizer: replaces the built-in AdamW; gets adapter parameters only.
             lr_scheduler: replaces the built-in schedule; stepped after every optimizer step.
-            packing: run examples one after another without padding, where that is exact for the model.
-            shared_prefix: compute what all examples of a packed batch begin with once; on a CPU, without dropout.
-            chunked_loss: compute the loss from hidden states in chunks, where that is exact; else from full logits.
-            fused_lora: one autograd function per adapted layer; else plain operations, for comparison.
-            recompute_mlp: make the activation and product of SwiGLU MLPs again in the backward pass: half of a layer's
-                activations for two elementwise passes.
-            compile_layers: run each decoder layer through torch.compile, for longer runs on CUDA (unverified on
-                hardware). No gain on a CPU; the first step waits for the compiler.
-            liger: Liger's kernels for norms, rotary positions and gated MLPs; CUDA only (unverified on hardware).
-            gradient_checkpointing: recompute each layer in the backward pass: less memory, more time.
-            activation_memory: recompute only as many layers as keep activations within this, such as 4GiB; auto is what
-                is free on the device.
             max_new_tokens: longest generation of ``predict``, in tokens.
         """
         super().__init__()
@@ -113,40 +86,17 @@ class LoRALightningModule(TokenLossModule):
         self.dtype_name = dtype
         self.revision = revision
         self.trust_remote_code = trust_remote_code
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.lr_schedule = lr_schedule
-        self.warmup_ratio = warmup_ratio
+        self.optimization = optimization
+        self.step = step
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
-        self.packing = packing
-        self.shared_prefix = shared_prefix
-        self.chunked_loss = chunked_loss
-        self.fused_lora = fused_lora
-        self.recompute_mlp = recompute_mlp
-        self.compile_layers = compile_layers
-        self.liger = liger
-        self.gradient_checkpointing = gradient_checkpointing
-        self.activation_memory = activation_memory
         self.max_new_tokens = max_new_tokens
-        if not 0 < learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be above 0 and finite, got {learning_rate}")
-        if not 0 <= weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be at least 0 and finite, got {weight_decay}")
-        if not 0 <= warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio must be in [0, 1), got {warmup_ratio}")
-        if optimizer is not None and weight_decay:
+        if optimizer is not None and optimization.weight_decay:
             raise ValueError("weight_decay has no effect on an optimizer of your own: set it there")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if activation_memory is not None and gradient_checkpointing:
-            raise ValueError("activation_memory has no effect beside gradient_checkpointing: set one of them")
-        if activation_memory not in (None, "auto"):
-            parse_bytes(activation_memory)
-        if compile_layers and quantization is not None:
+        if step.compile_layers and quantization is not None:
             raise ValueError(compilation.QUANTIZED_REFUSED)
-        if liger and (compile_layers or activation_memory is not None):
-            raise ValueError(liger_kernels.refusal(compile_layers))
 
         self.strict_loading = False  # the base is not in checkpoints; on_load_checkpoint checks the adapter's keys
         self.model: nn.Module | None = None
@@ -216,43 +166,47 @@ class LoRALightningModule(TokenLossModule):
             check_built(self._trainer)
         if self.model is not None:
             return
-        if self.compile_layers:
+        if self.step.compile_layers:
             compilation.check_compiler(torch.get_default_device())
-        if self.liger:
+        if self.step.liger:
             liger_kernels.check_available(torch.get_default_device())
         model = self.load_base()
         if type(self).load_base is not LoRALightningModule.load_base:
             forget_base(model)  # what was loaded may have been changed
-        if self.liger:
+        if self.step.liger:
             rank_zero_info(f"Liger kernels: {', '.join(liger_kernels.apply(model))}")
         self.injection_report = inject_lora(model, self.lora)
-        if not self.fused_lora:
+        if not self.step.fused_lora:
             for _, layer in lora_layers(model):
                 if isinstance(layer, LoRALinear):
                     layer.has_fast_path = False
-        if self.recompute_mlp:
+        if self.step.recompute_mlp:
             recompute_gated_mlps(model)
         model.train()
         if type(self).compute_loss is LoRALightningModule.compute_loss:
             self._choose_path(model)
-        if self.compile_layers:
+        if self.step.compile_layers:
             self._compile_clock = compilation.compile_layers(model)
-        if self.gradient_checkpointing:
-            checkpoint_layers(model)
-        elif self.activation_memory is not None:
+        if (budget := self.step.activation_budget) is not None:
             if self.path is None:
                 raise ValueError(
-                    "activation_memory measures the loss of next tokens, and this module overrides compute_loss: set "
-                    "gradient_checkpointing instead"
+                    f"recompute {budget!r} measures the loss of next tokens, and this module overrides compute_loss: set "
+                    "recompute to true, or to a number of layers"
                 )
-            self._activation_budget = ActivationBudget(model, self.activation_memory, self.path)  # type: ignore[arg-type]
+            self._activation_budget = ActivationBudget(model, budget, self.path)  # type: ignore[arg-type]
+        elif self.step.recompute:
+            checkpoint_layers(model, self.step.recomputed_layers)
         self.model = model
         note_base(model, base_hash(model))
         keep_batch_norm_frozen(model)
 
     def _choose_path(self, model: nn.Module) -> None:
+        data = getattr(self._trainer, "datamodule", None)
         self.path = choose_path(
-            model, packing=self.packing, direct_head=self.chunked_loss, shared_prefix=self.shared_prefix
+            model,
+            packing=getattr(data, "packing", True),
+            direct_head=self.step.chunked_loss,
+            shared_prefix=self.step.shared_prefix,
         )
         rank_zero_info(f"Forward path: {self.path}")
 
@@ -278,10 +232,7 @@ class LoRALightningModule(TokenLossModule):
 
     @property
     def _optimization(self) -> Optimization:
-        return Optimization(
-            self.optimizer_callable, self.learning_rate, self.weight_decay,
-            self.lr_scheduler_callable, self.lr_schedule, self.warmup_ratio,
-        )  # fmt: skip
+        return Optimization(self.optimization, self.optimizer_callable, self.lr_scheduler_callable)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, up to a constant factor."""
@@ -389,7 +340,7 @@ class LoRALightningModule(TokenLossModule):
         }
         values = {name: getattr(self, {"dtype": "dtype_name"}.get(name, name)) for name in sorted(names)}
         return {
-            name: asdict(value) if isinstance(value, (LoRAConfig, QuantizationConfig)) else value
+            name: asdict(value) if is_dataclass(value) else value  # type: ignore[arg-type]
             for name, value in values.items()
         }
 
@@ -403,7 +354,12 @@ class LoRALightningModule(TokenLossModule):
         saved = dict(state.get("settings", {}))
         if (commit := training_record.saved(state).revision) and "base" not in kwargs:  # where none was asked for
             saved = {**saved, "revision": commit}
-        kinds = {"lora": LoRAConfig, "quantization": QuantizationConfig}
+        kinds = {
+            "lora": LoRAConfig,
+            "quantization": QuantizationConfig,
+            "optimization": OptimizationConfig,
+            "step": StepConfig,
+        }
         saved |= {name: kind(**saved[name]) for name, kind in kinds.items() if saved.get(name) is not None}
         trust = kwargs.pop("trust_remote_code", False)  # never taken from a file
         return super().load_from_checkpoint(checkpoint_path, **{**saved, **kwargs, "trust_remote_code": trust})

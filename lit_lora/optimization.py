@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_lora import optimizer_trial, resume_settings, schedule
+from lit_lora.config import OptimizationConfig
 from lit_lora.resume_settings import Difference
 from lit_lora.training_point import has_two_points
 
@@ -22,18 +23,11 @@ from lit_lora.training_point import has_two_points
 class Optimization:
     """Settings of the module that decide how adapters are optimized."""
 
+    config: OptimizationConfig
     optimizer: OptimizerCallable | None
     """Replaces AdamW, with its learning rate and weight decay."""
-    learning_rate: float
-    """Peak, of AdamW."""
-    weight_decay: float
-    """Of AdamW."""
     lr_scheduler: LRSchedulerCallable | None
     """Replaces the built-in schedule."""
-    lr_schedule: Literal["cosine", "linear", "constant"]
-    """What follows the warm-up."""
-    warmup_ratio: float
-    """Share of all steps over which the learning rate rises."""
 
     def try_out(self, trainer: Trainer) -> list[Callback]:
         """Find out before the model is loaded what optimizer and schedule cannot do; two small parameters suffice.
@@ -45,11 +39,11 @@ class Optimization:
             ValueError: naming the setting, and what to set instead.
         """
         endless = trainer.max_steps == -1 and trainer.max_epochs == -1
-        if self.lr_scheduler is None and self.lr_schedule != "constant" and endless:
+        if self.lr_scheduler is None and self.config.lr_schedule != "constant" and endless:
             raise ValueError(
-                f"lr_schedule {self.lr_schedule!r} comes down towards an end in steps, and none is known: set "
+                f"lr_schedule {self.config.lr_schedule!r} comes down towards an end in steps, and none is known: set "
                 "trainer.max_steps or trainer.max_epochs (trainer.max_time may still end the run sooner), or "
-                "model.lr_schedule constant"
+                "model.optimization.lr_schedule constant"
             )
         if self.optimizer is None and self.lr_scheduler is None:
             return []
@@ -63,10 +57,10 @@ class Optimization:
                 gives_closure=getattr(trainer.precision_plugin, "scaler", None) is None,
             )
             if self.lr_scheduler is None:
-                if has_two_points(built) and self.lr_schedule != "constant":
+                if has_two_points(built) and self.config.lr_schedule != "constant":
                     raise ValueError(
                         f"model.optimizer {type(built).__name__} averages in place of a schedule, and lr_schedule is "
-                        f"{self.lr_schedule!r}: set model.lr_schedule constant"
+                        f"{self.config.lr_schedule!r}: set model.optimization.lr_schedule constant"
                     )
                 return []
             scheduler = optimizer_trial.build("lr_scheduler", self.lr_scheduler, built)
@@ -95,7 +89,7 @@ class Optimization:
             built._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if self.lr_scheduler is None:
             num_steps = schedule.num_steps(trainer)
-            scheduler = schedule.build(built, self.lr_schedule, num_steps=num_steps, warmup_ratio=self.warmup_ratio)
+            scheduler = schedule.build(built, self.config.lr_schedule, num_steps=num_steps, warmup_ratio=self.config.warmup_ratio)
             return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         own = self.lr_scheduler(built)
         if isinstance(own, ReduceLROnPlateau):  # StepOnPlateau takes its steps; Lightning keeps its state
@@ -108,7 +102,7 @@ class Optimization:
     def _optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
         if self.optimizer is not None:
             return self.optimizer(parameters)
-        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.AdamW(parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True)
 
 
 def apply_given(

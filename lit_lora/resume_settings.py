@@ -25,8 +25,8 @@ NO_EFFECT = frozenset(
         *(f"lora.{name}" for name in ("target_modules", "exclude_modules", "modules_to_save")),
         *(f"lora.{name}" for name in ("layers_to_transform", "layers_pattern", "init_lora_weights")),
         # Hyperparameters of the optimizer are compared as the optimizer has them.
-        "learning_rate",
-        "weight_decay",
+        "optimization.learning_rate",
+        "optimization.weight_decay",
     }
 )
 """Settings of the module whose difference by itself changes nothing."""

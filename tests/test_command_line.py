@@ -136,9 +136,9 @@ def test_options_of_one_class_keep_their_order():
             "replaces data.validation_fraction 0.1",
         ),
         (
-            ["--config", "tiers/3_memory.yaml", "--model.activation_memory", "auto"],
-            {"model.activation_memory": "auto", "model.gradient_checkpointing": False},
-            "model.activation_memory of the command line replaces model.gradient_checkpointing True of 3_memory.yaml",
+            ["--config", "tiers/3_memory.yaml", "--model.step.recompute", "auto"],
+            {"model.step.recompute": "auto", "model.step.recompute": False},
+            "model.step.recompute of the command line replaces model.step.recompute True of 3_memory.yaml",
         ),
         (
             ["--config", "lora_standard.yaml", "--trainer.max_epochs", "2"],

@@ -37,7 +37,7 @@ def test_every_mistake_is_in_one_report(fit):
         "data": {"train": "trian.jsonl", "batch_sise": 2},
         "chekpoint": {"every_n_steps": 10},
     }
-    code, error = fit(config, "--model.warmup_ratio", "x", "--data.sead=3")
+    code, error = fit(config, "--model.optimization.warmup_ratio", "x", "--data.sead=3")
     assert code == 2
     lines = error.splitlines()
     assert "10 problems" in lines[0]
@@ -46,11 +46,11 @@ def test_every_mistake_is_in_one_report(fit):
         ("config.yaml", "trainer.max_epochs", "a whole number", "'many'"),
         ("config.yaml", "model.base", "./nowhere"),
         ("config.yaml", "model.lora", "four"),
-        ("config.yaml", "model.learning_rate", "a number", "'fast'"),
+        ("config.yaml", "model.optimization.learning_rate", "a number", "'fast'"),
         ("config.yaml", "data.train", "did you mean train.jsonl?"),
         ("config.yaml", "'data.batch_sise', did you mean 'data.batch_size'?"),
         ("config.yaml", "'chekpoint', did you mean 'checkpoint'?"),
-        ("command line", "model.warmup_ratio", "'x'"),
+        ("command line", "model.optimization.warmup_ratio", "'x'"),
         ("command line", "'data.sead', did you mean 'data.seed'?"),
     ]
     for line, parts in zip(lines[1:], expected, strict=True):
@@ -99,10 +99,10 @@ REFUSALS = [
     "trainer.devices: `Trainer(devices=0)` value is not a valid input",
     "trainer.max_steps: `max_steps` must be a non-negative integer or -1",
     "trainer.max_time: `Timer(duration='long')` is not a valid duration",
-    "model.learning_rate: learning_rate must be above 0",
-    "model.warmup_ratio: warmup_ratio must be in [0, 1), got 2.0",
-    "model.weight_decay: weight_decay has no effect on an optimizer of your own",
-    "model.activation_memory: expected an amount of memory",
+    "model.optimization.learning_rate: learning_rate must be above 0",
+    "model.optimization.warmup_ratio: warmup_ratio must be in [0, 1), got 2.0",
+    "model.optimization.weight_decay: weight_decay has no effect on an optimizer of your own",
+    "model.step.recompute: expected an amount of memory",
     "data.num_workers: num_workers must not be negative, got -1",
     "data.max_length: max_length must be at least 2 tokens, got 1",
     "data.batch_size: batch_size must be at least 1, got 0",
@@ -159,7 +159,7 @@ def test_fields_of_nested_settings_on_the_command_line_are_in_the_report(fit):
             2,
             "no setting 'data.epochs': here it is 'trainer.max_epochs'",
         ),
-        ({"data": {"train": "train.jsonl"}}, ["--model.lerning_rate", "1"], 2, "did you mean 'model.learning_rate'?"),
+        ({"data": {"train": "train.jsonl"}}, ["--model.lerning_rate", "1"], 2, "did you mean 'model.optimization.learning_rate'?"),
         ({"trainer": {"max_steps": 1.5}, "data": {"train": "train.jsonl"}}, [], 2, "trainer.max_steps"),
         ({"data": {"train": "train.jsonl"}}, ["--model.base", "smollm2-135m-instrct"], 2, "did you mean"),
         (

@@ -215,7 +215,7 @@ def test_suggestions_are_traced_and_best_comes_first(tmp_path: Path) -> None:
     found = suggest(estimate)
     peaks = [suggestion.estimate.peak_bytes for suggestion in found]
     assert peaks == sorted(peaks)
-    assert {s.change for s in found} >= {"model.gradient_checkpointing true", "model.quantization.bits 4"}
+    assert {s.change for s in found} >= {"model.step.recompute true", "model.quantization.bits 4"}
     for suggestion in found:
         assert suggestion.estimate.peak_bytes < estimate.peak_bytes
     assert trace(found[0].estimate.settings) == found[0].estimate

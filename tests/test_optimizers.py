@@ -146,7 +146,7 @@ REFUSED = [
     (
         SCHEDULE_FREE["AdamW"],
         {"lr_schedule": "cosine"},
-        "averages in place of a schedule.* set model.lr_schedule constant",
+        "averages in place of a schedule.* set model.optimization.lr_schedule constant",
     ),
     (
         lambda p: schedulefree.AdamWScheduleFreeClosure(p, lr=0.1),

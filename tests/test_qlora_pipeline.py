@@ -42,7 +42,7 @@ def test_train_checkpoint_resume_generate_merge_and_load_with_transformers(real_
         "fit", "--config", "tiers/1_quick.yaml", "--model.quantization.embedding_bits", "null",
         "--trainer.default_root_dir", run, "--trainer.enable_progress_bar", "false", "--data.limit", 40,
         "--data.validation_fraction", 0.1, "--checkpoint.every_n_steps", 5,
-        "--model.learning_rate", 2e-3, "--model.lr_schedule", "constant",
+        "--model.optimization.learning_rate", 2e-3, "--model.optimization.lr_schedule", "constant",
     ]  # fmt: skip
     _lit_lora(*options, "--trainer.max_steps", 5)
     first = TrainingMetrics.load(run / "metrics.json")

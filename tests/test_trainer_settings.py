@@ -40,7 +40,7 @@ BUILT = [
     ("averages nothing: use .* schedulefree", {"callbacks": callbacks.StochasticWeightAveraging(0.1)}),
     ("ModelPruning .* model.lora.r", {"callbacks": callbacks.ModelPruning("l1_unstructured")}),
     ("BackboneFinetuning trains the base", {"callbacks": callbacks.BackboneFinetuning()}),
-    ("LearningRateFinder .* model.learning_rate", {"callbacks": callbacks.LearningRateFinder()}),
+    ("LearningRateFinder .* model.optimization.learning_rate", {"callbacks": callbacks.LearningRateFinder()}),
     ("BatchSizeFinder .* data.batch_size", {"callbacks": callbacks.BatchSizeFinder()}),
     ("set trainer.accumulate_grad_batches", {"callbacks": callbacks.GradientAccumulationScheduler({1: 2})}),
     ("SpikeDetection .* gradient_norm.spike_std", {"callbacks": callbacks.SpikeDetection()}),

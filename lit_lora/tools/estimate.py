@@ -37,10 +37,11 @@ def estimate(arguments: list[str]) -> None:
     print(f"{batches.origin}\n{found}")
     if config.model.get("optimizer") is not None:
         print("traced with AdamW: the state of another optimizer is not known")
-    if config.model.activation_memory is not None:
-        print("traced without model.activation_memory, which recomputes as many layers as its budget needs")
-    if config.model.compile_layers or config.model.liger:
-        print("traced without model.compile_layers and model.liger: what compiled layers and Liger keep is not known")
+    step = found.settings.step
+    if step.activation_budget is not None:
+        print(f"traced without recomputing: model.step.recompute {step.recompute} recomputes as many layers as it needs")
+    if step.compile_layers or step.liger:
+        print("traced without compile_layers and liger of model.step: what compiled layers and Liger keep is not known")
     fits = options.fits is None or found.fits(options.fits)
     if options.fits is not None:
         print(f"\nfits in {options.fits}: {'yes' if fits else 'no'}")
@@ -135,7 +136,7 @@ def step_settings(config: Any, batch: Batch, *, device: str | None = None) -> An
     """
     import torch
 
-    from lit_lora.config import LoRAConfig, QuantizationConfig
+    from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
     from lit_lora.memory import StepSettings
 
     model, trainer = config.model, config.trainer
@@ -157,11 +158,8 @@ def step_settings(config: Any, batch: Batch, *, device: str | None = None) -> An
         quantization=None if model.quantization is None else _built(QuantizationConfig, model.quantization),
         dtype=dtype,
         device=device,  # type: ignore[arg-type]
-        gradient_checkpointing=model.gradient_checkpointing,
-        packing=model.packing and config.data.packing,
-        chunked_loss=model.chunked_loss,
-        fused_lora=model.fused_lora,
-        recompute_mlp=model.recompute_mlp,
+        step=_built(StepConfig, model.step),
+        packing=config.data.packing,
         supervised=batch.supervised,
         accumulate_grad_batches=trainer.accumulate_grad_batches or 1,
         autocast=autocast,  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ class Project:
         """Everything in one file."""
         base: Options = {
             "model.base": f"random:{self.folder / 'base'}",
-            "model.learning_rate": 0.01,
+            "model.optimization.learning_rate": 0.01,
             "model.lora.r": 4,
             "data.train": str(self.folder / "train.jsonl"),
             "data.tokenizer": "bytes",

@@ -49,9 +49,9 @@ COLUMNS: dict[str, dict[str, Options]] = {
         "DeviceStatsMonitor": _callback("DeviceStatsMonitor"),
     },
     "schedule": {
-        "constant": {"model.lr_schedule": "constant"},
-        "cosine": {"model.lr_schedule": "cosine"},
-        "linear": {"model.lr_schedule": "linear", "model.warmup_ratio": 0.2},
+        "constant": {"model.optimization.lr_schedule": "constant"},
+        "cosine": {"model.optimization.lr_schedule": "cosine"},
+        "linear": {"model.optimization.lr_schedule": "linear", "model.optimization.warmup_ratio": 0.2},
         "ReduceLROnPlateau": _schedule("lightning.pytorch.cli.ReduceLROnPlateau", monitor="val_loss", patience=0),
         "OneCycleLR": _schedule(
             "torch.optim.lr_scheduler.OneCycleLR", max_lr=0.01, total_steps=6, cycle_momentum=False
@@ -236,8 +236,8 @@ REFUSED = [
 Value = tuple[str, str]
 
 REFUSED_PAIRS: dict[frozenset[Value], str] = {
-    frozenset({("optimizer", "AdamWScheduleFree"), ("schedule", "cosine")}): "set model.lr_schedule constant",
-    frozenset({("optimizer", "AdamWScheduleFree"), ("schedule", "linear")}): "set model.lr_schedule constant",
+    frozenset({("optimizer", "AdamWScheduleFree"), ("schedule", "cosine")}): "set model.optimization.lr_schedule constant",
+    frozenset({("optimizer", "AdamWScheduleFree"), ("schedule", "linear")}): "set model.optimization.lr_schedule constant",
     frozenset({("end", "max_time"), ("schedule", "cosine")}): "comes down towards an end in steps, and none is known",
     frozenset({("end", "max_time"), ("schedule", "linear")}): "comes down towards an end in steps, and none is known",
     frozenset({("end", "max_time"), ("schedule", "OneCycleLR")}): "OneCycleLR has 6 steps, and the run no end in steps",

@@ -45,7 +45,7 @@ class Stranger:
         self.write("data.jsonl", rows)
         self.options: dict[str, Any] = {
             "model.base": "random:base",
-            "model.learning_rate": 0.01,
+            "model.optimization.learning_rate": 0.01,
             "model.lora.r": 4,
             "data.train": "data.jsonl",
             "data.tokenizer": "bytes",

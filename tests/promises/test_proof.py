@@ -200,7 +200,7 @@ def test_an_adapter_that_could_be_written_only_later_is_there_then(stranger):
 def test_a_trial_leaves_the_folder_of_a_run_alone(stranger):
     stranger.fit()
     before = stranger.contents()
-    assert stranger.fit(trainer__fast_dev_run="true", model__learning_rate=0.02).code == 0
+    assert stranger.fit(trainer__fast_dev_run="true", model__optimization__learning_rate=0.02).code == 0
     assert stranger.contents() == before
 
 

@@ -65,7 +65,7 @@ def test_a_run_goes_on_bit_for_bit_from_another_folder(stranger, monkeypatch):
     """Where it was started does not matter, nor where the run lies now."""
     here = stranger.folder
     stranger.options |= {"data.train": here / "data.jsonl", "model.base": f"random:{here / 'base'}"}
-    stranger.options |= {"model.lr_schedule": "constant"}
+    stranger.options |= {"model.optimization.lr_schedule": "constant"}
     stranger.fit(trainer__max_steps=8, trainer__default_root_dir="whole")
     stranger.fit()
     elsewhere = here / "else" / "where"

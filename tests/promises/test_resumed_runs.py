@@ -57,7 +57,7 @@ def test_a_setting_that_changes_tokens_or_their_order_is_refused_and_named(stran
 
 def test_the_same_tokens_by_another_name_are_the_same(stranger):
     stranger.write("data.jsonl", ROWS)
-    stranger.options |= {"model.lr_schedule": "constant"}
+    stranger.options |= {"model.optimization.lr_schedule": "constant"}
     stranger.fit(trainer__max_steps=8, trainer__default_root_dir="whole")
     stranger.fit()
     shutil.copy("data.jsonl", "renamed.jsonl")
@@ -80,7 +80,7 @@ def test_data_that_changes_under_the_run_is_the_data_it_was_trained_on(stranger,
             path.write_text(path.read_text().replace("it is", "it was"))
         save(self, trainer, score)
 
-    stranger.options |= {"model.lr_schedule": "constant"}
+    stranger.options |= {"model.optimization.lr_schedule": "constant"}
     original = Path("data.jsonl").read_text()
     monkeypatch.setattr(TrainingCheckpoint, "_save", save_later)
     assert stranger.fit().code == 0
@@ -96,10 +96,10 @@ def test_data_that_changes_under_the_run_is_the_data_it_was_trained_on(stranger,
 
 
 APPLIED = {
-    "model.learning_rate": 0.001,
-    "model.lr_schedule": "constant",
-    "model.warmup_ratio": 0.5,
-    "model.weight_decay": 0.1,
+    "model.optimization.learning_rate": 0.001,
+    "model.optimization.lr_schedule": "constant",
+    "model.optimization.warmup_ratio": 0.5,
+    "model.optimization.weight_decay": 0.1,
     "model.lora.lora_dropout": 0.5,
     "model.packing": "false",
     "trainer.accumulate_grad_batches": 2,
@@ -131,10 +131,10 @@ def test_a_setting_that_is_applied_is_named_and_recorded_as_it_was(stranger, nam
     assert list(change["settings"]) == [name]
     assert f"{name}, up to step 4" in Path("run/adapter/README.md").read_text()
     assert stranger.record("verdict.json", "same")["changes"] == []
-    if name == "model.learning_rate":
+    if name == "model.optimization.learning_rate":
         assert rates(stranger)[4:] == pytest.approx([rate / 10 for rate in rates(stranger, "same")[4:]])
         assert "learning_rate | 0.001" in Path("run/adapter/README.md").read_text()
-    elif name in ("model.lr_schedule", "model.warmup_ratio"):
+    elif name in ("model.optimization.lr_schedule", "model.optimization.warmup_ratio"):
         assert rates(stranger)[4:] == rates(stranger, "other")[4:8]
     # Which change the rounding, later epochs, and what is best:
     if name not in ("model.packing", "trainer.limit_train_batches", "trainer.limit_val_batches"):
