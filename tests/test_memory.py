@@ -30,7 +30,9 @@ WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 320, "num_hidde
 DEEP: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "vocab_size": 256}
 TIED: dict[str, Any] = {**WIDE, "tie_word_embeddings": True, "vocab_size": 2048}
 MOE: dict[str, Any] = {"hidden_size": 64, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+MAMBA: dict[str, Any] = {"state_size": 8, "hidden_size": 64}
 LORA = LoRAConfig(r=4)
+MAMBA_LORA = LoRAConfig(r=4, exclude_modules=["dt_proj", "out_proj"])  # its kernels read their weights
 
 
 def saved_config(folder: Path, kind: str = "Llama", **fields: Any) -> str:
@@ -79,7 +81,7 @@ def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker
         pytest.param("Mixtral", MOE, {}, id="mixture of experts"),
         pytest.param("Qwen3Moe", {**MOE, "moe_intermediate_size": 96}, {}, id="another mixture of experts"),
         pytest.param("Bloom", {"hidden_size": 64}, {"lengths": (64, 40)}, id="padded by the model's nature"),
-        pytest.param("Mamba", {"state_size": 8, "hidden_size": 64}, {"lengths": (20, 30)}, id="no attention at all"),
+        pytest.param("Mamba", MAMBA, {"lengths": (20, 30), "lora": MAMBA_LORA}, id="no attention at all"),
         pytest.param("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}, {}, id="logits of its own"),
     ],
 )
