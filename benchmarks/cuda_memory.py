@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from benchmarks.cuda_data import config_of, dense, tokenized
 from benchmarks.cuda_worker import Row
 from benchmarks.memory_table import DQ, METHODS, SETUPS, Setup
-from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig
+from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, StepConfig
 from lit_lora.data.packing import collate_packed
 from lit_lora.memory import estimate_memory
 
@@ -64,7 +64,7 @@ def estimates(settings: Row) -> Row:
         lengths=settings["lengths"],
         lora=LoRAConfig(r=settings["r"]),
         quantization=METHODS[settings["method"]],
-        gradient_checkpointing=settings["checkpointing"],
+        step=StepConfig(recompute=settings["checkpointing"]),
         device="cuda",
     )
     return {
@@ -104,7 +104,7 @@ def _train(settings: Row) -> Row:
         settings["base"],
         lora=LoRAConfig(r=settings["r"]),
         quantization=METHODS[settings["method"]],
-        gradient_checkpointing=settings["checkpointing"],
+        step=StepConfig(recompute=settings["checkpointing"]),
     )
     lengths = settings["lengths"]
     made: Any = tokenized(dense(lengths * NUM_STEPS, config_of(settings["base"]).vocab_size))
@@ -164,7 +164,7 @@ def longest_estimate(settings: Row) -> Row:
         if length not in traced:
             found = estimate_memory(
                 settings["base"], lengths=[length], lora=LoRAConfig(r=settings["r"]),
-                quantization=QuantizationConfig(), gradient_checkpointing=True, device="cuda",
+                quantization=QuantizationConfig(), step=StepConfig(recompute=True), device="cuda",
             )  # fmt: skip
             traced[length] = found.cuda.reserved
         return traced[length]
@@ -214,7 +214,7 @@ def longest_context(settings: Row) -> Row:
     with torch.device(device):
         module = LoRALightningModule(
             settings["base"], lora=LoRAConfig(r=settings["r"]), quantization=QuantizationConfig(),
-            gradient_checkpointing=True,
+            step=StepConfig(recompute=True),
         )  # fmt: skip
         module.configure_model()
     parameters = list(module.trainable_parameters().values())

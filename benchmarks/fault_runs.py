@@ -141,7 +141,7 @@ class Project:
                 "default_root_dir": str(self.folder / name / "run"),
             },
             "model": {
-                "base": f"random:{self.folder / 'base'}", "learning_rate": 0.01,
+                "base": f"random:{self.folder / 'base'}", "optimization": {"learning_rate": 0.01},
                 "lora": {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"},
             },
             "data": {

@@ -73,7 +73,9 @@ def _clock(job: Job) -> StepClock:
 # ---------------------------------------------------------------------- lit_lora
 
 
-def lit_lora(job: Job, *, huge_pages: bool = True, onednn: bool = True, **options: Any) -> dict[str, Any]:
+def lit_lora(
+    job: Job, *, huge_pages: bool = True, onednn: bool = True, packing: bool = True, **step: Any
+) -> dict[str, Any]:
     from lit_lora.__main__ import ALLOCATION_VARIABLES
 
     os.environ.update(ALLOCATION_VARIABLES)  # what the command line does
@@ -85,7 +87,7 @@ def lit_lora(job: Job, *, huge_pages: bool = True, onednn: bool = True, **option
     from safetensors.torch import load_file
     from torch.utils.data import DataLoader
 
-    from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig
+    from lit_lora import LoRAConfig, LoRALightningModule, OptimizationConfig, QuantizationConfig, StepConfig
     from lit_lora.adapters.peft_format import load_adapter_state_dict
     from lit_lora.callbacks import GradientFlowAssertion, GradientNormLogger, MemoryProfiler, ThroughputLogger
     from lit_lora.data.dataset import TokenizedExample
@@ -119,10 +121,8 @@ def lit_lora(job: Job, *, huge_pages: bool = True, onednn: bool = True, **option
         job["base"],
         lora=LoRAConfig(r=8, lora_alpha=16),
         quantization=QuantizationConfig() if job["quantized"] else None,
-        learning_rate=job["learning_rate"],
-        lr_schedule="constant",
-        warmup_ratio=0.0,
-        **options,
+        optimization=OptimizationConfig(job["learning_rate"], lr_schedule="constant", warmup_ratio=0.0),
+        step=StepConfig(**step),
     )
     memory = MemoryProfiler()
     trainer = L.Trainer(
@@ -131,7 +131,7 @@ def lit_lora(job: Job, *, huge_pages: bool = True, onednn: bool = True, **option
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=Path(job["adapter"]).parent,
         callbacks=[GradientNormLogger(), memory, GradientFlowAssertion(), ThroughputLogger(), Clock()],
     )  # fmt: skip
-    collate = collate_padded if options.get("packing") is False else collate_packed
+    collate = collate_packed if packing else collate_padded
     trainer.fit(module, DataLoader(examples, batch_size=job["batch_size"], collate_fn=collate))
     result = _result(job, clock.ends_s(), module.flush_metrics().losses)
     if clock.on_cuda:
@@ -381,7 +381,7 @@ FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "liger": lambda job: lit_lora(job, liger=True),
     "no_huge_pages": lambda job: lit_lora(job, huge_pages=False),
     "no_onednn": lambda job: lit_lora(job, onednn=False),
-    "checkpointing": lambda job: lit_lora(job, gradient_checkpointing=True),
+    "checkpointing": lambda job: lit_lora(job, recompute=True),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from lit_lora.config import LoRAConfig, QuantizationConfig
+from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.memory import MemoryEstimate, estimate_memory
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,7 +65,7 @@ def rows() -> list[dict[str, Any]]:
                 lengths=setup.batch,
                 lora=LoRAConfig(r=setup.r, target_modules=targets),
                 quantization=METHODS[method],
-                gradient_checkpointing=setup.checkpointing,
+                step=StepConfig(recompute=setup.checkpointing),
                 device="cuda",
             )
             base = found.phases["forward"].by_category["base"]

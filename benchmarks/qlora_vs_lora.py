@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import lightning as L
     import torch
 
-    from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, SFTDataModule
+    from lit_lora import LoRAConfig, LoRALightningModule, OptimizationConfig, QuantizationConfig, SFTDataModule
     from lit_lora.adapters.base_weight import read_weight
     from lit_lora.adapters.peft_format import adapter_state_dict, load_adapter_state_dict
     from lit_lora.memory import MemoryEstimate, estimate_memory
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.base,
         lora=LoRAConfig(r=arguments.r, lora_alpha=2 * arguments.r),
         quantization=None if fields is None else QuantizationConfig(**fields),
-        learning_rate=arguments.learning_rate,
+        optimization=OptimizationConfig(learning_rate=arguments.learning_rate),
     )
     trainer = L.Trainer(
         max_steps=arguments.steps, gradient_clip_val=1.0, callbacks=[peak], logger=False, enable_checkpointing=False,

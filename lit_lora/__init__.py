@@ -18,6 +18,8 @@ if not (_here / "callbacks").is_dir() and (_here.parent / "callbacks" / "__init_
 
 _PUBLIC = {
     "LoRAConfig": "config",
+    "OptimizationConfig": "config",
+    "StepConfig": "config",
     "QuantizationConfig": "config",
     "LoRALightningModule": "module",
     "SFTDataModule": "data.datamodule",
@@ -42,8 +44,10 @@ __all__ = [
     "LoRAConfig",
     "LoRALightningModule",
     "MemoryEstimate",
+    "OptimizationConfig",
     "QuantizationConfig",
     "SFTDataModule",
+    "StepConfig",
     "StepMetrics",
     "TrainingMetrics",
     "__version__",
@@ -64,7 +68,7 @@ if TYPE_CHECKING:
     from lit_lora.adapters.inject import InjectionReport, inject_lora
     from lit_lora.adapters.merge import disable_lora, merge_lora, unmerge_lora
     from lit_lora.adapters.peft_format import load_adapter, save_adapter
-    from lit_lora.config import LoRAConfig, QuantizationConfig
+    from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
     from lit_lora.data.datamodule import SFTDataModule
     from lit_lora.losses import linear_cross_entropy
     from lit_lora.memory import MemoryEstimate, estimate_memory

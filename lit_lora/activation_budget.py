@@ -126,7 +126,9 @@ def measure_activations(
     path = replace(path, shared_prefix=False)  # the most that a batch of this size can need
     layers = repeated_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no list of equal layers: set {setting('model.step.recompute', False)}")
+        raise ValueError(
+            f"{type(model).__name__} has no list of equal layers: set {setting('model.step.recompute', False)}"
+        )
     before: list[int] = []
     after: list[int] = []
     hidden_bytes = 0

@@ -35,9 +35,7 @@ def checkpoint_layers(model: nn.Module, num_layers: int | None = None) -> int:
     """
     layers = repeated_layers(model)
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no list of equal layers to recompute: set recompute to false"
-        )
+        raise ValueError(f"{type(model).__name__} has no list of equal layers to recompute: set recompute to false")
     if num_layers is not None and not 0 <= num_layers <= len(layers):
         raise ValueError(f"cannot recompute {num_layers} of {len(layers)} layers")
     chosen = layers[:num_layers]

@@ -3,9 +3,9 @@
 What is adapted (``LoRAConfig``), how the base is held (``QuantizationConfig``), what is learned
 (``OptimizationConfig``), and at what cost (``StepConfig``).
 
-Field names of adapters are PEFT's, so that a config reads the same in ``adapter_config.json``, in YAML and in Python. Left out on
-purpose: fields of PEFT that change the function and that lit_lora does not implement (DoRA, trainable biases, ...).
-Reading an adapter that uses one of them is an error, see ``adapters/peft_format.py``.
+Field names of adapters are PEFT's, so that a config reads the same in ``adapter_config.json``, in YAML and in Python.
+Left out on purpose: fields of PEFT that change the function and that lit_lora does not implement (DoRA, trainable
+biases, ...). Reading an adapter that uses one of them is an error, see ``adapters/peft_format.py``.
 """
 
 from __future__ import annotations
@@ -200,8 +200,8 @@ class StepConfig:
             )
         if self.liger and self.activation_budget is not None:
             raise ValueError(
-                f"recompute {self.recompute!r} traces the model on tensors without values, which Liger's kernels cannot: "
-                "set recompute to true, or liger to false"
+                f"recompute {self.recompute!r} traces the model on tensors without values, which Liger's kernels "
+                "cannot: set recompute to true, or liger to false"
             )
 
     @property

@@ -106,6 +106,7 @@ def _refused_parts(
     unsound: Collection[str] = (),
 ) -> list[str]:
     found: list[str] = []
+    built: dict[str, Any] = {}
     nested = {key: kind for key, kind in nested.items() if key not in parts}
     for group, kind in {**nested, **parts}.items():
         given = config.get(group)
@@ -115,7 +116,11 @@ def _refused_parts(
         given = given.get("init_args", given)
         names = {entry.name for entry in fields(kind)} if group in nested else set(given)  # type: ignore[arg-type]
         sound = {n: v for n, v in given.items() if n in names and f"{group}.{n}" not in {*nested, *unsound}}
-        found += _refusals(group, cast("Callable[..., Any]", kind), sound)
+        sound |= {n: built[f"{group}.{n}"] for n in given if f"{group}.{n}" in built}
+        refusals = _refusals(group, cast("Callable[..., Any]", kind), sound)
+        if group in nested and not refusals:
+            built[group] = cast("Callable[..., Any]", kind)(**sound)
+        found += refusals
     return found
 
 

@@ -190,8 +190,8 @@ class LoRALightningModule(TokenLossModule):
         if (budget := self.step.activation_budget) is not None:
             if self.path is None:
                 raise ValueError(
-                    f"recompute {budget!r} measures the loss of next tokens, and this module overrides compute_loss: set "
-                    "recompute to true, or to a number of layers"
+                    f"recompute {budget!r} measures the loss of next tokens, and this module overrides compute_loss: "
+                    "set recompute to true, or to a number of layers"
                 )
             self._activation_budget = ActivationBudget(model, budget, self.path)  # type: ignore[arg-type]
         elif self.step.recompute:

@@ -89,7 +89,9 @@ class Optimization:
             built._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if self.lr_scheduler is None:
             num_steps = schedule.num_steps(trainer)
-            scheduler = schedule.build(built, self.config.lr_schedule, num_steps=num_steps, warmup_ratio=self.config.warmup_ratio)
+            scheduler = schedule.build(
+                built, self.config.lr_schedule, num_steps=num_steps, warmup_ratio=self.config.warmup_ratio
+            )
             return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         own = self.lr_scheduler(built)
         if isinstance(own, ReduceLROnPlateau):  # StepOnPlateau takes its steps; Lightning keeps its state
@@ -102,7 +104,9 @@ class Optimization:
     def _optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
         if self.optimizer is not None:
             return self.optimizer(parameters)
-        return torch.optim.AdamW(parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True
+        )
 
 
 def apply_given(

@@ -24,6 +24,7 @@ _BASE = "model.base base"
 _OUTPUT = "trainer.default_root_dir output"
 _BITS = "model.quantization.bits quantization.bits"
 _ADAPTER = _to("adapter source") | _to("ckpt_path", "a checkpoint of a run (.ckpt), to go on with it")
+_SCHEDULE = _to("model.optimization.lr_schedule", "cosine, linear or constant; model.lr_scheduler takes a class")
 _EVERY_STEPS = "the number of steps"
 _ONE_LOSS = "the loss is the cross-entropy of the supervised tokens"
 _VARIANT = "plain LoRA and rsLoRA (model.lora.use_rslora) are what is there"
@@ -66,8 +67,8 @@ SYNONYMS: dict[str, Meaning] = {
     "lr_warmup_steps": _to("model.optimization.warmup_ratio", "warm-up steps / all steps"),
     "num_warmup_steps": _to("model.optimization.warmup_ratio", "warm-up steps / all steps"),
     "warmup": _to("model.optimization.warmup_ratio", "a share of all steps"),
-    "lr_scheduler_type": _to("model.optimization.lr_schedule", "cosine, linear or constant; model.lr_scheduler takes a class"),
-    "scheduler": _to("model.optimization.lr_schedule", "cosine, linear or constant; model.lr_scheduler takes a class"),
+    "lr_scheduler_type": _SCHEDULE,
+    "scheduler": _SCHEDULE,
     "lr_scheduler_kwargs": _to("model.lr_scheduler", "a class of torch.optim.lr_scheduler with its arguments"),
     "optim": _to("model.optimizer", "a class, such as SGD; without it a fused AdamW is used"),
     "optim_args": _to("model.optimizer", "a class with its arguments: --model.optimizer SGD --model.optimizer.lr 0.1"),

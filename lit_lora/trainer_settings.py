@@ -84,7 +84,7 @@ CALLBACKS: dict[type[Callback], str] = {
         "modules that are to train as a whole"
     ),
     LearningRateFinder: (
-        "finds a rate that the schedule then replaces: set model.optimization.learning_rate, and compare a few short runs"
+        "finds a rate that the schedule then replaces: set model.optimization.learning_rate, and compare short runs"
     ),
     BatchSizeFinder: (
         "does not know what limits a batch of SFTDataModule: set data.batch_size or data.max_tokens_per_batch, and see "

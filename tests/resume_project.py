@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, SFTDataModule
 from lit_lora.callbacks import GradientNormLogger, TrainingCheckpoint
 from lit_lora.checkpoint import AtomicCheckpointIO
+from tests.tiny import grouped
 
 
 class Watch(L.Callback):
@@ -60,7 +61,7 @@ def run(
         base,
         lora=LoRAConfig(r=4, lora_dropout=dropout, target_modules="all-linear"),
         quantization=QuantizationConfig() if quantized else None,
-        **{"learning_rate": 0.01, "lr_schedule": "cosine", "warmup_ratio": 0.1, **(module_options or {})},
+        **grouped(**{"learning_rate": 0.01, "lr_schedule": "cosine", "warmup_ratio": 0.1, **(module_options or {})}),
     )
     module.configure_model()  # here, so that equal seeds make equal adapters
     L.seed_everything(seed, verbose=False)

@@ -47,7 +47,8 @@ def fit(base: str, data: str, run: Path, *, max_steps: int, **options: object) -
     """Train, with the training data as validation data; returns the folder of the adapter."""
     defaults: dict[str, object] = {
         "model__base": base, "data__train": data, "data__validation": data, "data__cache_dir": run.parent / "cache",
-        "model__lora__r": 16, "model__optimization__learning_rate": 0.02, "trainer__max_steps": max_steps, "trainer__max_epochs": -1,
+        "model__lora__r": 16, "model__optimization__learning_rate": 0.02,
+        "trainer__max_steps": max_steps, "trainer__max_epochs": -1,
         "trainer__check_val_every_n_epoch": 1000, "trainer__accelerator": "cpu", "trainer__default_root_dir": run,
         "trainer__enable_progress_bar": "false", "convergence__min_decrease": 0.0,
     }  # fmt: skip

@@ -15,7 +15,7 @@ from lit_lora.activation_budget import budget_bytes, layers_to_checkpoint, measu
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import inject_lora
 from lit_lora.adapters.quantize import quantize_
-from lit_lora.config import LoRAConfig, QuantizationConfig
+from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.memory import run_step
 from lit_lora.module import LoRALightningModule
 from lit_lora.storage_tracker import StorageTracker
@@ -185,7 +185,7 @@ def test_training_within_a_budget_gives_the_same_adapters(tmp_path: Path) -> Non
         batches.append(batch)
 
     def train(**settings: Any) -> LoRALightningModule:
-        module = LoRALightningModule(f"random:{path}", lora=LoRAConfig(r=4), **settings)
+        module = LoRALightningModule(f"random:{path}", lora=LoRAConfig(r=4), step=StepConfig(**settings))
         trainer = L.Trainer(
             max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=tmp_path,
@@ -198,15 +198,14 @@ def test_training_within_a_budget_gives_the_same_adapters(tmp_path: Path) -> Non
     plain = train()
     measured = measure_activations(plain.model, 60)  # type: ignore[arg-type]
     budget = measured.needed(2)
-    budgeted = train(activation_memory=str(budget))
+    budgeted = train(recompute=str(budget))
     assert budgeted._activation_budget is not None
     assert budgeted._activation_budget.num_layers > 2
     for name, parameter in plain.trainable_parameters().items():
         torch.testing.assert_close(budgeted.trainable_parameters()[name], parameter, rtol=1e-6, atol=1e-7)
 
 
-def test_two_ways_to_recompute_are_one_too_many() -> None:
-    with pytest.raises(ValueError, match="no effect beside gradient_checkpointing"):
-        LoRALightningModule(activation_memory="2GiB", gradient_checkpointing=True)
-    with pytest.raises(ValueError, match="expected an amount of memory"):
-        LoRALightningModule(activation_memory="lots")
+@pytest.mark.parametrize(("recompute", "said"), [("lots", "expected an amount of memory"), (-1, "at least 0 layers")])
+def test_what_cannot_be_recomputed_is_refused(recompute: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        StepConfig(recompute=recompute)

@@ -73,7 +73,7 @@ def test_the_command_line_wins_over_config_files_wherever_they_stand(resolved, a
 def test_what_the_command_line_leaves_open_comes_from_the_config_files(resolved):
     config = resolved("--model.lora.r", "4", "--config", "a.yaml", "--data", "data.yaml", "--data.train", "my.jsonl")
     assert config["data"]["batch_size"] == 7
-    assert config["model"]["learning_rate"] == 1e-5
+    assert config["model"]["optimization"]["learning_rate"] == 1e-5
     assert "4" in str(config["model"]["lora"])
 
 
@@ -134,11 +134,6 @@ def test_options_of_one_class_keep_their_order():
             ["--config", "{data: {validation_fraction: 0.1}}", "--data.validation", "val.jsonl"],
             {"data.validation": "val.jsonl", "data.validation_fraction": 0.0},
             "replaces data.validation_fraction 0.1",
-        ),
-        (
-            ["--config", "tiers/3_memory.yaml", "--model.step.recompute", "auto"],
-            {"model.step.recompute": "auto", "model.step.recompute": False},
-            "model.step.recompute of the command line replaces model.step.recompute True of 3_memory.yaml",
         ),
         (
             ["--config", "lora_standard.yaml", "--trainer.max_epochs", "2"],

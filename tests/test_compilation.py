@@ -20,7 +20,7 @@ from lit_lora.activation_budget import measure_activations
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import inject_lora
 from lit_lora.compilation import check_compiler, compile_layers
-from lit_lora.config import LoRAConfig, QuantizationConfig
+from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed
 from lit_lora.gated_mlp import recompute_gated_mlps
@@ -143,7 +143,7 @@ def test_training_compiled_gives_the_same_adapters(tmp_path: Path, caplog: pytes
     batches = [batch(lengths) for lengths in BATCHES]
 
     def train(**settings: Any) -> LoRALightningModule:
-        module = LoRALightningModule(f"random:{path}", lora=LoRAConfig(r=4), **settings)
+        module = LoRALightningModule(f"random:{path}", lora=LoRAConfig(r=4), step=StepConfig(**settings))
         trainer = L.Trainer(
             max_steps=4, val_check_interval=2, accelerator="cpu", logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
@@ -156,7 +156,7 @@ def test_training_compiled_gives_the_same_adapters(tmp_path: Path, caplog: pytes
     plain = train()
     budget = measure_activations(plain.model, max(map(sum, BATCHES))).needed(1)  # type: ignore[arg-type]
     with caplog.at_level("INFO"):
-        compiled = train(compile_layers=True, activation_memory=str(budget))
+        compiled = train(compile_layers=True, recompute=str(budget))
     assert "Compiled layers in" in caplog.text
     assert compiled._activation_budget is not None
     assert compiled._activation_budget.num_layers > 0
@@ -170,13 +170,13 @@ def test_a_missing_compiler_is_told_before_anything_is_loaded(monkeypatch: pytes
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent/g++",))
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler .* does not work here on cpu: .*/nonexistent/g\+\+"):
         check_compiler(torch.device("cpu"))
-    module = LoRALightningModule("no/where", compile_layers=True)
+    module = LoRALightningModule("no/where", step=StepConfig(compile_layers=True))
     with pytest.raises(ValueError, match="needs a C"):
         module.configure_model()
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:
     with pytest.raises(ValueError, match="does not work with a quantized base"):
-        LoRALightningModule(compile_layers=True, quantization=QuantizationConfig())
+        LoRALightningModule(step=StepConfig(compile_layers=True), quantization=QuantizationConfig())
     with pytest.raises(ValueError, match="Linear has no list of equal layers to compile"):
         compile_layers(torch.nn.Linear(2, 2))

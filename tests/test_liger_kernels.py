@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lit_lora import liger_kernels
+from lit_lora.config import StepConfig
 from lit_lora.module import LoRALightningModule
 from tests.tiny import language_model
 
@@ -17,7 +18,7 @@ CUDA = torch.device("cuda")
 
 def test_a_device_without_cuda_is_told_before_anything_is_loaded() -> None:
     with pytest.raises(ValueError, match="liger needs a CUDA device, this run is on cpu: set liger to false"):
-        LoRALightningModule("no/where", liger=True).configure_model()
+        LoRALightningModule("no/where", step=StepConfig(liger=True)).configure_model()
 
 
 def test_a_missing_package_is_told_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,8 +63,8 @@ def test_a_model_without_kernels_is_refused(calls: list[dict[str, object]]) -> N
 
 @pytest.mark.parametrize(
     ("setting", "reason"),
-    [({"compile_layers": True}, "fuse the same operations"), ({"activation_memory": "1GiB"}, "without values")],
+    [({"compile_layers": True}, "fuse the same operations"), ({"recompute": "1GiB"}, "without values")],
 )
 def test_what_does_not_go_together_is_refused(setting: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        LoRALightningModule(liger=True, **setting)  # type: ignore[arg-type]
+        StepConfig(liger=True, **setting)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import pytest
 from lit_lora import LoRAConfig, LoRALightningModule, SFTDataModule
 from lit_lora.callbacks import GradientNormLogger, MemoryProfiler, NonFiniteError, TrainingCheckpoint
 from lit_lora.checkpoint import AtomicCheckpointIO
-from tests.tiny import config
+from tests.tiny import config, grouped
 
 STEPS = 2000
 
@@ -27,7 +27,7 @@ def project(tmp_path):
 
 
 def fit(project, module_class, *callbacks, max_steps, **data):
-    module = module_class(f"random:{project / 'base'}", lora=LoRAConfig(r=4), lr_schedule="constant")
+    module = module_class(f"random:{project / 'base'}", **grouped(lora=LoRAConfig(r=4), lr_schedule="constant"))
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=max_steps,

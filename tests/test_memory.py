@@ -16,7 +16,7 @@ from lit_lora import causal_lm
 from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import inject_lora
 from lit_lora.amounts import parse_bytes
-from lit_lora.config import LoRAConfig, QuantizationConfig
+from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.memory import CATEGORIES, MemoryEstimate, StepSettings, estimate_memory, run_step, suggest, trace
 from lit_lora.models import load_base_model
@@ -32,6 +32,7 @@ TIED: dict[str, Any] = {**WIDE, "tie_word_embeddings": True, "vocab_size": 2048}
 MOE: dict[str, Any] = {"hidden_size": 64, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 MAMBA: dict[str, Any] = {"state_size": 8, "hidden_size": 64}
 LORA = LoRAConfig(r=4)
+RECOMPUTED = StepConfig(recompute=True)
 MAMBA_LORA = LoRAConfig(r=4, exclude_modules=["dt_proj", "out_proj"])  # its kernels read their weights
 
 
@@ -54,8 +55,8 @@ def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker
     recompute_gated_mlps(model)
     model.train()
     path = choose_path(model, packing=settings.packing, shared_prefix=False)
-    if settings.gradient_checkpointing:
-        checkpoint_layers(model, None if settings.gradient_checkpointing is True else settings.gradient_checkpointing)
+    if settings.step.recompute:
+        checkpoint_layers(model, settings.step.recomputed_layers)
     tracker = StorageTracker(model)
     with tracker:
         tracker.add([*model.parameters(), *model.buffers()])
@@ -70,12 +71,12 @@ def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker
         pytest.param("Llama", WIDE, {}, id="wide"),
         pytest.param("Llama", DEEP, {"lengths": (90, 7, 33)}, id="deep, ragged"),
         pytest.param("Qwen2", TIED, {}, id="tied, biases"),
-        pytest.param("Llama", DEEP, {"gradient_checkpointing": True}, id="checkpointed"),
-        pytest.param("Llama", DEEP, {"gradient_checkpointing": 3}, id="three layers checkpointed"),
+        pytest.param("Llama", DEEP, {"step": RECOMPUTED}, id="checkpointed"),
+        pytest.param("Llama", DEEP, {"step": StepConfig(recompute=3)}, id="three layers checkpointed"),
         pytest.param("Llama", WIDE, {"quantization": NF4}, id="NF4, double quantization"),
         pytest.param("Llama", DEEP, {"quantization": QuantizationConfig(double_quant=False)}, id="NF4"),
         pytest.param("Llama", TIED, {"quantization": QuantizationConfig(embedding_bits=8)}, id="8-bit embedding"),
-        pytest.param("Llama", DEEP, {"quantization": NF4, "gradient_checkpointing": True}, id="NF4, checkpointed"),
+        pytest.param("Llama", DEEP, {"quantization": NF4, "step": RECOMPUTED}, id="NF4, checkpointed"),
         pytest.param("Llama", WIDE, {"packing": False, "lengths": (50, 50)}, id="padded"),
         pytest.param("Llama", WIDE, {"accumulate_grad_batches": 4}, id="accumulated gradients"),
         pytest.param("Mixtral", MOE, {}, id="mixture of experts"),
@@ -122,9 +123,9 @@ def test_estimate_is_within_5_percent_of_a_run_of_the_trainer(tmp_path: Path) ->
     "settings",
     [
         pytest.param({}, id="LoRA"),
-        pytest.param({"gradient_checkpointing": True}, id="LoRA, checkpointed"),
+        pytest.param({"step": RECOMPUTED}, id="LoRA, checkpointed"),
         pytest.param({"quantization": NF4}, id="QLoRA"),
-        pytest.param({"quantization": NF4, "gradient_checkpointing": True}, id="QLoRA, checkpointed"),
+        pytest.param({"quantization": NF4, "step": RECOMPUTED}, id="QLoRA, checkpointed"),
     ],
 )
 def test_estimate_of_a_real_model_is_within_5_percent(settings: dict[str, Any]) -> None:
@@ -160,7 +161,7 @@ def test_checkpointing_quantization_and_double_quantization_each_save(tmp_path: 
             {},
             {"quantization": NF4},
             {"quantization": QuantizationConfig(double_quant=False)},
-            {"gradient_checkpointing": True},
+            {"step": RECOMPUTED},
         )
     )
     assert nf4.peak_bytes < single.peak_bytes < lora.peak_bytes
@@ -197,7 +198,7 @@ def test_cuda_settings_are_traced_without_cuda(tmp_path: Path) -> None:
 def test_qlora_stays_within_the_bounds_that_the_readme_gives(model, lengths, checkpointing, bound) -> None:
     estimate = estimate_memory(
         f"random:{model}", lengths=lengths, lora=LoRAConfig(r=16), quantization=NF4,
-        gradient_checkpointing=checkpointing, device="cuda",
+        step=StepConfig(recompute=checkpointing), device="cuda",
     )  # fmt: skip
     assert estimate.fits(bound)
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForSeq2SeqLM
 from lit_lora import (
     LoRAConfig,
     LoRALightningModule,
+    OptimizationConfig,
     SFTDataModule,
     assert_loss_convergence,
     load_adapter,
@@ -36,7 +37,7 @@ from lit_lora.checkpoint import AtomicCheckpointIO, DamagedCheckpointError, read
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.module import LossOutput
-from tests.tiny import SIZES, config, examples
+from tests.tiny import SIZES, config, examples, grouped
 
 LENGTHS = (7, 12, 5, 9, 14, 6, 8, 11)
 
@@ -64,7 +65,7 @@ def _module(base, **options):
     torch.manual_seed(1)
     options.setdefault("lora", LoRAConfig(r=4))
     defaults = {"learning_rate": 0.01, "warmup_ratio": 0.0, "lr_schedule": "constant"}
-    module = LoRALightningModule(base, **{**defaults, **options})
+    module = LoRALightningModule(base, **grouped(**{**defaults, **options}))
     module.configure_model()  # here, so that equal seeds make equal adapters
     return module
 
@@ -318,7 +319,7 @@ class TranslationLoss(Translation):
 
 def test_an_encoder_decoder_meets_no_trial_of_language_models(tmp_path):
     batch = {"input_ids": torch.arange(3, 23).view(2, 10), "labels": torch.arange(30, 44).view(2, 7)}
-    module = TranslationLoss("t5", lora=LoRAConfig(r=4), learning_rate=0.02, gradient_checkpointing=True)
+    module = TranslationLoss("t5", **grouped(lora=LoRAConfig(r=4), learning_rate=0.02, recompute=True))
     _trainer(tmp_path, max_steps=12).fit(module, DataLoader([batch] * 12, batch_size=None))
     assert module.path is None
     losses = module.training_metrics.losses
@@ -337,7 +338,7 @@ def test_a_cache_is_not_filled_twice_where_layers_are_recomputed(base):
     mask = (torch.arange(10) < torch.tensor([[10], [6]])).long()
     gradients = []
     for recomputed in (False, True):
-        module = _module(base, lora=LoRAConfig(r=4, init_lora_weights=False), gradient_checkpointing=recomputed)
+        module = _module(base, lora=LoRAConfig(r=4, init_lora_weights=False), recompute=recomputed)
         module.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=True).loss.backward()
         gradients.append([parameter.grad for parameter in module.trainable_parameters().values()])
     for recomputed, kept in zip(*gradients, strict=True):
@@ -395,7 +396,7 @@ def test_a_vision_model_is_fine_tuned_through_two_hooks(tmp_path):
     module = VisionModule(
         "small-vision",
         lora=LoRAConfig(r=4, target_modules=["hidden"], modules_to_save=["classifier"]),
-        learning_rate=0.02,
+        optimization=OptimizationConfig(learning_rate=0.02),
     )
     module.configure_model()
     statistics = module.model.features[1].running_mean.clone()

@@ -47,7 +47,10 @@ EARLY = "EarlyStopping"
 MISTAKES = [
     ([*SHIPPED, "--trainer.max_stps", "3"], "no setting 'trainer.max_stps', did you mean 'trainer.max_steps'?"),
     ([*SHIPPED, "--trainer.max_steps", "many"], "trainer.max_steps: expected a whole number, got 'many'"),
-    ([*SHIPPED, "--model.optimization.learning_rate", "-1"], "model.optimization.learning_rate: learning_rate must be above 0"),
+    (
+        [*SHIPPED, "--model.optimization.learning_rate", "-1"],
+        "model.optimization.learning_rate: learning_rate must be above 0",
+    ),
     ([*SHIPPED, "--model.lora.r", "0"], "model.lora.r: r must be at least 1, got 0"),
     ([*SHIPPED, "--model.lora.r", "x"], "model.lora.r: expected a whole number, got 'x'"),
     ([*SHIPPED, "--model.lora.rank", "4"], "no setting 'model.lora.rank': here it is 'model.lora.r'"),
@@ -268,7 +271,7 @@ def test_a_name_of_another_trainer_leads_to_the_setting_or_to_the_reason(setting
         ("model.lora.rank", "'model.lora.r'"),
         ("trainer.lr", "'model.optimization.learning_rate'"),
         ("trainer.epochs", "'trainer.max_epochs'"),
-        ("packing", "'data.packing' or 'model.packing'"),
+        ("packing", "'data.packing'"),
         ("window", "'convergence.window' or 'gradient_norm.window'"),
         ("trainr.max_steps", "'trainer.max_steps'"),
         ("max_stesp", "'trainer.max_steps'"),
@@ -297,9 +300,18 @@ def test_a_guess_is_close_or_there_is_none(settings_of_fit, key, told):
         (["generate", "hi", "--top_k", "3"], "not supported: sampling is by temperature and top_p"),
         (["evaluate", "a.jsonl", "x", "--max_samples", "3"], "here it is 'limit'"),
         (["merge", "x", "--output_dir", "y"], "here it is 'output'"),
-        (["estimate", "--lr", "3", *OWN[1:-2], "--config=lora_standard.yaml"], "here it is 'model.optimization.learning_rate'"),
-        (["validate", "--lr", "3", *OWN[1:-2], "--config=lora_standard.yaml"], "here it is 'model.optimization.learning_rate'"),
-        (["fit", "--config", "{lr: 3}", *OWN[1:-2], "--config=lora_standard.yaml"], "here it is 'model.optimization.learning_rate'"),
+        (
+            ["estimate", "--lr", "3", *OWN[1:-2], "--config=lora_standard.yaml"],
+            "here it is 'model.optimization.learning_rate'",
+        ),
+        (
+            ["validate", "--lr", "3", *OWN[1:-2], "--config=lora_standard.yaml"],
+            "here it is 'model.optimization.learning_rate'",
+        ),
+        (
+            ["fit", "--config", "{lr: 3}", *OWN[1:-2], "--config=lora_standard.yaml"],
+            "here it is 'model.optimization.learning_rate'",
+        ),
         (["fit", "--config", "{lora: {r: 3}}", *OWN[1:-2], "--config=lora_standard.yaml"], "here it is 'model.lora'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -28,6 +28,7 @@ from lit_lora.data.packing import collate_packed
 from tests.resume_project import run
 from tests.test_exact_resume import assert_same_end, project  # noqa: F401 (a fixture)
 from tests.test_module import _loader, _module, _tokenized, _trainer, base  # noqa: F401 (a fixture)
+from tests.tiny import grouped
 
 CONSTANT = {"lr_schedule": "constant", "warmup_ratio": 0.0}
 OPTIMIZERS = {
@@ -168,7 +169,7 @@ REFUSED = [
 def test_it_is_refused_before_anything_is_loaded(tmp_path, optimizer, options, message):
     settings = {"lr_schedule": "constant" if optimizer else "cosine", **options}
     own = {name: settings.pop(name) for name in ("lr_schedule", "lr_scheduler") if name in settings}
-    module = LoRALightningModule("random:nothing-of-that-name", optimizer=optimizer, **own)
+    module = LoRALightningModule("random:nothing-of-that-name", **grouped(optimizer=optimizer, **own))
     with pytest.raises(ValueError, match=message):
         _trainer(tmp_path, **settings).fit(module, [None])
 
@@ -340,7 +341,7 @@ class Told(L.pytorch.loggers.logger.DummyLogger):
 def test_every_logger_is_told_the_settings_once_in_plain_types(project, tmp_path, autolog):  # noqa: F811
     files = [L.pytorch.loggers.CSVLogger(tmp_path, name="csv"), PatientCSVLogger(tmp_path, name="ours")]
     loggers = [Told(), Told(), *files]
-    module = LoRALightningModule(project["base"], learning_rate=0.02, optimizer=OPTIMIZERS["RMSprop"])
+    module = LoRALightningModule(project["base"], **grouped(learning_rate=0.02, optimizer=OPTIMIZERS["RMSprop"]))
     data = SFTDataModule(project["train"], tokenizer="bytes", batch_size=3, cache_dir=tmp_path / "cache")
     trainer = _trainer(
         tmp_path, max_steps=1, logger=loggers, accumulate_grad_batches=2, enable_autolog_hparams=autolog,
@@ -353,7 +354,7 @@ def test_every_logger_is_told_the_settings_once_in_plain_types(project, tmp_path
         return
     told = json.loads(json.dumps(loggers[0].told[0]))
     assert told == loggers[0].told[0] == loggers[1].told[0]
-    assert (told["model"]["learning_rate"], told["model"]["lora"]["r"]) == (0.02, 8)
+    assert (told["model"]["optimization"]["learning_rate"], told["model"]["lora"]["r"]) == (0.02, 8)
     assert (told["data"]["train"], told["data"]["batch_size"]) == (project["train"], 3)
     assert (told["trainer"]["accumulate_grad_batches"], told["trainer"]["max_steps"]) == (2, 1)
     assert (told["optimizer"]["name"], told["optimizer"]["lr"]) == ("RMSprop", 0.001)

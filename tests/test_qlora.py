@@ -26,7 +26,7 @@ from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed
 from lit_lora.gated_mlp import recompute_gated_mlps
 from tests.large_tensors import LargeTensors
-from tests.tiny import config, examples, language_model
+from tests.tiny import config, examples, grouped, language_model
 
 IDS = torch.arange(3, 24).view(3, 7)
 KINDS = {
@@ -227,7 +227,7 @@ def _loader(batch_size: int) -> Any:
 def _module(base: str, **options: Any) -> LoRALightningModule:
     torch.manual_seed(1)
     defaults = {"lora": LoRAConfig(r=4), "learning_rate": 0.01, "lr_schedule": "constant", "warmup_ratio": 0.0}
-    module = LoRALightningModule(base, **{**defaults, **options})
+    module = LoRALightningModule(base, **grouped(**{**defaults, **options}))
     module.configure_model()
     return module
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lit_lora import LoRAConfig, LoRALightningModule, TrainingMetrics
 from lit_lora.callbacks import ConvergenceAssertion, GradientNormLogger
-from tests.tiny import config
+from tests.tiny import config, grouped
 
 
 def batches(num_with: int, num_without: int) -> DataLoader:
@@ -31,7 +31,7 @@ def fit(tmp_path):
     config("Llama").save_pretrained(tmp_path / "base")
 
     def run(loader, *callbacks):
-        module = LoRALightningModule(f"random:{tmp_path / 'base'}", lora=LoRAConfig(r=4), learning_rate=0.01)
+        module = LoRALightningModule(f"random:{tmp_path / 'base'}", **grouped(lora=LoRAConfig(r=4), learning_rate=0.01))
         options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = L.Trainer(
             max_epochs=1, log_every_n_steps=1, callbacks=list(callbacks), enable_checkpointing=False,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lit_lora.config import OptimizationConfig, StepConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -19,6 +22,15 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+def grouped(**settings: Any) -> dict[str, Any]:
+    """Arguments of ``LoRALightningModule``, where fields of its optimization and its step stand among the others."""
+    made = {}
+    for name, kind in (("optimization", OptimizationConfig), ("step", StepConfig)):
+        names = {field.name for field in fields(kind)} & settings.keys()
+        made[name] = kind(**{field: settings.pop(field) for field in sorted(names)})
+    return {**settings, **made}
 
 
 def config(kind: str = "Llama", **fields: Any) -> PreTrainedConfig:

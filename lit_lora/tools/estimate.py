@@ -39,7 +39,9 @@ def estimate(arguments: list[str]) -> None:
         print("traced with AdamW: the state of another optimizer is not known")
     step = found.settings.step
     if step.activation_budget is not None:
-        print(f"traced without recomputing: model.step.recompute {step.recompute} recomputes as many layers as it needs")
+        print(
+            f"traced without recomputing: model.step.recompute {step.recompute} recomputes as many layers as it needs"
+        )
     if step.compile_layers or step.liger:
         print("traced without compile_layers and liger of model.step: what compiled layers and Liger keep is not known")
     fits = options.fits is None or found.fits(options.fits)

@@ -90,7 +90,7 @@ COLUMNS: dict[str, dict[str, Options]] = {
         "8 bits": {"model.quantization.bits": 8},
     },
     "dropout": {"0": {}, "0.1": {"model.lora.lora_dropout": 0.1}},
-    "batches": {"packed": {}, "padded": {"data.packing": False, "model.packing": False}},
+    "batches": {"packed": {}, "padded": {"data.packing": False}},
     "checkpoints": {"on": {"checkpoint.every_n_steps": 1}, "off": {"trainer.enable_checkpointing": False}},
     "run": {"undisturbed": {}, "killed and resumed": {}},
 }
@@ -236,8 +236,12 @@ REFUSED = [
 Value = tuple[str, str]
 
 REFUSED_PAIRS: dict[frozenset[Value], str] = {
-    frozenset({("optimizer", "AdamWScheduleFree"), ("schedule", "cosine")}): "set model.optimization.lr_schedule constant",
-    frozenset({("optimizer", "AdamWScheduleFree"), ("schedule", "linear")}): "set model.optimization.lr_schedule constant",
+    frozenset(
+        {("optimizer", "AdamWScheduleFree"), ("schedule", "cosine")}
+    ): "set model.optimization.lr_schedule constant",
+    frozenset(
+        {("optimizer", "AdamWScheduleFree"), ("schedule", "linear")}
+    ): "set model.optimization.lr_schedule constant",
     frozenset({("end", "max_time"), ("schedule", "cosine")}): "comes down towards an end in steps, and none is known",
     frozenset({("end", "max_time"), ("schedule", "linear")}): "comes down towards an end in steps, and none is known",
     frozenset({("end", "max_time"), ("schedule", "OneCycleLR")}): "OneCycleLR has 6 steps, and the run no end in steps",

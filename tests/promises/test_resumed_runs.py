@@ -101,7 +101,6 @@ APPLIED = {
     "model.optimization.warmup_ratio": 0.5,
     "model.optimization.weight_decay": 0.1,
     "model.lora.lora_dropout": 0.5,
-    "model.packing": "false",
     "trainer.accumulate_grad_batches": 2,
     "trainer.gradient_clip_val": 0.01,
     "trainer.max_steps": 12,
@@ -137,7 +136,7 @@ def test_a_setting_that_is_applied_is_named_and_recorded_as_it_was(stranger, nam
     elif name in ("model.optimization.lr_schedule", "model.optimization.warmup_ratio"):
         assert rates(stranger)[4:] == rates(stranger, "other")[4:8]
     # Which change the rounding, later epochs, and what is best:
-    if name not in ("model.packing", "trainer.limit_train_batches", "trainer.limit_val_batches"):
+    if name not in ("trainer.limit_train_batches", "trainer.limit_val_batches"):
         assert losses(stranger)[5:] != losses(stranger, "same")[5:]
 
 

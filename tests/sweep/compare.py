@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from lit_lora import LoRAConfig, LoRALightningModule, inject_lora
+from lit_lora import LoRAConfig, LoRALightningModule, StepConfig, inject_lora
 from lit_lora.activation_checkpointing import checkpoint_layers, repeated_layers
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.causal_lm import Path, laid_out, language_model_loss
@@ -210,7 +210,7 @@ class _OwnLoss(LoRALightningModule):
     """The two hooks, as a user of another model overrides them."""
 
     def __init__(self, built: PreTrainedModel) -> None:
-        super().__init__("", lora=_adaptable(built), gradient_checkpointing=bool(repeated_layers(built)))
+        super().__init__("", lora=_adaptable(built), step=StepConfig(recompute=bool(repeated_layers(built))))
         self._built = [built]
 
     def load_base(self) -> nn.Module:
