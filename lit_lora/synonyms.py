@@ -100,6 +100,8 @@ SYNONYMS: dict[str, Meaning] = {
     "bnb_4bit_quant_storage": "quantized weights are kept as bytes: nothing shards them",
     "llm_int8_threshold": "8-bit products use bitsandbytes' default",
     "llm_int8_skip_modules": _to("model.quantization.skip_modules quantization.skip_modules"),
+    "gradient_checkpointing": _to("model.step.recompute", "true or false"),
+    "activation_memory": _to("model.step.recompute", "an amount such as 4GiB"),
     "use_gradient_checkpointing": _to("model.step.recompute", "true or false"),
     "activation_checkpointing": _to("model.step.recompute"),
     "gradient_checkpointing_kwargs": "recomputation is always the non-reentrant one",
@@ -318,7 +320,8 @@ def suggestion(key: str, known: Iterable[str], verb: str = "fit") -> str:
         return f": not supported: {meaning}"
     if meaning is not None:
         return _renamed(meaning, known, verb)
-    if close := _closest(name, beside):
+    below = {k.rpartition(".")[2]: k for k in known if group and k.startswith(f"{group}.")}
+    if close := _closest(name, below | beside):
         return f", did you mean {close!r}?"
     if group in _CLOSED_GROUPS:
         return _members(group, beside)

@@ -129,7 +129,7 @@ def test_a_chunk_bounds_the_example_that_is_measured() -> None:
 
 def test_a_model_that_needs_values_is_refused_with_what_to_do() -> None:
     model = language_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
-    with pytest.raises(ValueError, match=r"in modeling_rope_utils\.py, line \d+\): set gradient_checkpointing"):
+    with pytest.raises(ValueError, match=r"in modeling_rope_utils\.py, line \d+\): set recompute to true"):
         measure_activations(model, 40)
 
 
@@ -159,7 +159,7 @@ def test_recomputing_some_layers_changes_neither_loss_nor_gradients(num_layers: 
 
 
 def test_a_budget_that_cannot_be_met_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"with all 6 layers recomputed, activation_memory allows 0 MB: raise it"):
+    with pytest.raises(ValueError, match=r"with all 6 layers recomputed, recompute allows 0 MB: raise it"):
         layers_to_checkpoint(adapted("narrow"), TOKENS, 1000)
 
 

@@ -30,7 +30,9 @@ def resolved(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["lit-lora"])
     for name in ("my", "other", "val"):
         Path(f"{name}.jsonl").write_text(json.dumps({"prompt": name, "completion": "b"}) + "\n")
-    Path("a.yaml").write_text("data: {train: my.jsonl, batch_size: 3}\nmodel: {learning_rate: 1.0e-5}\n")
+    Path("a.yaml").write_text(
+        "data: {train: my.jsonl, batch_size: 3}\nmodel: {optimization: {learning_rate: 1.0e-5}}\n"
+    )
     Path("b.yaml").write_text("data: {train: other.jsonl}\n")
     Path("data.yaml").write_text("train: other.jsonl\nbatch_size: 7\n")
 

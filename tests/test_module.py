@@ -426,7 +426,7 @@ def test_a_vision_model_is_fine_tuned_through_two_hooks(tmp_path):
     ("options", "message"),
     [
         ({"learning_rate": 0}, "learning_rate must be above 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"warmup_ratio": 1.5}, "warmup_ratio must be in"),
@@ -435,7 +435,7 @@ def test_a_vision_model_is_fine_tuned_through_two_hooks(tmp_path):
 )
 def test_settings_are_checked_when_they_are_made(options, message):
     with pytest.raises(ValueError, match=message):
-        LoRALightningModule("base", **options)
+        LoRALightningModule("base", **grouped(**options))
 
 
 def test_a_trainer_without_logs_trains_without_a_warning(base, tmp_path):
