@@ -24,18 +24,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from lit_lora import attention, causal_lm
-from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters import base_weight
-from lit_lora.adapters.inject import inject_lora
-from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.adapters.quantize import is_left_plain, quantize_
 from lit_lora.amounts import parse_bytes
+from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.cuda_allocator import CudaPeak, replay
-from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.models import RANDOM, _architecture, resolve_base
 from lit_lora.storage_tracker import WORKSPACE, Peak, StorageTracker
-from lit_lora.trial import likely_path
 from lit_lora.valueless import without_values
 from lit_lora.whole_model import readable
 
@@ -150,21 +146,13 @@ def trace(settings: StepSettings) -> MemoryEstimate:
         notes.append("traced without CUDA: operators chosen as on a CPU, types and attention as on CUDA")
     with without_values("its step cannot be traced. Run a short fit instead, which reports its peak"), tracker:
         model, load_peak = _load(settings, device, tracker)
-        inject_lora(model, settings.lora)
-        if not settings.step.fused_lora:
-            for _, layer in lora_layers(model):
-                if isinstance(layer, LoRALinear):
-                    layer.has_fast_path = False
-        if settings.step.recompute_mlp:
-            recompute_gated_mlps(model, trial=False)
-        path = likely_path(model, packing=settings.packing, direct_head=settings.step.chunked_loss)
-        model.train()
+        built = make_trainable(model, settings.lora, settings.step, packing=settings.packing, valueless=True)
+        path = built.path
+        assert path is not None
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         tracker.claim("adapters", trainable)
         tracker.forget_the_dead()
         tracker.name_modules(model)
-        if settings.step.recompute:
-            checkpoint_layers(model, settings.step.recomputed_layers)
         batch = causal_lm.placeholder_batch(
             settings.lengths, packed=path.packed, device=device, supervised=settings.supervised
         )

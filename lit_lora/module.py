@@ -16,21 +16,18 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lit_lora import causal_lm, compilation, hyperparameters, liger_kernels, training_record, training_state
+from lit_lora import causal_lm, compilation, hyperparameters, training_record, training_state
 from lit_lora.activation_budget import ActivationBudget
-from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters import trained_on
-from lit_lora.adapters.inject import InjectionReport, inject_lora
-from lit_lora.adapters.layers import LoRALinear, lora_layers
+from lit_lora.adapters.inject import InjectionReport
 from lit_lora.adapters.module_names import plain_name
 from lit_lora.base_hash import base_hash, forget_base, note_base
+from lit_lora.build import check_device, make_trainable
 from lit_lora.checkpoint import read_checkpoint
 from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
 from lit_lora.frozen_statistics import keep_batch_norm_frozen
-from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.metrics import TrainingMetrics
 from lit_lora.models import load_base_model
 from lit_lora.optimization import Optimization
@@ -131,8 +128,12 @@ class LoRALightningModule(TokenLossModule):
         """
         assert self.model is not None, "configure_model has not run"
         if self.path is None:  # an override that calls this one
-            self._choose_path(self.model)
-        assert self.path is not None
+            self.path = choose_path(
+                self.model,
+                packing=self._packs,
+                direct_head=self.step.chunked_loss,
+                shared_prefix=self.step.shared_prefix,
+            )
         batch = causal_lm.with_targets(batch)
         nll_sum, num_correct = causal_lm.language_model_loss(self.model, batch, self.path, accuracy=accuracy)  # type: ignore[arg-type]
         return LossOutput(nll_sum, batch["target_ids"].numel(), num_correct, batch.get("num_tokens"))
@@ -166,49 +167,20 @@ class LoRALightningModule(TokenLossModule):
             check_built(self._trainer)
         if self.model is not None:
             return
-        if self.step.compile_layers:
-            compilation.check_compiler(torch.get_default_device())
-        if self.step.liger:
-            liger_kernels.check_available(torch.get_default_device())
+        check_device(self.step, torch.get_default_device())
         model = self.load_base()
         if type(self).load_base is not LoRALightningModule.load_base:
             forget_base(model)  # what was loaded may have been changed
-        if self.step.liger:
-            rank_zero_info(f"Liger kernels: {', '.join(liger_kernels.apply(model))}")
-        self.injection_report = inject_lora(model, self.lora)
-        if not self.step.fused_lora:
-            for _, layer in lora_layers(model):
-                if isinstance(layer, LoRALinear):
-                    layer.has_fast_path = False
-        if self.step.recompute_mlp:
-            recompute_gated_mlps(model)
-        model.train()
-        if type(self).compute_loss is LoRALightningModule.compute_loss:
-            self._choose_path(model)
-        if self.step.compile_layers:
-            self._compile_clock = compilation.compile_layers(model)
-        if (budget := self.step.activation_budget) is not None:
-            if self.path is None:
-                raise ValueError(
-                    f"recompute {budget!r} measures the loss of next tokens, and this module overrides compute_loss: "
-                    "set recompute to true, or to a number of layers"
-                )
-            self._activation_budget = ActivationBudget(model, budget, self.path)  # type: ignore[arg-type]
-        elif self.step.recompute:
-            checkpoint_layers(model, self.step.recomputed_layers)
+        own_loss = type(self).compute_loss is not LoRALightningModule.compute_loss
+        built = make_trainable(model, self.lora, self.step, packing=self._packs, own_loss=own_loss)
+        self.injection_report, self.path, self._activation_budget, self._compile_clock = built
         self.model = model
         note_base(model, base_hash(model))
-        keep_batch_norm_frozen(model)
 
-    def _choose_path(self, model: nn.Module) -> None:
-        data = getattr(self._trainer, "datamodule", None)
-        self.path = choose_path(
-            model,
-            packing=getattr(data, "packing", True),
-            direct_head=self.step.chunked_loss,
-            shared_prefix=self.step.shared_prefix,
-        )
-        rank_zero_info(f"Forward path: {self.path}")
+    @property
+    def _packs(self) -> bool:
+        data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        return getattr(data, "packing", True)
 
     def train(self, mode: bool = True) -> LoRALightningModule:
         """Set the mode; batch norms of the frozen base stay in evaluation, so that their statistics do not move."""

@@ -20,7 +20,7 @@ FILES = {
     **{f"lit_lora.callbacks.{p.stem}": p for p in sorted((ROOT / "callbacks").glob("*.py"))},
 }  # fmt: skip
 
-LEAVES = {"config", "metrics", "atomic", "wording", "compute_limit", "environment"}
+LEAVES = {"amounts", "config", "metrics", "atomic", "wording", "compute_limit", "environment"}
 """Rooms that every other one may import. They import nothing of ours, and neither torch nor Lightning."""
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -58,10 +58,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cuda_allocator": set(),
     "memory": {
         "adapters", "models", "causal_lm", "attention", "activation_checkpointing", "storage_tracker", "cuda_allocator",
-        "amounts", "gated_mlp", "trial", "valueless", "whole_model",
+        "amounts", "build", "gated_mlp", "trial", "valueless", "whole_model",
     },
     "activation_budget": {
         "activation_checkpointing", "amounts", "causal_lm", "module_state", "storage_tracker", "valueless",
+    },
+    "build": {
+        "activation_budget", "activation_checkpointing", "adapters", "causal_lm", "compilation", "frozen_statistics",
+        "gated_mlp", "liger_kernels", "trial",
     },
     "compilation": {"activation_checkpointing", "adapters"},
     "liger_kernels": set(),
@@ -80,7 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "training_record": {"adapters"},
     "module": {
-        "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "activation_checkpointing",
+        "build", "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "activation_checkpointing",
         "compilation", "liger_kernels", "optimization", "token_loss", "training_point", "hyperparameters",
         "base_hash", "resume_settings", "trainer_settings", "step_metrics", "training_state", "training_record",
         "prediction", "frozen_statistics", "activation_budget", "amounts", "gated_mlp", "trial",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from lit_lora import causal_lm
-from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import inject_lora
 from lit_lora.amounts import parse_bytes
+from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
-from lit_lora.gated_mlp import recompute_gated_mlps
 from lit_lora.memory import CATEGORIES, MemoryEstimate, StepSettings, estimate_memory, run_step, suggest, trace
 from lit_lora.models import load_base_model
 from lit_lora.module import LoRALightningModule
 from lit_lora.storage_tracker import StorageTracker
-from lit_lora.trial import choose_path
 from tests.tiny import config
 
 NF4 = QuantizationConfig()
@@ -51,12 +49,9 @@ def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker
     """Run the step of an estimate on real tensors."""
     settings = estimate.settings
     model = load_base_model(base or settings.base, quantization=settings.quantization)
-    inject_lora(model, settings.lora)
-    recompute_gated_mlps(model)
-    model.train()
-    path = choose_path(model, packing=settings.packing, shared_prefix=False)
-    if settings.step.recompute:
-        checkpoint_layers(model, settings.step.recomputed_layers)
+    step = replace(settings.step, shared_prefix=False)
+    path = make_trainable(model, settings.lora, step, packing=settings.packing).path
+    assert path is not None
     tracker = StorageTracker(model)
     with tracker:
         tracker.add([*model.parameters(), *model.buffers()])

@@ -1,0 +1,107 @@
+"""A loaded base made trainable, in the one order in which it can be done.
+
+Kernels are replaced before adapters wrap what they replace; adapters come before what is rewritten around them; the
+trial runs what training will run, in training mode; compilation takes layers as they then are, and recomputation wraps
+what was compiled.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lit_lora import compilation, liger_kernels
+from lit_lora.activation_budget import ActivationBudget
+from lit_lora.activation_checkpointing import checkpoint_layers
+from lit_lora.adapters.inject import InjectionReport, inject_lora
+from lit_lora.adapters.layers import LoRALinear, lora_layers
+from lit_lora.causal_lm import Path
+from lit_lora.config import LoRAConfig, StepConfig
+from lit_lora.frozen_statistics import keep_batch_norm_frozen
+from lit_lora.gated_mlp import recompute_gated_mlps
+from lit_lora.trial import choose_path, likely_path
+
+
+class Built(NamedTuple):
+    """What was made of a model."""
+
+    report: InjectionReport
+    """What was adapted."""
+    path: Path | None
+    """How batches are run; None for a loss of one's own."""
+    budget: ActivationBudget | None
+    """Recomputes as many layers as a batch needs, where memory is what was asked for."""
+    compile_clock: compilation.CompileClock | None
+    """Of compiled layers."""
+
+
+def check_device(step: StepConfig, device: torch.device) -> None:
+    """Refuse a step that this machine cannot compute, before anything is loaded.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if step.compile_layers:
+        compilation.check_compiler(device)
+    if step.liger:
+        liger_kernels.check_available(device)
+
+
+def make_trainable(
+    model: nn.Module,
+    lora: LoRAConfig,
+    step: StepConfig = StepConfig(),  # noqa: B008 (frozen)
+    *,
+    packing: bool = True,
+    own_loss: bool = False,
+    valueless: bool = False,
+) -> Built:
+    """Inject adapters, freeze everything else, and let the model compute as ``step`` says; it is in training mode then.
+
+    Args:
+        model: a base without adapters, on its device.
+        lora: which layers get adapters, of what rank.
+        step: how a step is computed.
+        packing: False to pad without trying.
+        own_loss: whether its loss is another than that of next tokens; then nothing is tried.
+        valueless: whether its tensors have no values, so that nothing can be tried, compiled or measured.
+
+    Raises:
+        ValueError: if layers to adapt are not there, the model cannot be trained on next tokens, or ``step`` asks for
+            what it cannot do.
+    """
+    if step.liger and not valueless:
+        rank_zero_info(f"Liger kernels: {', '.join(liger_kernels.apply(model))}")
+    report = inject_lora(model, lora)
+    if not step.fused_lora:
+        for _, layer in lora_layers(model):
+            if isinstance(layer, LoRALinear):
+                layer.has_fast_path = False
+    if step.recompute_mlp:
+        recompute_gated_mlps(model, trial=not valueless)
+    model.train()
+    path = None if own_loss else _path(model, step, packing=packing, valueless=valueless)
+    clock = compilation.compile_layers(model) if step.compile_layers and not valueless else None
+    budget = None
+    if step.activation_budget is not None and not valueless:
+        if path is None:
+            raise ValueError(
+                f"recompute {step.recompute!r} measures the loss of next tokens, and this module overrides "
+                "compute_loss: set recompute to true, or to a number of layers"
+            )
+        budget = ActivationBudget(model, step.activation_budget, path)  # type: ignore[arg-type]
+    elif step.recompute and step.activation_budget is None:
+        checkpoint_layers(model, step.recomputed_layers)
+    keep_batch_norm_frozen(model)
+    return Built(report, path, budget, clock)
+
+
+def _path(model: nn.Module, step: StepConfig, *, packing: bool, valueless: bool) -> Path:
+    if valueless:
+        return likely_path(model, packing=packing, direct_head=step.chunked_loss)
+    path = choose_path(model, packing=packing, direct_head=step.chunked_loss, shared_prefix=step.shared_prefix)
+    rank_zero_info(f"Forward path: {path}")
+    return path
