@@ -179,6 +179,7 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             f"{trainer.ckpt_path} holds weights only (ModelCheckpoint with save_weights_only), which nothing can be "
             "continued from: resume from a file that TrainingCheckpoint wrote"
         )
+    _check_counters(checkpoint.get("loops", {}).get("fit_loop"), trainer.fit_loop.state_dict(), "loops.fit_loop")
     _refuse_other_window(checkpoint[KEY], trainer)
     data: Mapping[str, Any] | None = data_state(checkpoint, trainer)
     if data is None:
@@ -203,6 +204,24 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             counters.update(ready=opened, started=opened, processed=opened - 1, completed=opened - 1)
         batches["current"].update(dict.fromkeys(batches["current"], num_batches))
         batches["is_last_batch"] = True
+
+
+def _check_counters(saved: Any, own: Mapping[str, Any], where: str) -> None:
+    """Check that all of Lightning's counters are there: it lets one that is missing start at 0, in silence.
+
+    Raises:
+        ValueError: naming one that is missing, or no number.
+    """
+    for name, value in own.items():
+        key = f"{where}.{name}"
+        if name.endswith("state_dict"):  # of loops, which have none that matters, and of anyone's loaders
+            continue
+        if not isinstance(saved, Mapping) or name not in saved:
+            raise ValueError(f"the checkpoint lacks {key}: it is not as Lightning writes it")
+        if isinstance(value, Mapping):
+            _check_counters(saved[name], value, key)
+        elif not isinstance(saved[name], type(value)):
+            raise ValueError(f"the checkpoint holds {saved[name]!r:.80} for {key}, expected {type(value).__name__}")
 
 
 def given(trainer: Trainer) -> dict[str, Any]:

@@ -104,8 +104,9 @@ def from_peft_config(content: Any) -> LoRAConfig:
         if name not in harmless and value not in (None, False, "", [], {}) and (name, value) != ("bias", "none")
     }
     if refused:
-        shown = ", ".join(f"{name}={value!r}" for name, value in sorted(refused.items()))
-        raise ValueError(f"uses what lit_lora does not implement, or does not know: {shown}")
+        names = [f"{name:.100}={value!r:.100}" for name, value in sorted(refused.items())]
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        raise ValueError(f"uses what lit_lora does not implement, or does not know: {', '.join(names[:20])}{more}")
     if not known.get("target_modules"):
         if not known.get("modules_to_save"):
             raise ValueError("target_modules is missing or empty: name the adapted layers")

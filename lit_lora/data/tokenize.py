@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_lora.compute_limit import LimitExceeded, compute_limit
 from lit_lora.data.formats import BadRow, Conversation, Example
 from lit_lora.data.sources import Problems
+from lit_lora.whole_model import is_panic
 from lit_lora.wording import in_words_of
 
 ALPACA_TEMPLATE = (
@@ -82,7 +83,7 @@ def format_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         tokenizer: as used for training.
         text: plain text.
     """
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = list(run_tokenizer(tokenizer, text)["input_ids"])
     if ids[:2] == [tokenizer.bos_token_id] * 2:
         ids = ids[1:]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
@@ -142,6 +143,21 @@ def encode_examples(
         assert any(token in enders for token, supervised in zip(ids, mask, strict=True) if supervised)
         encoded[position] = _truncated(example.line, ids, mask, max_length)
     return [encoded[position] for position in sorted(encoded)]
+
+
+def run_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: Any) -> Any:
+    """``tokenizer(text)``.
+
+    Raises:
+        ValueError: naming it, where its Rust code fails: of an expression that takes too long, for example.
+    """
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise ValueError(f"the tokenizer {name} fails on the text: {error!s:.500}. Take it from another source") from error
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -277,10 +293,10 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tupl
     """Ids, and with a fast tokenizer the character at which each token starts. Rendered text brings its own BOS."""
     if not texts:
         return []
-    options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False}
     if not tokenizer.is_fast:
-        return [(ids, None) for ids in tokenizer(texts, **options)["input_ids"]]
-    output = tokenizer(texts, return_offsets_mapping=True, **options)
+        return [(ids, None) for ids in run_tokenizer(tokenizer, texts, **options)["input_ids"]]
+    output = run_tokenizer(tokenizer, texts, return_offsets_mapping=True, **options)
     offsets = output["offset_mapping"]
     return [(ids, [start for start, _ in spans]) for ids, spans in zip(output["input_ids"], offsets, strict=True)]
 
@@ -304,7 +320,7 @@ def _is_space(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and run_tokenizer(tokenizer, "a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
