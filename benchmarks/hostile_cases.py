@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ DATA = [
         "a million lines without end": b"\r" * 1_000_000,
         "escapes of half characters": _row(b'"%s"' % (b"\\ud800" * 100_000)),
         "gzip": gzip.compress(_GOOD * 40),
-        "gzip of a gigabyte": gzip.compress(bytes(1 << 30), 1),
+        "gzip of 200 MB": gzip.compress(bytes(200_000_000), 1),
         "UTF-16": (_GOOD * 40).decode().encode("utf-16"),
         "NULs in texts": _row(b'"a\\u0000b"') * 40,
         "control characters": _row(b'"\\u001b[2J\\u0007"') * 40,
@@ -244,9 +245,13 @@ def _raw_config(field: bytes, value: bytes) -> Content:
     return text[:-1] + b', "%s": %s}' % (field, value)
 
 
-_SLOW = ("(a|a|b|.)*(a|a|b|.)*(a|a|b|.)*X$", r"((.+)+)+X", r"(.*)*(.*)*(.*)*(.*)*=", r"(?:model|m.*|.*)+\d*\1?#",
-         r"^(([a-z_.0-9])+.)+[A-Z]([a-z])+$")  # fmt: skip
-_LARGE = ("((((a{1,99}){1,99}){1,99}){1,99}){1,99}", "(" * 5000 + ")" * 5000, "|".join(["x"] * 1_000_000), "a" * 5_000_000)
+_SLOW = (r"((.+)+)+X", r"(.*)*(.*)*(.*)*(.*)*=", r"^(([a-z_.0-9])+.)+[A-Z]([a-z])+$")
+_LARGE = (
+    "((((a{1,99}){1,99}){1,99}){1,99}){1,99}",
+    "(" * 5000 + ")" * 5000,
+    "|".join(["x"] * 1_000_000),
+    "a" * 5_000_000,
+)
 
 
 def _expressions(expressions: tuple[str, ...], name: str) -> dict[str, Content]:
@@ -374,7 +379,8 @@ _TEMPLATES = {
     "brackets 100,000 deep": "{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}",
     "conditions 5000 deep": "{% if true %}" * 5000 + "{% endif %}" * 5000,
     "a template of 20 MB": "{{ 1 }}" * 3_000_000,
-    "code": "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.popen('touch code-ran') }}",
+    "code": "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    "{{ cycler.__init__.__globals__.os.popen('touch code-ran') }}",
     "code of the standard library": "{{ self.__init__.__globals__.__builtins__.open('code-ran', 'w') }}",
 }
 
@@ -492,7 +498,7 @@ class _Code:
 def _zip(parts: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     """A checkpoint as torch writes it, of these parts."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as archive:
+    with zipfile.ZipFile(file, "w", compression, compresslevel=1) as archive:
         for name, data in {"version": b"3\n", "byteorder": b"little", **parts}.items():
             archive.writestr(f"hostile/{name}", data)
     return file.getvalue()
@@ -525,11 +531,11 @@ _CKPTS: dict[str, Content] = {
     "code in a pickle": pickle.dumps({"state_dict": _Code()}, protocol=2),
     "code saved by torch": _saved(x=_Code()),
     "code saved by torch, the old way": lambda path: torch.save(
-        {"state_dict": _Code()}, path, _use_new_zipfile_serialization=False),
+        {"state_dict": _Code()}, path, _use_new_zipfile_serialization=False
+    ),
     "a script of torch": lambda path: torch.jit.save(torch.jit.script(torch.nn.Identity()), path),
-    "4 GB of zeros in a small zip": lambda path: path.write_bytes(
-        _zip({"data.pkl": bytes(1 << 32)}, zipfile.ZIP_DEFLATED)),
-    "a compressed tensor": lambda path: path.write_bytes(_compressed(path)),
+    "a gigabyte of zeros in a small zip": lambda path: path.write_bytes(_compressed("data.pkl")),
+    "a compressed tensor": lambda path: path.write_bytes(_compressed("data/0")),
     "lists that double": _saved(x=_shared(60, lambda value: [value, value])),
     "mappings that double": _saved(x=_shared(60, lambda value: {"a": value, "b": value})),
     "lists that double, with a checksum": _saved(x=_shared(60, lambda value: [value, value]), **{CHECKSUM: "x"}),
@@ -537,9 +543,10 @@ _CKPTS: dict[str, Content] = {
     "a list within itself, with a checksum": _saved(x=_endless(), **{CHECKSUM: "x"}),
     "a list 300 deep, with a checksum": _saved(x=_shared(300, lambda value: [value]), **{CHECKSUM: "x"}),
     "a list 2000 deep": lambda path: path.write_bytes(_zip({"data.pkl": _deep_pickle(2000)})),
-    "a list 1,000,000 deep": lambda path: path.write_bytes(_zip({"data.pkl": _deep_pickle(1_000_000)})),
-    "a list 1,000,000 deep, with a checksum": lambda path: path.write_bytes(
-        _zip({"data.pkl": _deep_pickle(1_000_000, CHECKSUM)})),
+    "a list 100,000 deep": lambda path: path.write_bytes(_zip({"data.pkl": _deep_pickle(100_000)})),
+    "a list 100,000 deep, with a checksum": lambda path: path.write_bytes(
+        _zip({"data.pkl": _deep_pickle(100_000, CHECKSUM)})
+    ),
     "one number as a tebibyte": _saved(x=torch.zeros(1).expand(1 << 38), **{CHECKSUM: "x"}),
     "one number as a tebibyte of weights": _saved(state_dict={"x": torch.zeros(1).expand(1 << 38)}),
     "a million times one tensor": _saved(x=[torch.zeros(100_000)] * 100_000, **{CHECKSUM: "x"}),
@@ -564,12 +571,14 @@ def _deep_pickle(depth: int, *keys: str) -> bytes:
     return opening + b"X\x01\x00\x00\x00x" + b"]" * depth + b"a" * (depth - 1) + b"u."
 
 
-def _compressed(path: Path) -> bytes:
-    """A checkpoint of zeros, as torch writes it but compressed: 4 GB of weights in 4 MB."""
-    torch.save({"state_dict": {"x": torch.zeros(1 << 20)}}, path)
-    with zipfile.ZipFile(path) as archive:
+@cache
+def _compressed(part: str) -> bytes:
+    """A checkpoint of a tensor, one part of it replaced by a gigabyte of zeros, compressed to a few megabytes."""
+    file = io.BytesIO()
+    torch.save({"state_dict": {"x": torch.zeros(1 << 20)}}, file)
+    with zipfile.ZipFile(file) as archive:
         parts = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
-    return _zip({**parts, "data/0": bytes(1 << 32)}, zipfile.ZIP_DEFLATED)
+    return _zip({**parts, part: bytes(1 << 30)}, zipfile.ZIP_DEFLATED)
 
 
 CHECKPOINT = [

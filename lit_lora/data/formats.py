@@ -195,7 +195,9 @@ def resolve_columns(names: Iterable[str], format: str, columns: Mapping[str, str
         if column not in available:
             close = difflib.get_close_matches(column, available, n=1)
             hint = f": did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"columns maps {name!r} to {column!r}, but the data has the columns {shown_names(available)}{hint}")
+            raise ValueError(
+                f"columns maps {name!r} to {column!r}, but the data has the columns {shown_names(available)}{hint}"
+            )
     candidates = list(FORMATS) if format == "auto" else [format]
     for candidate in candidates:
         mapping = _fit(candidate, available, columns)
@@ -205,10 +207,8 @@ def resolve_columns(names: Iterable[str], format: str, columns: Mapping[str, str
     given = f" with {setting('data.columns', columns)}" if columns else ""
     example = {"prompt": "question", "completion": "answer"}
     fix = advice("name them, for example {}", "data.columns", example, otherwise="rename the columns of the file")
-    raise ValueError(
-        f"the columns {shown_names(available)}{given} do not fit {'any format' if format == 'auto' else f'the format {format!r}'}; "
-        f"expected {wanted}: {fix}"
-    )
+    what = "any format" if format == "auto" else f"the format {format!r}"
+    raise ValueError(f"the columns {shown_names(available)}{given} do not fit {what}; expected {wanted}: {fix}")
 
 
 def _fit(format: str, available: list[str], columns: dict[str, str]) -> dict[str, str] | None:

@@ -257,8 +257,8 @@ def _refuse_single_object(path: Path) -> None:
             return
         if isinstance(value, dict):
             raise ValueError(
-                f"{path} is one JSON object with the keys {shown_names(sorted(value))}, expected an array of objects, or one "
-                "object a line: save only the list of examples"
+                f"{path} is one JSON object with the keys {shown_names(sorted(value))}, expected an array of objects, "
+                "or one object a line: save only the list of examples"
             ) from None
     except RecursionError:
         return

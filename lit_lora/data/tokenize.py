@@ -157,7 +157,9 @@ def run_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **o
         if not is_panic(error):
             raise
         name = tokenizer.name_or_path or type(tokenizer).__name__
-        raise ValueError(f"the tokenizer {name} fails on the text: {error!s:.500}. Take it from another source") from error
+        raise ValueError(
+            f"the tokenizer {name} fails on the text: {error!s:.500}. Take it from another source"
+        ) from error
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -320,7 +322,9 @@ def _is_space(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and run_tokenizer(tokenizer, "a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and run_tokenizer(tokenizer, "a")["input_ids"][:1] == [
+        tokenizer.bos_token_id
+    ]
 
 
 def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
