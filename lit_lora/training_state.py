@@ -9,7 +9,7 @@ counters are made to agree with the data's position, which also moves a run betw
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -179,7 +179,7 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             f"{trainer.ckpt_path} holds weights only (ModelCheckpoint with save_weights_only), which nothing can be "
             "continued from: resume from a file that TrainingCheckpoint wrote"
         )
-    _check_counters(checkpoint.get("loops", {}).get("fit_loop"), trainer.fit_loop.state_dict(), "loops.fit_loop")
+    _check_layout(checkpoint)
     _refuse_other_window(checkpoint[KEY], trainer)
     data: Mapping[str, Any] | None = data_state(checkpoint, trainer)
     if data is None:
@@ -206,22 +206,30 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         batches["is_last_batch"] = True
 
 
-def _check_counters(saved: Any, own: Mapping[str, Any], where: str) -> None:
-    """Check that all of Lightning's counters are there: it lets one that is missing start at 0, in silence.
+def layout(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Names of all that Lightning, callbacks and the data keep in a checkpoint, those within others after a dot."""
+    parts = {name: value for name, value in checkpoint.items() if name not in (KEY, "state_dict", "optimizer_states")}
+    return [name for part, value in parts.items() for name in _names(part, value, 2 if part == "callbacks" else 8)]
+
+
+def _names(name: str, value: Any, depth: int) -> Iterator[str]:
+    yield name
+    if depth and isinstance(value, (Mapping, list)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _names(f"{name}.{key}", item, depth - 1)
+
+
+def _check_layout(checkpoint: Mapping[str, Any]) -> None:
+    """Check that all is there that was saved: what is missing, its reader would let start anew, in silence.
 
     Raises:
-        ValueError: naming one that is missing, or no number.
+        ValueError: naming what is missing.
     """
-    for name, value in own.items():
-        key = f"{where}.{name}"
-        if name.endswith("state_dict"):  # of loops, which have none that matters, and of anyone's loaders
-            continue
-        if not isinstance(saved, Mapping) or name not in saved:
-            raise ValueError(f"the checkpoint lacks {key}: it is not as Lightning writes it")
-        if isinstance(value, Mapping):
-            _check_counters(saved[name], value, key)
-        elif not isinstance(saved[name], type(value)):
-            raise ValueError(f"the checkpoint holds {saved[name]!r:.80} for {key}, expected {type(value).__name__}")
+    there = set(layout(checkpoint))
+    missing = [name for name in checkpoint[KEY].get("layout", []) if name not in there]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"the checkpoint lacks {missing[0]}{more}, which was saved in it: take an undamaged one")
 
 
 def given(trainer: Trainer) -> dict[str, Any]:

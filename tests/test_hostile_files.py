@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from lit_lora.metrics import TrainingMetrics
 from lit_lora.models import load_tokenizer
 from lit_lora.outcome import FILE_NAME, Outcome, read_outcome
 from lit_lora.setting_check import refuse
-from lit_lora.training_state import _check_counters
+from lit_lora.training_state import _check_layout, layout
 
 pytestmark = pytest.mark.timeout(60)
 READABLE = 5000
@@ -255,23 +256,31 @@ def test_a_tokenizer_that_replaces_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "missing"),
     [
-        (lambda loop: loop["progress"]["current"].pop("started"), r"lacks loops\.progress\.current\.started"),
-        (lambda loop: loop.pop("progress"), r"lacks loops\.progress"),
-        (lambda loop: loop.update(progress=None), r"lacks loops\.progress\.current"),
-        (lambda loop: loop["progress"]["current"].update(ready="x"), r"'x' for loops\.progress\.current\.ready"),
+        (lambda saved: saved["loops"]["progress"]["current"].pop("started"), "loops.progress.current.started"),
+        (lambda saved: saved["loops"].pop("progress"), "loops.progress and 3 more"),
+        (lambda saved: saved.update(loops=None), "loops.progress and 3 more"),
+        (lambda saved: saved.pop("SFTDataModule"), "SFTDataModule and 1 more"),
+        (lambda saved: saved["lr_schedulers"][0].pop("last_epoch"), "lr_schedulers.0.last_epoch"),
+        (lambda saved: saved["callbacks"]["X"].pop("losses"), "callbacks.X.losses"),
+        (lambda saved: saved["callbacks"].update({"Y": saved["callbacks"].pop("X")}), "callbacks.X and 1 more"),
     ],
 )
-def test_a_counter_of_the_loops_that_is_gone_is_named(change: Callable[[Any], object], message: str) -> None:
-    def counters() -> dict[str, Any]:
-        return {"state_dict": {}, "progress": {"current": {"ready": 1, "started": 1}, "is_last_batch": False}}
-
-    changed = counters()
-    _check_counters(changed, counters(), "loops")
-    change(changed)
-    with pytest.raises(ValueError, match=message):
-        _check_counters(changed, counters(), "loops")
+def test_what_was_saved_and_is_gone_is_named(change: Callable[[Any], object], missing: str) -> None:
+    saved: dict[str, Any] = {
+        "loops": {"progress": {"current": {"ready": 1, "started": 1}}},
+        "SFTDataModule": {"epoch": 1},
+        "lr_schedulers": [{"last_epoch": 3}],
+        "callbacks": {"X": {"losses": {"1": 0.5}}},
+        "state_dict": {"weight": 1},
+    }
+    saved["lit_lora"] = {"layout": layout(saved)}
+    _check_layout(saved)
+    assert not any("weight" in name for name in saved["lit_lora"]["layout"])
+    change(saved)
+    with pytest.raises(ValueError, match=f"lacks {re.escape(missing)}, which was saved"):
+        _check_layout(saved)
 
 
 def test_many_problems_and_long_ones_are_cut(capsys: pytest.CaptureFixture[str]) -> None:
