@@ -15,15 +15,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fault_runs import Budget, Process, Project, Tally
-from hostile_cases import CASES, MARK, Case
+from hostile_adapters import ADAPTER, TOKENIZER
+from hostile_cases import MARK, Case
+from hostile_configs import CONFIG
+from hostile_data import DATA
+from hostile_runs import CHECKPOINT, RUN
+
+CASES: tuple[Case, ...] = (*DATA, *ADAPTER, *TOKENIZER, *CONFIG, *CHECKPOINT, *RUN)
 
 LIMIT_S = 60.0
 MEMORY_BYTES = 2 << 30
 """Beyond what the process has when it starts."""
 MESSAGE_BYTES = 20_000
 """Nobody reads more; a message that repeats what it complains about would be longer."""
-EXPRESSION_LIMIT_S = 2.0
-"""In place of the half minute that expressions have, so that the suite does not wait that long for each."""
+SHORT_S = 1.0
+"""In place of the limits that expressions, templates and pipes have (30, 5 and 10 s): the suite would wait for each."""
 
 
 class _Running(NamedTuple):
@@ -61,9 +67,12 @@ def _start(project: Project, number: int, case: Case) -> _Running:
 
 def _limit(folder: Path) -> None:
     """In the process that reads the file."""
+    from lit_lora import strict_yaml
     from lit_lora.adapters import expressions
+    from lit_lora.data import tokenize
 
-    expressions.LIMIT_S = EXPRESSION_LIMIT_S
+    expressions.LIMIT_S = tokenize.RENDER_LIMIT_S = strict_yaml.PIPE_LIMIT_S = SHORT_S
+    os.environ["RUST_BACKTRACE"] = "0"  # it has no say in what lit_lora prints
     os.chdir(folder)  # where code that runs leaves its mark
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY_BYTES

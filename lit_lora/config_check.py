@@ -79,7 +79,8 @@ def parser_of(parser: ArgumentParser, verb: str) -> ArgumentParser:
 def _wrong_value(key: str, value: Any) -> str | None:
     """What is wrong with a value of the right type, looked at by itself."""
     if key == "seed_everything" and not 0 <= int(value or 0) < 2**32:  # Lightning does not say what it is about
-        return f"must be from 0 to {2**32 - 1}, got {value}"
+        # jsonargparse reads 1:30 as 90, and so a few thousand characters as a number that Python does not print.
+        return f"must be from 0 to {2**32 - 1}, got {value if abs(value) < 2**64 else 'a number beyond 2**64'}"
     if key not in _NAMES_OF_FILES or not isinstance(value, str):
         return None
     if not value.strip():

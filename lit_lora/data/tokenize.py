@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lit_lora.compute_limit import LimitExceeded, compute_limit
@@ -123,6 +123,7 @@ def encode_examples(
             )
         )
     template = chat_template(tokenizer)
+    of = f" of {tokenizer.name_or_path}" if tokenizer.name_or_path and template is None else ""
     enders = end_tokens(tokenizer)
     encoded: dict[int, Encoded] = {}
     chats: list[tuple[int, Example, str, list[tuple[int, int]]]] = []
@@ -135,7 +136,7 @@ def encode_examples(
                 text = render(tokenizer, template, example.content)
                 chats.append((position, example, text, _assistant_spans(tokenizer, template, example.content, text)))
             except BadRow as error:
-                problems.add(example.line, f"the chat template cannot render it: {error}")
+                problems.add(example.line, f"the chat template{of} cannot render it: {error}")
     tokenized = _tokenize(tokenizer, [text for _, _, text, _ in chats])
     for (position, example, text, spans), (ids, starts) in zip(chats, tokenized, strict=True):
         ends_with_answer = example.content[-1]["role"] == "assistant"  # type: ignore[index]
@@ -178,6 +179,9 @@ def render_limit(
     ]
     num_characters = sum(map(len, texts))
     name = tokenizer.name_or_path or type(tokenizer).__name__
+    templates = tokenizer.chat_template or ""
+    if any(map(_raises_to_powers, templates.values() if isinstance(templates, dict) else [templates])):
+        raise ValueError(f"the chat template of {name} raises to a power (**), which can go on without end: remove it")
     message = (
         f"the chat template of {name} does not come to an end on {len(contents)} "
         f"{'conversation' if len(contents) == 1 else 'conversations'}, where others take milliseconds: look at its "
@@ -185,6 +189,19 @@ def render_limit(
     )
     seconds = RENDER_LIMIT_S + 0.01 * len(contents) + 1e-6 * num_characters
     return compute_limit(seconds, message, memory_bytes=RENDER_LIMIT_BYTES + 100 * num_characters)
+
+
+def _raises_to_powers(template: str) -> bool:
+    """Whether it does: one power of large numbers is one operation, which nothing interrupts."""
+    before = ""
+    try:
+        for _, kind, text in Environment().lex(template) if "**" in template else ():
+            if kind == "operator" and text == "**" and before not in ("(", ","):  # there it spreads arguments
+                return True
+            before = before if kind == "whitespace" else text
+    except TemplateError:  # of its syntax; rendering it says so
+        pass
+    return False
 
 
 def render(
