@@ -57,6 +57,12 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + ALPACA_TEMPLATE
 
 
+def _template_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        return "the built-in chat template"
+    return f"the chat template of {tokenizer.name_or_path}" if tokenizer.name_or_path else "the chat template"
+
+
 def format_prompt(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> list[int]:
     """Token ids of ``messages`` and of the start of an answer, as in training.
 
@@ -72,7 +78,7 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, messages: Conversation) ->
             text = render(tokenizer, chat_template(tokenizer), messages, generation=True)
         except BadRow as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"the chat template cannot render these messages ({roles}): {error}") from error
+            raise ValueError(f"{_template_name(tokenizer)} cannot render these messages ({roles}): {error}") from error
     return _tokenize(tokenizer, [text])[0][0]
 
 
@@ -123,7 +129,6 @@ def encode_examples(
             )
         )
     template = chat_template(tokenizer)
-    of = f" of {tokenizer.name_or_path}" if tokenizer.name_or_path and template is None else ""
     enders = end_tokens(tokenizer)
     encoded: dict[int, Encoded] = {}
     chats: list[tuple[int, Example, str, list[tuple[int, int]]]] = []
@@ -136,7 +141,7 @@ def encode_examples(
                 text = render(tokenizer, template, example.content)
                 chats.append((position, example, text, _assistant_spans(tokenizer, template, example.content, text)))
             except BadRow as error:
-                problems.add(example.line, f"the chat template{of} cannot render it: {error}")
+                problems.add(example.line, f"{_template_name(tokenizer)} cannot render it: {error}")
     tokenized = _tokenize(tokenizer, [text for _, _, text, _ in chats])
     for (position, example, text, spans), (ids, starts) in zip(chats, tokenized, strict=True):
         ends_with_answer = example.content[-1]["role"] == "assistant"  # type: ignore[index]
@@ -178,12 +183,12 @@ def render_limit(
         text for turns in contents for text in ([turns] if isinstance(turns, str) else [t["content"] for t in turns])
     ]
     num_characters = sum(map(len, texts))
-    name = tokenizer.name_or_path or type(tokenizer).__name__
+    name = _template_name(tokenizer)
     templates = tokenizer.chat_template or ""
     if any(map(_raises_to_powers, templates.values() if isinstance(templates, dict) else [templates])):
-        raise ValueError(f"the chat template of {name} raises to a power (**), which can go on without end: remove it")
+        raise ValueError(f"{name} raises to a power (**), which can go on without end: remove it")
     message = (
-        f"the chat template of {name} does not come to an end on {len(contents)} "
+        f"{name} does not come to an end on {len(contents)} "
         f"{'conversation' if len(contents) == 1 else 'conversations'}, where others take milliseconds: look at its "
         "loops, or take the tokenizer from another source"
     )
