@@ -144,7 +144,7 @@ def test_tied_weights_are_there_twice_and_sound(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")
 def test_a_pipe_among_checkpoints_is_passed_over(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "step=1.ckpt")
+    torch.save({"state_dict": {}, "optimizer_states": [], "global_step": 1}, tmp_path / "step=1.ckpt")
     os.mkfifo(tmp_path / "step=2.ckpt")
     newest, problems = newest_checkpoint(tmp_path)
     assert newest == tmp_path / "step=1.ckpt"
