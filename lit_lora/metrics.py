@@ -87,9 +87,12 @@ class TrainingMetrics:
         _check_fields("the metrics", state, cls)
         for step in state["steps"]:
             _check_fields("a step's metrics", step, StepMetrics)
-            _check_numbers("a step's metrics", {**step, "loss": 0.0 if step["loss"] is None else step["loss"]})
+            without_loss = step["loss"] is None and step["num_target_tokens"] == 0
+            _check_numbers("a step's metrics", {**step, "loss": 0.0} if without_loss else step)
         for entry in state["validation"]:
             _check_numbers("a validation's metrics", entry)
+            if "step" not in entry:
+                raise ValueError(f"a validation's metrics lack their step: {sorted(entry)!r:.200}")
         _check_numbers("the metrics", {"peak_memory_mib": state["peak_memory_mib"]})
         return cls(
             steps=[

@@ -209,14 +209,17 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 def layout(checkpoint: Mapping[str, Any]) -> list[str]:
     """Names of all that Lightning, callbacks and the data keep in a checkpoint, those within others after a dot."""
     parts = {name: value for name, value in checkpoint.items() if name not in (KEY, "state_dict", "optimizer_states")}
-    return [name for part, value in parts.items() for name in _names(part, value, 2 if part == "callbacks" else 8)]
+    return [name for part, value in parts.items() for name in _names(part, value)]
 
 
-def _names(name: str, value: Any, depth: int) -> Iterator[str]:
+def _names(name: str, value: Any) -> Iterator[str]:
     yield name
-    if depth and isinstance(value, (Mapping, list)):
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _names(f"{name}.{key}", item, depth - 1)
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _names(f"{name}.{key}", item)
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):  # not a history of numbers
+        for number, item in enumerate(value):
+            yield from _names(f"{name}.{number}", item)
 
 
 def _check_layout(checkpoint: Mapping[str, Any]) -> None:

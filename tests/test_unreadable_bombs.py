@@ -215,11 +215,17 @@ STEP = {"step": 1, "loss": 1.0, "loss_scale": 1.0, "grad_norm": 1.0, "param_norm
         ({"steps": [{**STEP, "grad_norm": None}]}, "hold None for grad_norm"),
         ({"validation": [{"step": 1, "val_loss": "x"}]}, "hold 'x' for val_loss"),
         ({"validation": [1]}, "expected numbers by name"),
+        ({"validation": [{"val_loss": 1.0}]}, "lack their step"),
+        ({"steps": [{**STEP, "loss": None}]}, "hold None for loss"),
         ({"peak_memory_mib": None}, "hold None for peak_memory_mib"),
     ],
 )
 def test_metrics_that_are_no_numbers_are_refused(changes: dict[str, Any], message: str) -> None:
-    sound = {"steps": [STEP, {**STEP, "loss": None}], "validation": [{"step": 1, "val_loss": 1}], "peak_memory_mib": 1}
+    sound = {
+        "steps": [STEP, {**STEP, "loss": None, "num_target_tokens": 0}],
+        "validation": [{"step": 1, "val_loss": 1}],
+        "peak_memory_mib": 1,
+    }
     assert TrainingMetrics.from_state_dict(sound).steps[0].loss == 1.0
     with pytest.raises(ValueError, match="metrics") as caught:
         TrainingMetrics.from_state_dict({**sound, **changes})
@@ -263,8 +269,8 @@ def test_a_tokenizer_that_replaces_is_read(tmp_path: Path) -> None:
         (lambda saved: saved.update(loops=None), "loops.progress and 3 more"),
         (lambda saved: saved.pop("SFTDataModule"), "SFTDataModule and 1 more"),
         (lambda saved: saved["lr_schedulers"][0].pop("last_epoch"), "lr_schedulers.0.last_epoch"),
-        (lambda saved: saved["callbacks"]["X"].pop("losses"), "callbacks.X.losses"),
-        (lambda saved: saved["callbacks"].update({"Y": saved["callbacks"].pop("X")}), "callbacks.X and 1 more"),
+        (lambda saved: saved["callbacks"]["X"].pop("losses"), "callbacks.X.losses and 1 more"),
+        (lambda saved: saved["callbacks"].update({"Y": saved["callbacks"].pop("X")}), "callbacks.X and 2 more"),
     ],
 )
 def test_what_was_saved_and_is_gone_is_named(change: Callable[[Any], object], missing: str) -> None:
