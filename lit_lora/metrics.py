@@ -91,8 +91,8 @@ class TrainingMetrics:
             _check_numbers("a step's metrics", {**step, "loss": 0.0} if without_loss else step)
         for entry in state["validation"]:
             _check_numbers("a validation's metrics", entry)
-            if "step" not in entry:
-                raise ValueError(f"a validation's metrics lack their step: {sorted(entry)!r:.200}")
+            if missing := {"step", "val_loss"} - entry.keys():
+                raise ValueError(f"a validation's metrics lack {' and '.join(sorted(missing))}")
         _check_numbers("the metrics", {"peak_memory_mib": state["peak_memory_mib"]})
         return cls(
             steps=[
