@@ -40,6 +40,7 @@ DATA = [
     ("a.jsonl", f'{{"prompt": "a", "completion": "b"}}\n{{{PAIRS}}}', "a.jsonl:2: no field 'prompt', got ['c0'"),
     ("a.jsonl", f'{{{PAIRS}, "c29999": 1}}', "the field 'c29999' is there more than once"),
     ("a.jsonl", '{"messages": [{"role": "%s", "content": "a"}]}' % ("r" * 100_000), "unknown role 'rrr"),
+    ("a.jsonl", '{"messages": [{"role": %s, "content": "a"}]}' % ("[" * 900 + "]" * 900), "unknown role [[[["),
     ("a.jsonl", f'{{"messages": [{{{PAIRS}}}]}}', "turn 1 of 'messages' needs 'role' and 'content', got ['c0'"),
     ("a.json", f"{{{PAIRS.replace(', ', ', ' + chr(10))}}}", "is one JSON object with the keys ['c0'"),
     ("a.csv", ",".join(NAMES) + "\n1,2\n", "2 cells, expected 30000 ['c0'"),

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Problems:
 
 def shown(value: Any) -> str:
     """A value of a file, as long as one can read: a hostile or broken file may hold a name of a gigabyte."""
-    text = repr(value[:_MAX_SHOWN] if isinstance(value, str) else value)
+    text = repr(value[:_MAX_SHOWN]) if isinstance(value, str) else reprlib.repr(value)
     return text if len(text) <= _MAX_SHOWN + 2 else f"{text[:_MAX_SHOWN]}..."
 
 
