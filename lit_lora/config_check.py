@@ -15,6 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from lit_lora.command_line import settings
+from lit_lora.config import LoRAConfig
 from lit_lora.data.sources import existing_file, is_file_source
 from lit_lora.models import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base, resolve_tokenizer
 from lit_lora.setting_check import BUILT_FROM_FIELDS, known_settings, look_at_each, misplaced, wrong_type
@@ -136,7 +137,9 @@ def _refusals(group: str, kind: Callable[..., Any], arguments: Mapping[str, Any]
 
 def _refusal(kind: Callable[..., Any], arguments: Mapping[str, Any]) -> str | None:
     try:
-        kind(**arguments)
+        made = kind(**arguments)
+        if isinstance(made, LoRAConfig):  # the module's constructor asks this, which is not given the config here
+            made.check_for_training()
     except ValueError as error:
         return " ".join(str(error).split())
     return None
