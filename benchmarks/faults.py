@@ -1,4 +1,4 @@
-"""Faults on purpose: real training processes killed, disks filled, files corrupted, nonsense fed in.
+"""Faults on purpose: processes killed, disks filled, files corrupted, nonsense and hostile files fed in.
 
     python benchmarks/faults.py                 # everything, fixed seed; writes results/faults.md
     python benchmarks/faults.py --kills 200     # longer
