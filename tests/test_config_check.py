@@ -73,7 +73,7 @@ REFUSED = {
     },
     "model": {
         "base": "random:tinyllama-1.1b",
-        "lora": {"r": 0, "lora_dropout": 1.5},
+        "lora": {"r": 0, "lora_dropout": 1.5, "lora_alpha": 0},
         "quantization": {"block_size": 48},
         "learning_rate": -1.0,
         "warmup_ratio": 2.0,
@@ -89,6 +89,7 @@ REFUSALS = [
     "seed_everything: must be from 0 to",
     "model.lora.r: r must be at least 1, got 0",
     "model.lora.lora_dropout: lora_dropout must be in [0, 1), got 1.5",
+    "model.lora.lora_alpha: lora_alpha must be above 0 to train, got 0",
     "model.quantization.block_size: block_size must be a power of two",
     "trainer.strategy: 'fsdp' splits the model",
     "trainer.precision: precision 16-true trains adapters in float16",
