@@ -47,7 +47,7 @@ lint: setup  ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-faults: setup  ## kill, starve and feed nonsense to real runs (about 5 minutes); writes benchmarks/results/faults.md
+faults: setup  ## kill, starve and feed nonsense to real runs (about 7 minutes); writes benchmarks/results/faults.md
 	$(BIN)/python benchmarks/faults.py
 
 sweep: setup  ## compare every architecture of transformers with its own loss (minutes); writes docs/architectures.md

@@ -106,9 +106,13 @@ class Process:
             if (code := self.poll()) is not None:
                 return code
             time.sleep(0.01)
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        self.stop()
         return None
+
+    def stop(self) -> None:
+        """End it and what it has started."""
+        os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
 
     @property
     def text(self) -> str:

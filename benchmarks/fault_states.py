@@ -155,6 +155,19 @@ def edited_checkpoints(project: Project, rng: random.Random, budget: Budget, cou
     source = project.folder / "to-edit"
     newest, _ = newest_checkpoint(source / "run" / "checkpoints")
     assert newest is not None
+    running: list[tuple[str, str, Process]] = []
+
+    def judge(name: str, what: str, resumed: Process) -> None:
+        code = resumed.wait()
+        fine = code is not None and "Traceback" not in resumed.text
+        if code == 0:
+            fine = fine and not project.leftovers(name) and same(project.expected, project.end(name))
+        else:
+            fine = fine and "error: " in resumed.text
+        tally.check(fine, f"{name}: {what}: exit {code}, see {resumed.log}")
+        if fine:
+            shutil.rmtree(project.folder / name)
+
     for number in range(count):
         if not budget.allows(tally.name):
             continue
@@ -174,16 +187,11 @@ def edited_checkpoints(project: Project, rng: random.Random, budget: Budget, cou
         for other in path.parent.glob("*.ckpt"):
             if other != path:
                 other.unlink()
-        resumed = project.fit(name, name, "--ckpt_path", "last")
-        code = resumed.wait()
-        fine = code is not None and "Traceback" not in resumed.text
-        if code == 0:
-            fine = fine and same(project.expected["state_dict"], project.end(name)["state_dict"])
-        else:
-            fine = fine and "error: " in resumed.text
-        tally.check(fine, f"{name}: {key!r} {how}: exit {code}, see {resumed.log}")
-        if fine:
-            shutil.rmtree(project.folder / name)
+        running.append((name, f"{key!r} {how}", project.fit(name, name, "--ckpt_path", "last")))
+        if len(running) == os.cpu_count():
+            judge(*running.pop(0))
+    for one in running:
+        judge(*one)
     return tally
 
 

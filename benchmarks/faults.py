@@ -1,4 +1,4 @@
-"""Faults on purpose: real training processes killed, disks filled, files corrupted, nonsense fed in.
+"""Faults on purpose: processes killed, disks filled, files corrupted, nonsense and hostile files fed in.
 
     python benchmarks/faults.py                 # everything, fixed seed; writes results/faults.md
     python benchmarks/faults.py --kills 200     # longer
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import platform
 import random
@@ -305,8 +306,10 @@ def main() -> None:
     torch.set_num_threads(1)  # threads would not survive the fork
     os.environ["OMP_NUM_THREADS"] = "1"
     from bad_inputs import bad_inputs
+    from hostile_files import hostile_files
 
-    import lit_lora.cli  # noqa: F401  before the forks, which then start at once
+    for verb in ("cli", "tools.export", "tools.generate", "tools.inference"):
+        importlib.import_module(f"lit_lora.{verb}")  # before the forks, which then start at once
 
     rng = random.Random(options.seed)
     started = time.monotonic()
@@ -322,6 +325,7 @@ def main() -> None:
         lambda: states(project, rng, budget),
         lambda: corruptions(project, rng, budget, options.corruptions),
         lambda: [Tally(*entry) for entry in bad_inputs(project, options.seed, budget)],
+        lambda: hostile_files(project, budget),
     ]
     for stage in stages:
         tallies += stage()

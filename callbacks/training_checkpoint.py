@@ -291,7 +291,8 @@ def _count(trainer: pl.Trainer, path: Path) -> int:
         rank_zero_warn(f"The checkpoint {path} does not count as one to keep: {error}")
         return -1
     saved = read.get(SAVED)
-    return saved["count"] if isinstance(saved, dict) else 0
+    count = saved.get("count") if isinstance(saved, dict) else None
+    return count if isinstance(count, int) else 0
 
 
 def _batches(trainer: pl.Trainer) -> int:

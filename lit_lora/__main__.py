@@ -29,6 +29,9 @@ TOOLS = {
 }
 """Verb -> help. Each is the function of that name in ``lit_lora.tools.<verb>``."""
 
+MOST_CHARACTERS = 16_000
+"""Of an error message: one that quotes a hostile file, or that a library writes, may be of any length."""
+
 TRACEBACK_VARIABLE = "LIT_LORA_TRACEBACK"
 
 ALLOCATION_VARIABLES = {
@@ -101,7 +104,8 @@ def _run_tool(verb: str, arguments: list[str]) -> None:
 
 
 def _fail(message: str, *, code: int) -> NoReturn:
-    print(f"lit-lora: error: {message}", file=sys.stderr)
+    cut = f"... ({len(message) - MOST_CHARACTERS:,} more characters)" if len(message) > MOST_CHARACTERS else ""
+    print(f"lit-lora: error: {message[:MOST_CHARACTERS]}{cut}", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -4,7 +4,9 @@ What is in one: adapter parameters, optimizer and schedule (Lightning's part), t
 gradients of an unfinished accumulation window (ours), and who the base is. The base itself is not in it.
 
 Each file carries the SHA-256 of its own content, so that damage is found on reading; a file under a final name was
-complete when it took that name. Only tensors and plain types go in: files are read with ``weights_only=True``.
+complete when it took that name. Only tensors and plain types go in: files are read with ``weights_only=True``. A file
+can be made to stand for more than it holds (lists in lists twice over, one number as a tensor of gigabytes, zeros that
+are compressed): what is larger than its file by far is no checkpoint.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ SAVED = "lit_lora_saved"
 """Where a checkpoint says when it was saved: ``at_s``, and ``count`` of those in its folder."""
 
 SUFFIX = ".ckpt"
+MAX_DEPTH = 100
 
 
 class DamagedCheckpointError(ValueError):
@@ -71,7 +74,7 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str,
     path = Path(path)
     content = _loaded(path, map_location=map_location)
     expected = content.pop(CHECKSUM, None)
-    if expected is not None and checksum(content) != expected:
+    if expected is not None and _checksum_of(content, path) != expected:
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: its content does not match its checksum")
     return content
 
@@ -79,15 +82,56 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str,
 def _loaded(path: Path, **options: Any) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
+    size = path.stat().st_size
     try:
+        _check_parts(path, size)
         content = torch.load(path, weights_only=True, **options)
+        _check_extent(content, size)
     except Exception as error:  # torch raises half a dozen types for a broken file
         # The first sentence: what follows advises to run what is in the file.
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
         raise DamagedCheckpointError(f"checkpoint {path} cannot be read: {reason}") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise DamagedCheckpointError(f"{path} is not a Lightning checkpoint: it has no state_dict")
     return content
+
+
+def _check_parts(path: Path, size: int) -> None:
+    """The parts of a zip have to fit into it, as torch stores them: compressed, 4 MB can hold 4 GB of zeros."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        total = sum(part.file_size for part in archive.infolist())
+    if total > size:
+        raise ValueError(f"its parts have {total:,} bytes, the file {size:,}")
+
+
+def _check_extent(content: Any, size: int) -> None:
+    """Every value, with all that it stands for, takes room in the file; some may be there twice.
+
+    Raises:
+        ValueError: if there is more of it, or it is nested deeper than anything that is saved.
+    """
+    waiting = [(content, 0)]
+    total = 0
+    while waiting:
+        value, depth = waiting.pop()
+        total += value.numel() * value.element_size() if isinstance(value, Tensor) else 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        if total > 2**20 + 4 * size:
+            raise ValueError(f"what it holds takes far more than the {size:,} bytes of the file")
+        if isinstance(value, dict):
+            waiting += [(item, depth + 1) for item in value.values()]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(item, depth + 1) for item in value]
+
+
+def _checksum_of(content: dict[str, Any], path: Path) -> str:
+    try:
+        return checksum(content)
+    except (ValueError, RuntimeError) as error:  # of tensors without values, or that are no arrays
+        raise DamagedCheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
 
 class _Saved(NamedTuple):
@@ -103,7 +147,7 @@ class _Saved(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> _Saved:
-        lazily = zipfile.is_zipfile(path)  # then nothing is read of the tensors
+        lazily = path.is_file() and zipfile.is_zipfile(path)  # then nothing is read of the tensors
         content = _loaded(path, map_location="cpu", mmap=lazily)
         saved, step = content.get(SAVED), content.get("global_step")
         whole = "optimizer_states" in content

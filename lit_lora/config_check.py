@@ -15,6 +15,7 @@ from typing import Any, cast
 from jsonargparse import ArgumentParser, Namespace
 
 from lit_lora.command_line import settings
+from lit_lora.config import LoRAConfig
 from lit_lora.data.sources import existing_file, is_file_source
 from lit_lora.models import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base, resolve_tokenizer
 from lit_lora.setting_check import known_settings, look_at_each, misplaced, nested_settings, wrong_type
@@ -79,7 +80,8 @@ def parser_of(parser: ArgumentParser, verb: str) -> ArgumentParser:
 def _wrong_value(key: str, value: Any) -> str | None:
     """What is wrong with a value of the right type, looked at by itself."""
     if key == "seed_everything" and not 0 <= int(value or 0) < 2**32:  # Lightning does not say what it is about
-        return f"must be from 0 to {2**32 - 1}, got {value}"
+        # jsonargparse reads 1:30 as 90, and so a few thousand characters as a number that Python does not print.
+        return f"must be from 0 to {2**32 - 1}, got {value if abs(value) < 2**64 else 'a number beyond 2**64'}"
     if key not in _NAMES_OF_FILES or not isinstance(value, str):
         return None
     if not value.strip():
@@ -144,7 +146,9 @@ def _refusals(group: str, kind: Callable[..., Any], arguments: Mapping[str, Any]
 
 def _refusal(kind: Callable[..., Any], arguments: Mapping[str, Any]) -> str | None:
     try:
-        kind(**arguments)
+        made = kind(**arguments)
+        if isinstance(made, LoRAConfig):  # the module's constructor asks this, which is not given the config here
+            made.check_for_training()
     except ValueError as error:
         return " ".join(str(error).split())
     return None

@@ -82,11 +82,18 @@ class TrainingMetrics:
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: naming fields that are missing or unknown, as those of another version may be.
+            ValueError: naming fields that are missing or unknown, as those of another version may be, or no numbers.
         """
         _check_fields("the metrics", state, cls)
         for step in state["steps"]:
             _check_fields("a step's metrics", step, StepMetrics)
+            without_loss = step["loss"] is None and step["num_target_tokens"] == 0
+            _check_numbers("a step's metrics", {**step, "loss": 0.0} if without_loss else step)
+        for entry in state["validation"]:
+            _check_numbers("a validation's metrics", entry)
+            if missing := {"step", "val_loss"} - entry.keys():
+                raise ValueError(f"a validation's metrics lack {' and '.join(sorted(missing))}")
+        _check_numbers("the metrics", {"peak_memory_mib": state["peak_memory_mib"]})
         return cls(
             steps=[
                 StepMetrics(**{**step, "loss": math.nan if step["loss"] is None else step["loss"]})
@@ -163,6 +170,14 @@ def _check_fields(what: str, content: Any, kind: type[StepMetrics] | type[Traini
     problems += [f"unknown {', '.join(sorted(map(str, given - known)))}"] if given - known else []
     if problems:
         raise ValueError(f"{what} are not those of this version of lit_lora: {'; '.join(problems)}")
+
+
+def _check_numbers(what: str, content: Mapping[str, Any]) -> None:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{what} are {content!r:.80}, expected numbers by name")
+    for name, value in content.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{what} hold {value!r:.80} for {name}, expected a number")
 
 
 def _mean(values: Iterable[float]) -> float:

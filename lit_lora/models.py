@@ -17,7 +17,10 @@ Left out: pickled weights (``.bin``, ``.pt``). They can run code when loaded, so
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 RANDOM = "random:"
 BYTE_TOKENIZER = "bytes"
 
+_MOST_GROWTH = 10_000.0
 _SAY_NOTHING = ("_name_or_path", "architectures", "transformers_version")
 """Of a config: where it lay and who wrote it."""
 
@@ -157,7 +161,8 @@ def load_tokenizer(
     """Load the tokenizer that belongs to ``base``; "bytes" is a built-in one for models with random weights.
 
     Raises:
-        ValueError: for random weights by name, which have no tokenizer of their own.
+        ValueError: for random weights by name, which have no tokenizer of their own, and for files that are damaged
+            or made to fill the memory.
     """
     if base == BYTE_TOKENIZER:
         from lit_lora.data.byte_tokenizer import byte_tokenizer
@@ -172,7 +177,26 @@ def load_tokenizer(
     location, gguf_file = resolve_tokenizer(base)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
-    return readable(location, lambda: AutoTokenizer.from_pretrained(location, **options))
+    tokenizer = readable(location, lambda: AutoTokenizer.from_pretrained(location, **options))
+    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+    growth = 1.0 if normalizer is None else _growth(json.loads(normalizer.__getstate__()))
+    if growth > _MOST_GROWTH:
+        raise ValueError(f"the tokenizer in {location} would make up to {growth:.0e} characters of one: take another")
+    return tokenizer
+
+
+def _growth(normalizer: Mapping[str, Any]) -> float:
+    """How many characters the replacements of a tokenizer make of one at most: what doubles forty times fills memory.
+
+    Args:
+        normalizer: as in ``tokenizer.json``.
+    """
+    if normalizer.get("type") == "Sequence":
+        return math.prod(map(_growth, normalizer["normalizers"]))
+    if normalizer.get("type") != "Replace":
+        return 1.0
+    literal = normalizer["pattern"].get("String")
+    return max(1.0, len(normalizer["content"]) / len(literal) if literal else len(normalizer["content"]) + 1.0)
 
 
 def holds_tokenizer(folder: Path) -> bool:

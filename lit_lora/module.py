@@ -254,6 +254,7 @@ class LoRALightningModule(TokenLossModule):
             return
         state = training_state.collect(self.trainer, self._identity, self._recorder, self.trainable_parameters())
         own = {"optimizer": self._given, "changes": self.setting_changes, "training_point": self._point.state_dict()}
+        own["layout"] = training_state.layout(checkpoint)
         checkpoint[training_state.KEY] = {**state, **own}
         training_record.save(self.model, checkpoint[training_state.KEY])
 

@@ -10,13 +10,14 @@ import json
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
 from lit_lora.atomic import atomic_write
 from lit_lora.callbacks.verdict import Verdict
 
 FORMAT = 1
 FILE_NAME = "verdict.json"
+_MOST_BYTES = 16 << 20
 
 EXIT_NOT_PROVED = 3
 """Exit code of a run that came to its end and failed a check."""
@@ -90,20 +91,30 @@ class Outcome:
 def read_outcome(folder: str | Path) -> Outcome | None:
     """What the run in this folder has said of itself; None if it has not, or not in a way that can be read."""
     path = Path(folder) / FILE_NAME
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
     try:
-        record = json.loads(text)
+        record = json.loads(_text(path))
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}, expected {FORMAT}")
         known = {entry.name: record[entry.name] for entry in fields(Outcome)}
         known["verdicts"] = [Verdict(**entry) for entry in record["verdicts"]]
-    except (ValueError, TypeError, KeyError) as error:
-        warnings.warn(f"{path} cannot be read, so the run is judged again: {error!r}", stacklevel=2)
+        kinds = {name: get_origin(hint) or hint for name, hint in get_type_hints(Outcome).items()}
+        if wrong := [name for name, value in known.items() if not isinstance(value, kinds[name])]:
+            raise ValueError(f"{', '.join(wrong)} of another type than a run writes")
+        outcome = Outcome(**known)
+        str(outcome)  # what cannot be shown, no run has written
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        warnings.warn(f"{path} cannot be read, so the run is judged again: {error!r:.200}", stacklevel=2)
         return None
-    return Outcome(**known)
+    return outcome
+
+
+def _text(path: Path) -> str:
+    """The text of a file of the size that a verdict may have: what lies there may be a pipe, or endless."""
+    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"expected a file of at most {_MOST_BYTES:,} bytes")
+    return path.read_text(encoding="utf-8")
 
 
 def _mark(verdict: Verdict) -> str:

@@ -26,6 +26,8 @@ from lit_lora.synonyms import suggestion
 GROUPS = ("trainer", "model", "data")
 _ERRORS = (ArgumentError, ValueError, TypeError, KeyError, AttributeError)
 _MAX_VALUE = 80
+_MAX_PROBLEMS, _MAX_LINE = 40, 2000
+"""Of what is wrong; nobody reads more."""
 
 
 class Findings:
@@ -140,8 +142,10 @@ def refuse(problems: Sequence[str]) -> NoReturn:
     Raises:
         SystemExit: always.
     """
-    lines = [f"{len(problems)} problems:", *problems] if len(problems) > 1 else problems
-    print("lit-lora: error: " + "\n  ".join(lines), file=sys.stderr)
+    lines = [f"{len(problems)} problems:", *problems[:_MAX_PROBLEMS]] if len(problems) > 1 else [*problems]
+    if len(problems) > _MAX_PROBLEMS:
+        lines.append(f"... and {len(problems) - _MAX_PROBLEMS:,} more")
+    print("lit-lora: error: " + "\n  ".join(f"{line:.{_MAX_LINE}}" for line in lines), file=sys.stderr)
     raise SystemExit(2)
 
 

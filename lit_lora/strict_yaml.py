@@ -10,7 +10,10 @@ verbs (:func:`install`); what lit_lora reads itself goes through it as well.
 
 from __future__ import annotations
 
+import os
 import re
+import select
+import stat
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +24,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 MODE = "strict_yaml"
 """The parser mode of jsonargparse, once installed."""
 
+PIPE_LIMIT_S = 10.0
 MAX_CHARACTERS = 256 * 1024
 MAX_DEPTH = 50
 MAX_NODES = 20_000
@@ -141,8 +145,7 @@ def read(path: Path) -> Any:
         FileNotFoundError: if it is not there.
         OSError: if it cannot be opened.
     """
-    with path.open("rb") as file:
-        content = file.read(4 * MAX_CHARACTERS + 1)
+    content = _content(path)
     try:
         return parse(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -150,6 +153,17 @@ def read(path: Path) -> Any:
         raise ValueError(f"{path} line {line}: not UTF-8 (byte 0x{byte:02x}): save it as UTF-8") from None
     except YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {reason(error)}") from error
+
+
+def _content(path: Path) -> bytes:
+    """As much of a file as a config may have; of a pipe too, if somebody writes to it."""
+    # Opening a pipe would wait for somebody to write to it.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+            if not select.select([file], [], [], PIPE_LIMIT_S)[0]:
+                raise ValueError(f"{path} is a pipe to which nobody writes")
+            os.set_blocking(file.fileno(), True)
+        return file.read(4 * MAX_CHARACTERS + 1)
 
 
 def dump(data: Any) -> str:

@@ -9,7 +9,7 @@ counters are made to agree with the data's position, which also moves a run betw
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -179,6 +179,7 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             f"{trainer.ckpt_path} holds weights only (ModelCheckpoint with save_weights_only), which nothing can be "
             "continued from: resume from a file that TrainingCheckpoint wrote"
         )
+    _check_layout(checkpoint)
     _refuse_other_window(checkpoint[KEY], trainer)
     data: Mapping[str, Any] | None = data_state(checkpoint, trainer)
     if data is None:
@@ -203,6 +204,35 @@ def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             counters.update(ready=opened, started=opened, processed=opened - 1, completed=opened - 1)
         batches["current"].update(dict.fromkeys(batches["current"], num_batches))
         batches["is_last_batch"] = True
+
+
+def layout(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Names of all that Lightning, callbacks and the data keep in a checkpoint, those within others after a dot."""
+    parts = {name: value for name, value in checkpoint.items() if name not in (KEY, "state_dict", "optimizer_states")}
+    return [name for part, value in parts.items() for name in _names(part, value)]
+
+
+def _names(name: str, value: Any) -> Iterator[str]:
+    yield name
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _names(f"{name}.{key}", item)
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):  # not a history of numbers
+        for number, item in enumerate(value):
+            yield from _names(f"{name}.{number}", item)
+
+
+def _check_layout(checkpoint: Mapping[str, Any]) -> None:
+    """Check that all is there that was saved: what is missing, its reader would let start anew, in silence.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    there = set(layout(checkpoint))
+    missing = [name for name in checkpoint[KEY].get("layout", []) if name not in there]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"the checkpoint lacks {missing[0]}{more}, which was saved in it: take an undamaged one")
 
 
 def given(trainer: Trainer) -> dict[str, Any]:

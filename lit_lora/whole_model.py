@@ -87,8 +87,10 @@ def readable(location: str, load: Callable[[], T]) -> T:
         return load()
     except (OSError, ImportError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a broken file reaches us as any of a dozen types
-        reason = (str(error).strip().splitlines() or [""])[0]
+    except BaseException as error:  # a broken file reaches us as any of a dozen types
+        reason = f"{(str(error).strip().splitlines() or [''])[0]:.500}"
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         if "trust_remote_code" in str(error):
             reason = f"it comes with code of its own, which runs only with {setting('model.trust_remote_code', True)}"
         if reason.startswith("Unrecognized configuration class"):  # and a list of some hundred that are recognized
@@ -97,6 +99,11 @@ def readable(location: str, load: Callable[[], T]) -> T:
                 "load_base and compute_loss of LoRALightningModule"
             ) from error
         raise ValueError(f"cannot load {location}: {type(error).__name__}: {reason}") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it comes from the Rust code of tokenizers or safetensors, whose own failures are no ``Exception``."""
+    return type(error).__name__ == "PanicException"
 
 
 def _check_index(folder: Path) -> None:

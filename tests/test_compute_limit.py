@@ -25,7 +25,7 @@ ENDLESS = [
     "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
     "{% for a in range(999) %}{{ range(99999) | map('string') | join }}{% endfor %}",
 ]
-GROWING = ["{{ 'a' * 10 ** 10 }}", "{{ range(99999) | map('string') | join * 99999 }}"]
+GROWING = ["{{ 'a' * 9999999999 }}", "{{ range(99999) | map('string') | join * 99999 }}"]
 
 
 @pytest.fixture
@@ -68,8 +68,25 @@ def test_a_chat_template_that_fails_is_told(folder, capsys, command, template):
     with pytest.raises(SystemExit):
         main([*command])
     error = capsys.readouterr().err
-    assert "the chat template cannot render" in error
+    assert "the chat template of base cannot render" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", [FIT, ["generate", "hi", "--base=base"]], ids=["fit", "generate"])
+def test_a_chat_template_with_a_power_that_nothing_could_interrupt_is_refused(folder, capsys, command):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ 9 ** (9 ** 9) }}"
+    tokenizer.save_pretrained("base")
+    with pytest.raises(SystemExit):
+        main([*command])
+    assert "the chat template of base raises to a power (**)" in capsys.readouterr().err
+
+
+def test_stars_that_spread_arguments_are_no_power():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ dict(messages[0], ** {'a': '**'})['content'] }}"
+    with tokenize.render_limit(tokenizer, []):
+        pass
 
 
 def test_a_limit_leaves_the_timer_and_handler_of_others_as_they_were():

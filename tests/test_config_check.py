@@ -73,7 +73,7 @@ REFUSED = {
     },
     "model": {
         "base": "random:tinyllama-1.1b",
-        "lora": {"r": 0, "lora_dropout": 1.5},
+        "lora": {"r": 0, "lora_dropout": 1.5, "lora_alpha": 0},
         "quantization": {"block_size": 48},
         "optimization": {"learning_rate": -1.0, "warmup_ratio": 2.0},
         "step": {"recompute": "much"},
@@ -86,6 +86,7 @@ REFUSALS = [
     "seed_everything: must be from 0 to",
     "model.lora.r: r must be at least 1, got 0",
     "model.lora.lora_dropout: lora_dropout must be in [0, 1), got 1.5",
+    "model.lora.lora_alpha: lora_alpha must be above 0 to train, got 0",
     "model.quantization.block_size: block_size must be a power of two",
     "model.optimization.learning_rate: learning_rate must be above 0",
     "model.optimization.warmup_ratio: warmup_ratio must be in [0, 1), got 2.0",

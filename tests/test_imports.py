@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "whose_error",
     },
     "models": {"adapters", "base_hash", "data.byte_tokenizer", "whole_model"},
-    "data": {"models", "data.byte_tokenizer", "data.resume"},
+    "data": {"models", "data.byte_tokenizer", "data.resume", "whole_model"},
     "amounts": set(),
     "storage_tracker": set(),
     "cuda_allocator": set(),

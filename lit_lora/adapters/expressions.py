@@ -40,7 +40,7 @@ def find(
     """
     names = list(names)
     few = len(expressions) <= _FEW_EXPRESSIONS and len(expressions) * len(names) <= _FEW_PAIRS
-    if few and all(re.fullmatch(r"[\w.-]*", text) for text in expressions):
+    if few and all(re.fullmatch(r"[\w.-]{,1000}", text) for text in expressions):
         return dict(_matches(expressions, names, whole))
     return _in_a_process(field, expressions, names, whole)
 

@@ -236,7 +236,7 @@ def _match_excluded(modules: dict[str, nn.Module], config: LoRAConfig, problems:
     if isinstance(excludes, str):
         excluded = set(find("exclude_modules", {excludes: excludes}, modules, whole=True)[excludes])
         if not excluded:
-            problems.append(f"exclude_modules {excludes!r} matches no module (the whole path has to match)")
+            problems.append(f"exclude_modules {shown(excludes)} matches no module (the whole path has to match)")
         return excluded
     ends = _by_end(modules)
     idle = [entry for entry in excludes if entry not in ends]
@@ -257,7 +257,7 @@ def _in_layers(candidates: dict[str, list[str]], config: LoRAConfig, problems: l
         have = ranges(found.values()) if found else "none"
         hint = "" if found else _name_the_list(candidates)
         problems.append(
-            f"layers_to_transform {missing} match no targeted layer; indices{counted} present: {have}{hint}"
+            f"layers_to_transform [{ranges(missing)}] match no targeted layer; indices{counted} present: {have}{hint}"
         )
     full = set() if isinstance(config.target_modules, str) else set(config.target_modules)
     return {name: entries for name, entries in candidates.items() if name in full or found.get(name) in indices}

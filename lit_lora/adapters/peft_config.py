@@ -6,6 +6,7 @@ raises: an adapter is either the one that was trained, or an error.
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import fields
 from typing import Any
 
@@ -33,6 +34,9 @@ _HARMLESS = {
     "task_type",
 }
 """Keys that change nothing about the function, whatever their value."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 100
 
 _SAME_BASE_STARTS = ("eva", "mica", "orthogonal")
 """Ways to start that leave the base as it was, so that the tensors in the file say everything."""
@@ -104,8 +108,9 @@ def from_peft_config(content: Any) -> LoRAConfig:
         if name not in harmless and value not in (None, False, "", [], {}) and (name, value) != ("bias", "none")
     }
     if refused:
-        shown = ", ".join(f"{name}={value!r}" for name, value in sorted(refused.items()))
-        raise ValueError(f"uses what lit_lora does not implement, or does not know: {shown}")
+        names = [f"{name:.100}={_SHORT.repr(value)}" for name, value in sorted(refused.items())]
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        raise ValueError(f"uses what lit_lora does not implement, or does not know: {', '.join(names[:20])}{more}")
     if not known.get("target_modules"):
         if not known.get("modules_to_save"):
             raise ValueError("target_modules is missing or empty: name the adapted layers")

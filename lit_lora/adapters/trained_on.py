@@ -139,7 +139,7 @@ def read_record(weights: str | Path) -> TrainedOn:
             return from_json(metadata[KEY])
         if _EARLIER_KEY in metadata:
             return TrainedOn(quantization=quantization_from(json.loads(metadata[_EARLIER_KEY])) or "none")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         key = KEY if KEY in metadata else _EARLIER_KEY
         raise ValueError(f"{weights} is damaged, {key} in its metadata: {error}") from error
     return TrainedOn()
@@ -160,7 +160,7 @@ def from_json(text: str) -> TrainedOn:
     hints = get_type_hints(TrainedOn)
     if unknown := sorted(content.keys() - hints.keys()):
         warnings.warn(
-            f"the adapter's record says {', '.join(unknown)}, which this version of lit_lora does not know",
+            f"the adapter's record says {', '.join(unknown):.200}, which this version of lit_lora does not know",
             UserWarning,
             stacklevel=2,
         )

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lit_lora.data.prepare import SourceSettings
-from lit_lora.data.tokenize import chat_template
+from lit_lora.data.tokenize import chat_template, run_tokenizer
 from lit_lora.data.turn_end import text_end, turn_end
 
 _PROBE = "The  quick\tbrown fox, 12345.67 don't\n\n  Ünïcödé 東京 😀 naïve ﬁ <a> [b] {c}; x=y+z\n"
@@ -50,7 +50,7 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
         {
             "vocabulary": sorted(tokenizer.get_vocab().items()),
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-            "text": list(tokenizer(_PROBE, verbose=False)["input_ids"]),
+            "text": list(run_tokenizer(tokenizer, _PROBE)["input_ids"]),
         }
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lit_lora.data.sources import Problems, Row
+from lit_lora.data.sources import Problems, Row, shown, shown_names
 from lit_lora.wording import advice, setting
 
 Conversation = list[dict[str, str]]
@@ -63,7 +63,7 @@ class Examples:
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
     if name not in fields:
-        raise BadRow(f"no field {name!r}, got {sorted(fields)}")
+        raise BadRow(f"no field {name!r}, got {shown_names(sorted(fields))}")
     return _checked(fields[name], f"field {name!r}")
 
 
@@ -142,18 +142,18 @@ OPTIONAL = {"alpaca": ("input", "system"), "prompt_completion": ("system",)}
 
 def _conversation(fields: Mapping[str, Any], name: str, role_key: str, content_key: str) -> Conversation:
     if name not in fields:
-        raise BadRow(f"no field {name!r}, got {sorted(fields)}")
+        raise BadRow(f"no field {name!r}, got {shown_names(sorted(fields))}")
     value = fields[name]
     if not isinstance(value, list):
         raise BadRow(f"field {name!r} is {'null' if value is None else type(value).__name__}, expected a list of turns")
     conversation: Conversation = []
     for number, turn in enumerate(value, start=1):
         if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
-            got = sorted(turn) if isinstance(turn, Mapping) else type(turn).__name__
+            got = shown_names(sorted(turn)) if isinstance(turn, Mapping) else type(turn).__name__
             raise BadRow(f"turn {number} of {name!r} needs {role_key!r} and {content_key!r}, got {got}")
         role = ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
         if role is None:
-            raise BadRow(f"turn {number} has the unknown role {turn[role_key]!r}, expected one of {sorted(ROLES)}")
+            raise BadRow(f"turn {number} has the unknown role {shown(turn[role_key])}, expected one of {sorted(ROLES)}")
         content = _checked(turn[content_key], f"{content_key!r} of turn {number} ({turn[role_key]})")
         conversation.append({"role": role, "content": content})
     _check_order(conversation)
@@ -163,7 +163,7 @@ def _conversation(fields: Mapping[str, Any], name: str, role_key: str, content_k
 def _check_order(conversation: Conversation) -> None:
     roles = [turn["role"] for turn in conversation]
     if "assistant" not in roles:
-        raise BadRow(f"no assistant turn to learn from, got {roles or 'no turns'}")
+        raise BadRow(f"no assistant turn to learn from, got {shown_names(roles) if roles else 'no turns'}")
     first = 1 if roles[0] == "system" else 0
     for number, role in enumerate(roles[first:], start=first + 1):
         expected = "user" if (number - first) % 2 else "assistant"
@@ -195,7 +195,9 @@ def resolve_columns(names: Iterable[str], format: str, columns: Mapping[str, str
         if column not in available:
             close = difflib.get_close_matches(column, available, n=1)
             hint = f": did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"columns maps {name!r} to {column!r}, but the data has the columns {available}{hint}")
+            raise ValueError(
+                f"columns maps {name!r} to {column!r}, but the data has the columns {shown_names(available)}{hint}"
+            )
     candidates = list(FORMATS) if format == "auto" else [format]
     for candidate in candidates:
         mapping = _fit(candidate, available, columns)
@@ -205,10 +207,8 @@ def resolve_columns(names: Iterable[str], format: str, columns: Mapping[str, str
     given = f" with {setting('data.columns', columns)}" if columns else ""
     example = {"prompt": "question", "completion": "answer"}
     fix = advice("name them, for example {}", "data.columns", example, otherwise="rename the columns of the file")
-    raise ValueError(
-        f"the columns {available}{given} do not fit {'any format' if format == 'auto' else f'the format {format!r}'}; "
-        f"expected {wanted}: {fix}"
-    )
+    what = "any format" if format == "auto" else f"the format {format!r}"
+    raise ValueError(f"the columns {shown_names(available)}{given} do not fit {what}; expected {wanted}: {fix}")
 
 
 def _fit(format: str, available: list[str], columns: dict[str, str]) -> dict[str, str] | None:
@@ -260,7 +260,7 @@ def parse_examples(
         missing = [mapping[name] for name in REQUIRED[examples.format] if name not in fields]
         try:
             if missing:
-                raise BadRow(f"no field {missing[0]!r}, got {sorted(row.fields)}")
+                raise BadRow(f"no field {missing[0]!r}, got {shown_names(sorted(row.fields))}")
             content = FORMATS[examples.format](fields)
         except BadRow as error:
             problems.add(row.line, str(error))

@@ -13,13 +13,18 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 MAX_LINE_BYTES = 16 * 2**20
 MAX_PROBLEMS_SHOWN = 10
+_MAX_NAMES_SHOWN, _MAX_SHOWN = 20, 60
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 
 
@@ -51,6 +56,19 @@ class Problems:
     def __str__(self) -> str:
         rest = self.count - len(self.shown)
         return "\n".join([*(f"  {problem}" for problem in self.shown), *([f"  ... and {rest} more"] if rest else [])])
+
+
+def shown(value: Any) -> str:
+    """A value of a file, as long as one can read: a hostile or broken file may hold a name of a gigabyte."""
+    text = repr(value[:_MAX_SHOWN]) if isinstance(value, str) else reprlib.repr(value)
+    return text if len(text) <= _MAX_SHOWN + 2 else f"{text[:_MAX_SHOWN]}..."
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """A list of names, likewise."""
+    listed = ", ".join(map(shown, names[:_MAX_NAMES_SHOWN]))
+    rest = len(names) - _MAX_NAMES_SHOWN
+    return f"[{listed}{f', and {rest:,} more' if rest > 0 else ''}]"
 
 
 def is_file_source(source: str) -> bool:
@@ -85,7 +103,10 @@ def read_rows(source: str, problems: Problems) -> Iterator[Row]:
         return
     path = existing_file(source)
     readers = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    yield from readers.get(path.suffix.lower(), _json_lines)(path, problems)
+    try:
+        yield from readers.get(path.suffix.lower(), _json_lines)(path, problems)
+    except MemoryError as error:  # a few kilobytes of Parquet can stand for gigabytes
+        raise ValueError(f"{path} does not fit into memory when it is read: split it into several files") from error
 
 
 def existing_file(source: str) -> Path:
@@ -102,6 +123,12 @@ def existing_file(source: str) -> Path:
         raise ValueError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}: rename or convert it")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: expected at least one row of data")
+    size_gib, memory_gib = path.stat().st_size / 2**30, psutil.virtual_memory().total / 2**30
+    if size_gib > memory_gib:
+        raise ValueError(
+            f"{path} has {size_gib:,.0f} GiB and this machine {memory_gib:.0f} GiB of memory, into which data is read: "
+            "take a part of it"
+        )
     return path
 
 
@@ -132,9 +159,12 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON's reader takes the last of several equal names in silence."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} is there more than once")
+        raise ValueError(f"the field {shown(_twice([name for name, _ in pairs]))} is there more than once")
     return fields
+
+
+def _twice(names: list[str]) -> str:
+    return next(name for name, count in Counter(names).items() if count > 1)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_each_once)
@@ -228,8 +258,8 @@ def _refuse_single_object(path: Path) -> None:
             return
         if isinstance(value, dict):
             raise ValueError(
-                f"{path} is one JSON object with the keys {sorted(value)[:10]}, expected an array of objects, or one "
-                "object a line: save only the list of examples"
+                f"{path} is one JSON object with the keys {shown_names(sorted(value))}, expected an array of objects, "
+                "or one object a line: save only the list of examples"
             ) from None
     except RecursionError:
         return
@@ -248,12 +278,13 @@ def _csv_rows(path: Path, problems: Problems) -> Iterator[Row]:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         header = next(reader, None)
         if not header or len(set(header)) < len(header):
-            raise ValueError(f"{path}:1: the header {header} must name every column once")
+            got = f"{shown(_twice(header))} is there more than once" if header else "it is empty"
+            raise ValueError(f"{path}:1: the header must name every column once, and {got}")
         for cells in reader:
             if len(cells) == len(header):
                 yield Row(reader.line_num, dict(zip(header, cells, strict=True)))
             elif cells:
-                problems.add(reader.line_num, f"{len(cells)} cells, expected {len(header)} ({', '.join(header)})")
+                problems.add(reader.line_num, f"{len(cells)} cells, expected {len(header)} {shown_names(header)}")
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: not valid CSV: {error}; what follows cannot be read") from None
     finally:
@@ -271,7 +302,7 @@ def _parquet_rows(path: Path, problems: Problems) -> Iterator[Row]:
             for fields in batch.to_pylist():
                 number += 1
                 yield Row(number, fields)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from None
 
 

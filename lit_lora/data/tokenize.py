@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lit_lora.compute_limit import LimitExceeded, compute_limit
 from lit_lora.data.formats import BadRow, Conversation, Example
 from lit_lora.data.sources import Problems
+from lit_lora.whole_model import is_panic
 from lit_lora.wording import in_words_of
 
 ALPACA_TEMPLATE = (
@@ -56,6 +57,12 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + ALPACA_TEMPLATE
 
 
+def _template_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        return "the built-in chat template"
+    return f"the chat template of {tokenizer.name_or_path}" if tokenizer.name_or_path else "the chat template"
+
+
 def format_prompt(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> list[int]:
     """Token ids of ``messages`` and of the start of an answer, as in training.
 
@@ -71,7 +78,7 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, messages: Conversation) ->
             text = render(tokenizer, chat_template(tokenizer), messages, generation=True)
         except BadRow as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"the chat template cannot render these messages ({roles}): {error}") from error
+            raise ValueError(f"{_template_name(tokenizer)} cannot render these messages ({roles}): {error}") from error
     return _tokenize(tokenizer, [text])[0][0]
 
 
@@ -82,7 +89,7 @@ def format_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         tokenizer: as used for training.
         text: plain text.
     """
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = list(run_tokenizer(tokenizer, text)["input_ids"])
     if ids[:2] == [tokenizer.bos_token_id] * 2:
         ids = ids[1:]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
@@ -134,7 +141,7 @@ def encode_examples(
                 text = render(tokenizer, template, example.content)
                 chats.append((position, example, text, _assistant_spans(tokenizer, template, example.content, text)))
             except BadRow as error:
-                problems.add(example.line, f"the chat template cannot render it: {error}")
+                problems.add(example.line, f"{_template_name(tokenizer)} cannot render it: {error}")
     tokenized = _tokenize(tokenizer, [text for _, _, text, _ in chats])
     for (position, example, text, spans), (ids, starts) in zip(chats, tokenized, strict=True):
         ends_with_answer = example.content[-1]["role"] == "assistant"  # type: ignore[index]
@@ -142,6 +149,23 @@ def encode_examples(
         assert any(token in enders for token, supervised in zip(ids, mask, strict=True) if supervised)
         encoded[position] = _truncated(example.line, ids, mask, max_length)
     return [encoded[position] for position in sorted(encoded)]
+
+
+def run_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: Any) -> Any:
+    """``tokenizer(text)``.
+
+    Raises:
+        ValueError: naming it, where its Rust code fails: of an expression that takes too long, for example.
+    """
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise ValueError(
+            f"the tokenizer {name} fails on the text: {error!s:.500}. Take it from another source"
+        ) from error
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -159,14 +183,30 @@ def render_limit(
         text for turns in contents for text in ([turns] if isinstance(turns, str) else [t["content"] for t in turns])
     ]
     num_characters = sum(map(len, texts))
-    name = tokenizer.name_or_path or type(tokenizer).__name__
+    name = _template_name(tokenizer)
+    templates = tokenizer.chat_template or ""
+    if any(map(_raises_to_powers, templates.values() if isinstance(templates, dict) else [templates])):
+        raise ValueError(f"{name} raises to a power (**), which can go on without end: remove it")
     message = (
-        f"the chat template of {name} does not come to an end on {len(contents)} "
+        f"{name} does not come to an end on {len(contents)} "
         f"{'conversation' if len(contents) == 1 else 'conversations'}, where others take milliseconds: look at its "
         "loops, or take the tokenizer from another source"
     )
     seconds = RENDER_LIMIT_S + 0.01 * len(contents) + 1e-6 * num_characters
     return compute_limit(seconds, message, memory_bytes=RENDER_LIMIT_BYTES + 100 * num_characters)
+
+
+def _raises_to_powers(template: str) -> bool:
+    """Whether it does: one power of large numbers is one operation, which nothing interrupts."""
+    before = ""
+    try:
+        for _, kind, text in Environment().lex(template) if "**" in template else ():
+            if kind == "operator" and text == "**" and before not in ("(", ","):  # there it spreads arguments
+                return True
+            before = before if kind == "whitespace" else text
+    except TemplateError:  # of its syntax; rendering it says so
+        pass
+    return False
 
 
 def render(
@@ -277,10 +317,10 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tupl
     """Ids, and with a fast tokenizer the character at which each token starts. Rendered text brings its own BOS."""
     if not texts:
         return []
-    options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False}
     if not tokenizer.is_fast:
-        return [(ids, None) for ids in tokenizer(texts, **options)["input_ids"]]
-    output = tokenizer(texts, return_offsets_mapping=True, **options)
+        return [(ids, None) for ids in run_tokenizer(tokenizer, texts, **options)["input_ids"]]
+    output = run_tokenizer(tokenizer, texts, return_offsets_mapping=True, **options)
     offsets = output["offset_mapping"]
     return [(ids, [start for start, _ in spans]) for ids, spans in zip(output["input_ids"], offsets, strict=True)]
 
@@ -304,7 +344,9 @@ def _is_space(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and run_tokenizer(tokenizer, "a")["input_ids"][:1] == [
+        tokenizer.bos_token_id
+    ]
 
 
 def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
