@@ -45,7 +45,7 @@ def check_runs() -> str:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
     from lit_lora.__main__ import main
-    from lit_lora.data.byte_tokenizer import byte_tokenizer
+    from lit_lora.base.byte_tokenizer import byte_tokenizer
 
     LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained("plain")
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

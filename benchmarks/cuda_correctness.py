@@ -20,16 +20,17 @@ from torch import Tensor
 
 from benchmarks.cuda_data import examples
 from benchmarks.cuda_worker import ROOT, Row
-from lit_lora import LoRAConfig, attention, inject_lora, load_base_model
-from lit_lora.adapters import base_weight
+from lit_lora import LoRAConfig, inject_lora, load_base_model
 from lit_lora.adapters.layers import LoRALinear, lora_layers
-from lit_lora.adapters.quantize import quantized_layer
-from lit_lora.adapters.quantized_forward import prepare_base_layer
-from lit_lora.causal_lm import Path, language_model_loss
+from lit_lora.base import base_weight
+from lit_lora.base.quantize import quantized_layer
+from lit_lora.base.quantized_forward import prepare_base_layer
 from lit_lora.config import QuantizationConfig
 from lit_lora.data.packing import collate_packed, collate_padded
-from lit_lora.gated_mlp import recompute_gated_mlps
-from lit_lora.trial import choose_path
+from lit_lora.language_model import attention
+from lit_lora.language_model.forward import Path, language_model_loss
+from lit_lora.language_model.trial import choose_path
+from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
 
 FLOAT32_BOUND = 1e-5
 """Largest relative error of an adapter's gradient: |got - exact| / |exact|, Euclidean norms of each matrix."""

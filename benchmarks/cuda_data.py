@@ -17,8 +17,8 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from benchmarks.cuda_worker import Row
+from lit_lora.base.load import RANDOM, _architecture
 from lit_lora.data.dataset import TokenizedExample
-from lit_lora.models import RANDOM, _architecture
 
 TINY = "tiny"
 TINY_CONFIG: dict[str, Any] = {

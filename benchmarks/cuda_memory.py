@@ -28,7 +28,7 @@ from benchmarks.cuda_worker import Row
 from benchmarks.memory_table import DQ, METHODS, SETUPS, Setup
 from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, StepConfig
 from lit_lora.data.packing import collate_packed
-from lit_lora.memory import estimate_memory
+from lit_lora.memory.estimate import estimate_memory
 
 LORA = "LoRA, bf16"
 ESTIMATE_TOLERANCE = 0.05
@@ -271,7 +271,7 @@ def confirm(fits: Callable[[int], bool], estimated: int, seconds: float) -> tupl
 
 
 def _step_fits(module: LoRALightningModule, optimizer: torch.optim.Optimizer, length: int, device: str) -> bool:
-    """The loss of ``training_step``, its backward pass and the update, as ``lit_lora.memory.run_step`` orders them."""
+    """The loss of ``training_step``, its backward pass and the update, as ``run_step`` orders them."""
     batch = collate_packed(tokenized(dense([length], config_of(module.base).vocab_size)))
     batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     try:

@@ -40,7 +40,7 @@ from benchmarks import cuda_plan, cuda_report
 from benchmarks.cuda_data import TINY
 from benchmarks.cuda_speed import FRAMEWORKS
 from benchmarks.cuda_worker import Measurement, Outcome, Row, Worker
-from lit_lora.models import ARCHITECTURES
+from lit_lora.base.load import ARCHITECTURES
 
 PARTS = ("correctness", "memory", "speed")
 RESULTS = Path(__file__).parent / "results"

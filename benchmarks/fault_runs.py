@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from lit_lora.checkpoint import newest_checkpoint, read_checkpoint
+from lit_lora.files.checkpoint import newest_checkpoint, read_checkpoint
 
 STEPS = 24
 LIMIT_S = 120.0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from fault_runs import Budget, Process, Project, Tally, same
 
-from lit_lora.checkpoint import CHECKSUM, checksum, newest_checkpoint, read_checkpoint
+from lit_lora.files.checkpoint import CHECKSUM, checksum, newest_checkpoint, read_checkpoint
 
 
 def wait_for_a_checkpoint(process: Process, folder: Path) -> None:

@@ -30,7 +30,7 @@ import torch
 from fault_runs import LIMIT_S, Budget, Project, Tally, same
 from fault_states import states, wait_for_a_checkpoint
 
-from lit_lora.checkpoint import newest_checkpoint, read_checkpoint
+from lit_lora.files.checkpoint import newest_checkpoint, read_checkpoint
 
 HERE = Path(__file__).parent
 
@@ -239,9 +239,9 @@ def corrupt(path: Path, rng: random.Random) -> str:
 
 def corruptions(project: Project, rng: random.Random, budget: Budget, count: int) -> list[Tally]:
     """What is read back is what was written, or an error that names the file."""
-    from lit_lora.adapters.peft_format import adapter_state_dict, load_adapter
-    from lit_lora.checkpoint import DamagedCheckpointError
-    from lit_lora.models import load_base_model
+    from lit_lora.base.load import load_base_model
+    from lit_lora.files.checkpoint import DamagedCheckpointError
+    from lit_lora.interchange.peft_format import adapter_state_dict, load_adapter
 
     folder = project.folder / "corrupt"
     shutil.copytree(project.folder / "whole" / "run", folder)

@@ -88,10 +88,10 @@ def lit_lora(
     from torch.utils.data import DataLoader
 
     from lit_lora import LoRAConfig, LoRALightningModule, OptimizationConfig, QuantizationConfig, StepConfig
-    from lit_lora.adapters.peft_format import load_adapter_state_dict
     from lit_lora.callbacks import GradientFlowAssertion, GradientNormLogger, MemoryProfiler, ThroughputLogger
     from lit_lora.data.dataset import TokenizedExample
     from lit_lora.data.packing import collate_packed, collate_padded
+    from lit_lora.interchange.peft_format import load_adapter_state_dict
 
     torch.set_num_threads(job["threads"])
     torch.backends.mkldnn.enabled = onednn
@@ -146,7 +146,7 @@ def _peft_model(job: Job, attention: str = "sdpa") -> Any:
     import torch
     from peft import PeftModel
 
-    from lit_lora.models import RANDOM, load_base_model, resolve_base
+    from lit_lora.base.load import RANDOM, load_base_model, resolve_base
 
     torch.set_num_threads(job["threads"])
     if job["base"].startswith(RANDOM):
@@ -259,11 +259,11 @@ def parity(job: Job) -> dict[str, Any]:
     import torch
 
     from lit_lora import QuantizationConfig, load_base_model
-    from lit_lora.adapters.peft_format import load_adapter
-    from lit_lora.causal_lm import language_model_loss
     from lit_lora.data.dataset import TokenizedExample
     from lit_lora.data.packing import collate_packed
-    from lit_lora.trial import choose_path
+    from lit_lora.interchange.peft_format import load_adapter
+    from lit_lora.language_model.forward import language_model_loss
+    from lit_lora.language_model.trial import choose_path
 
     first = _examples(job)[: job["batch_size"]]
     model = load_base_model(
@@ -314,8 +314,8 @@ def limit(job: Job, *, onednn: bool = True) -> dict[str, Any]:
     from torch import nn
 
     from lit_lora import load_base_model
-    from lit_lora.attention import SeqLens, packed_attention_forward
-    from lit_lora.products import linear, matmul
+    from lit_lora.kernels.products import linear, matmul
+    from lit_lora.language_model.attention import SeqLens, packed_attention_forward
 
     torch.set_num_threads(job["threads"])
     torch.backends.mkldnn.enabled = onednn

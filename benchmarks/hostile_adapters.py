@@ -137,7 +137,7 @@ ADAPTER = [
 
 def _with_tokenizer(project: Project, folder: Path) -> list[str]:
     """A tokenizer as a folder, which a fit takes."""
-    from lit_lora.models import load_tokenizer
+    from lit_lora.base.load import load_tokenizer
 
     arguments = fit(project, folder, data__tokenizer=str(folder / "tokenizer"))
     load_tokenizer("bytes").save_pretrained(folder / "tokenizer")
@@ -156,7 +156,7 @@ def _changed(change: Callable[[dict[str, Any]], object]) -> Content:
 
 
 def _sound_tokenizer(name: str) -> str:
-    from lit_lora.models import load_tokenizer
+    from lit_lora.base.load import load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         load_tokenizer("bytes").save_pretrained(folder)

@@ -67,9 +67,9 @@ def _start(project: Project, number: int, case: Case) -> _Running:
 
 def _limit(folder: Path) -> None:
     """In the process that reads the file."""
-    from lit_lora import strict_yaml
     from lit_lora.adapters import expressions
     from lit_lora.data import tokenize
+    from lit_lora.files import strict_yaml
 
     expressions.LIMIT_S = tokenize.RENDER_LIMIT_S = strict_yaml.PIPE_LIMIT_S = SHORT_S
     os.environ["RUST_BACKTRACE"] = "0"  # it has no say in what lit_lora prints

@@ -19,7 +19,7 @@ from fault_runs import Project
 from hostile_cases import MARK, NO_FILES, Content, cases, fit, nested
 from hostile_configs import YAMLS
 
-from lit_lora.checkpoint import CHECKSUM
+from lit_lora.files.checkpoint import CHECKSUM
 
 
 def _going_on(project: Project, folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
-from lit_lora.memory import MemoryEstimate, estimate_memory
+from lit_lora.memory.estimate import MemoryEstimate, estimate_memory
 
 RESULTS = Path(__file__).parent / "results"
 SMOL, TINY, SEVEN = "smollm2-135m", "tinyllama-1.1b", "llama-2-7b"

@@ -70,11 +70,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lit_lora import LoRAConfig, LoRALightningModule, OptimizationConfig, QuantizationConfig, SFTDataModule
-    from lit_lora.adapters.base_weight import read_weight
-    from lit_lora.adapters.peft_format import adapter_state_dict, load_adapter_state_dict
-    from lit_lora.memory import MemoryEstimate, estimate_memory
-    from lit_lora.shared_prefix import share_prefix
-    from lit_lora.storage_tracker import StorageTracker
+    from lit_lora.base.base_weight import read_weight
+    from lit_lora.interchange.peft_format import adapter_state_dict, load_adapter_state_dict
+    from lit_lora.language_model.shared_prefix import share_prefix
+    from lit_lora.memory.estimate import MemoryEstimate, estimate_memory
+    from lit_lora.memory.storage_tracker import StorageTracker
 
     class TensorPeak(L.Callback):
         """What is alive at the peak of the third step, and what was predicted for its batch."""

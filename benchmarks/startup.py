@@ -21,7 +21,7 @@ from benchmarks.train import RESULTS, machine
 
 FLOOR = """
 import torch, lightning.pytorch, transformers
-from lit_lora.models import resolve_base
+from lit_lora.base.load import resolve_base
 transformers.AutoModelForCausalLM.from_pretrained(resolve_base({base!r})[0], dtype=torch.float32)
 """
 FIT = """

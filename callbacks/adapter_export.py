@@ -25,8 +25,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lit_lora.adapters.model_card import model_card
-from lit_lora.adapters.peft_format import (
+from lit_lora.base.trained_on import noted
+from lit_lora.callbacks._support.trainer import KnowsChanges, writes_files
+from lit_lora.callbacks.training_checkpoint import TrainingCheckpoint
+from lit_lora.callbacks.verdict import Check, Verdict
+from lit_lora.files.atomic import atomic_write, remove_partial_files
+from lit_lora.interchange.model_card import model_card
+from lit_lora.interchange.peft_format import (
     CARD_NAME,
     CONFIG_NAME,
     adapter_state_dict,
@@ -34,11 +39,6 @@ from lit_lora.adapters.peft_format import (
     is_whole_adapter,
     save_adapter,
 )
-from lit_lora.adapters.trained_on import noted
-from lit_lora.atomic import atomic_write, remove_partial_files
-from lit_lora.callbacks._trainer import KnowsChanges, writes_files
-from lit_lora.callbacks.training_checkpoint import TrainingCheckpoint
-from lit_lora.callbacks.verdict import Check, Verdict
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_lora.callbacks._step_loss import StepLoss
-from lit_lora.callbacks._trainer import is_reading_step, write_json, writes_files
+from lit_lora.callbacks._support.step_loss import StepLoss
+from lit_lora.callbacks._support.trainer import is_reading_step, write_json, writes_files
 from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 from lit_lora.metrics import window_means
 

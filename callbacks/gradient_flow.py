@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_lora.callbacks._checksum import checksums, frozen_tensors
-from lit_lora.callbacks._names import adapter_half, listed, module_path
-from lit_lora.callbacks._trainer import is_reading_step, norm_dtype
+from lit_lora.callbacks._support.checksum import checksums, frozen_tensors
+from lit_lora.callbacks._support.names import adapter_half, listed, module_path
+from lit_lora.callbacks._support.trainer import is_reading_step, norm_dtype
 from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 
 Record = dict[str, tuple[int, int, str]]

@@ -24,10 +24,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_lora.callbacks._names import adapter_half, layer_group, listed
-from lit_lora.callbacks._spikes import MIN_HISTORY, SpikeWatch
-from lit_lora.callbacks._step_loss import StepLoss
-from lit_lora.callbacks._trainer import (
+from lit_lora.callbacks._support.names import adapter_half, layer_group, listed
+from lit_lora.callbacks._support.spikes import MIN_HISTORY, SpikeWatch
+from lit_lora.callbacks._support.step_loss import StepLoss
+from lit_lora.callbacks._support.trainer import (
     KnowsSourceLines,
     is_logging_step,
     is_reading_step,

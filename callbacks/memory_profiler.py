@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_lora.callbacks._memory_meters import CudaMeter, MemoryMeter, ResidentMeter
-from lit_lora.callbacks._trainer import any_rank, is_logging_step, is_reading_step, log_details, log_metrics
+from lit_lora.callbacks._support.memory_meters import CudaMeter, MemoryMeter, ResidentMeter
+from lit_lora.callbacks._support.trainer import any_rank, is_logging_step, is_reading_step, log_details, log_metrics
 from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 
 _MIN_GROWTH_SAMPLES, _MAX_GROWTH_SAMPLES = 20, 2048

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_lora.callbacks._trainer import is_logging_step, is_reading_step, log_metrics
+from lit_lora.callbacks._support.trainer import is_logging_step, is_reading_step, log_metrics
 
 _IGNORED_LABEL = -100  # transformers' convention
 

@@ -5,7 +5,7 @@ next save, and only the end of the run makes it an error; Ctrl-C and SIGTERM sto
 how to go on; nothing is ever saved of a batch that was cut off.
 
 Logs nothing. Works with any LightningModule. Files are ``<dirpath>/step=00000100.ckpt``; use it with a ``CheckpointIO``
-that writes files whole or not at all (``lit_lora.checkpoint.AtomicCheckpointIO``).
+that writes files whole or not at all (``lit_lora.files.checkpoint.AtomicCheckpointIO``).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from lit_lora.atomic import make_folder, remove_partial_files
-from lit_lora.callbacks._stop_signals import StopSignals
-from lit_lora.callbacks._trainer import any_rank
-from lit_lora.checkpoint import SAVED
+from lit_lora.callbacks._support.stop_signals import StopSignals
+from lit_lora.callbacks._support.trainer import any_rank
+from lit_lora.files.atomic import make_folder, remove_partial_files
+from lit_lora.files.checkpoint import SAVED
 
 _OURS = "step=" + 8 * "[0-9]" + "*.ckpt"
 """Names of our files: another callback's ``step=3.ckpt`` beside them is not ours to delete."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
 
-from lit_lora.callbacks._trainer import why_past_its_end
+from lit_lora.callbacks._support.trainer import why_past_its_end
 
 
 class NotProvedError(RuntimeError):

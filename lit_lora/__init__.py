@@ -6,15 +6,33 @@ The public names load on first use (PEP 562), so that ``import lit_lora`` and ``
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 _here = Path(__file__).resolve().parent
-# In a source checkout ``callbacks/`` and ``configs/`` lie beside the package; in a wheel they lie inside it.
-if not (_here / "callbacks").is_dir() and (_here.parent / "callbacks" / "__init__.py").is_file():
-    __path__.append(str(_here.parent))
+
+
+class _BesideThePackage(importlib.abc.MetaPathFinder):
+    """In a source checkout ``callbacks/`` and ``configs/`` lie beside the package; in a wheel they lie inside it."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        if name not in ("lit_lora.callbacks", "lit_lora.configs"):
+            return None
+        folder = _here.parent / name.rpartition(".")[2]
+        file = folder / "__init__.py"
+        if not file.is_file():
+            return None
+        return importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(folder)])
+
+
+if not (_here / "callbacks").is_dir():
+    sys.meta_path.insert(0, _BesideThePackage())  # before that of an editable install, which may be of another checkout
 
 _PUBLIC = {
     "LoRAConfig": "config",
@@ -28,13 +46,13 @@ _PUBLIC = {
     "merge_lora": "adapters.merge",
     "unmerge_lora": "adapters.merge",
     "disable_lora": "adapters.merge",
-    "save_adapter": "adapters.peft_format",
-    "load_adapter": "adapters.peft_format",
-    "linear_cross_entropy": "losses",
-    "load_base_model": "models",
-    "load_tokenizer": "models",
-    "MemoryEstimate": "memory",
-    "estimate_memory": "memory",
+    "save_adapter": "interchange.peft_format",
+    "load_adapter": "interchange.peft_format",
+    "linear_cross_entropy": "kernels.linear_cross_entropy",
+    "load_base_model": "base.load",
+    "load_tokenizer": "base.load",
+    "MemoryEstimate": "memory.estimate",
+    "estimate_memory": "memory.estimate",
     "StepMetrics": "metrics",
     "TrainingMetrics": "metrics",
     "assert_loss_convergence": "metrics",
@@ -67,13 +85,13 @@ __all__ = [
 if TYPE_CHECKING:
     from lit_lora.adapters.inject import InjectionReport, inject_lora
     from lit_lora.adapters.merge import disable_lora, merge_lora, unmerge_lora
-    from lit_lora.adapters.peft_format import load_adapter, save_adapter
+    from lit_lora.base.load import load_base_model, load_tokenizer
     from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
     from lit_lora.data.datamodule import SFTDataModule
-    from lit_lora.losses import linear_cross_entropy
-    from lit_lora.memory import MemoryEstimate, estimate_memory
+    from lit_lora.interchange.peft_format import load_adapter, save_adapter
+    from lit_lora.kernels.linear_cross_entropy import linear_cross_entropy
+    from lit_lora.memory.estimate import MemoryEstimate, estimate_memory
     from lit_lora.metrics import StepMetrics, TrainingMetrics, assert_loss_convergence
-    from lit_lora.models import load_base_model, load_tokenizer
     from lit_lora.module import LoRALightningModule
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lit_lora.environment import warn_of_unknown_variables
+from lit_lora.files.environment import warn_of_unknown_variables
 
 TRAINER_VERBS = {
     "fit": "fine-tune a model and prove it",
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if verb in TOOLS:
             _run_tool(verb, arguments[1:])
         else:
-            from lit_lora.cli import run
+            from lit_lora.cli.lightning_cli import run
 
             run(arguments)
     except KeyboardInterrupt:
@@ -98,7 +98,7 @@ def _run_tool(verb: str, arguments: list[str]) -> None:
     if list(inspect.signature(function).parameters) == ["arguments"]:  # it reads the command line itself
         function(arguments)
         return
-    from lit_lora.tools.parser import call
+    from lit_lora.cli.verb import call
 
     call(function, arguments)
 

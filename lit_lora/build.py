@@ -13,16 +13,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lit_lora import compilation, liger_kernels
-from lit_lora.activation_budget import ActivationBudget
-from lit_lora.activation_checkpointing import checkpoint_layers
+from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.adapters.layers import LoRALinear, lora_layers
-from lit_lora.causal_lm import Path
 from lit_lora.config import LoRAConfig, StepConfig
-from lit_lora.frozen_statistics import keep_batch_norm_frozen
-from lit_lora.gated_mlp import recompute_gated_mlps
-from lit_lora.trial import choose_path, likely_path
+from lit_lora.language_model.forward import Path
+from lit_lora.language_model.trial import choose_path, likely_path
+from lit_lora.rewrites import compilation, liger_kernels
+from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
+from lit_lora.rewrites.recompute import checkpoint_layers
 
 
 class Built(NamedTuple):
@@ -32,8 +31,6 @@ class Built(NamedTuple):
     """What was adapted."""
     path: Path | None
     """How batches are run; None for a loss of one's own."""
-    budget: ActivationBudget | None
-    """Recomputes as many layers as a batch needs, where memory is what was asked for."""
     compile_clock: compilation.CompileClock | None
     """Of compiled layers."""
 
@@ -64,7 +61,7 @@ def make_trainable(
     Args:
         model: a base without adapters, on its device.
         lora: which layers get adapters, of what rank.
-        step: how a step is computed.
+        step: how a step is computed. Where it gives memory for activations, ``ActivationBudget`` does the rest.
         packing: False to pad without trying.
         own_loss: whether its loss is another than that of next tokens; then nothing is tried.
         valueless: whether its tensors have no values, so that nothing can be tried, compiled or measured.
@@ -85,18 +82,10 @@ def make_trainable(
     model.train()
     path = None if own_loss else _path(model, step, packing=packing, valueless=valueless)
     clock = compilation.compile_layers(model) if step.compile_layers and not valueless else None
-    budget = None
-    if step.activation_budget is not None and not valueless:
-        if path is None:
-            raise ValueError(
-                f"recompute {step.recompute!r} measures the loss of next tokens, and this module overrides "
-                "compute_loss: set recompute to true, or to a number of layers"
-            )
-        budget = ActivationBudget(model, step.activation_budget, path)  # type: ignore[arg-type]
-    elif step.recompute and step.activation_budget is None:
+    if step.recompute and step.activation_budget is None:
         checkpoint_layers(model, step.recomputed_layers)
     keep_batch_norm_frozen(model)
-    return Built(report, path, budget, clock)
+    return Built(report, path, clock)
 
 
 def _path(model: nn.Module, step: StepConfig, *, packing: bool, valueless: bool) -> Path:

@@ -11,13 +11,12 @@ biases, ...). Reading an adapter that uses one of them is an error, see ``adapte
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-from lit_lora.amounts import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -280,3 +279,20 @@ def _described(hint: Any) -> str:
     if origin is dict:
         return f"a mapping of {_PLURALS[parts[0]]} to {_PLURALS[parts[1]]}"
     return " or ".join(map(_described, parts)) if parts else _WORDS[hint]
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(text: int | str) -> int:
+    """Bytes in an amount of memory as people write it: "12GB" (10^9), "8GiB" (2^30), "512 MB" or a number.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"expected an amount of memory such as 12GB or 8GiB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])

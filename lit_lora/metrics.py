@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lit_lora.atomic import atomic_write
+from lit_lora.files.atomic import atomic_write
 
 
 @dataclass(frozen=True)

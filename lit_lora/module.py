@@ -3,7 +3,7 @@
 For a causal language model it is complete. For any other ``nn.Module`` override two hooks: :meth:`load_base` (which
 base) and :meth:`compute_loss` (which loss).
 
-How a step's loss and gradients count tokens is its base class's matter: :mod:`lit_lora.token_loss`.
+How a step's loss and gradients count tokens is its base class's matter: :mod:`lit_lora.training.token_loss`.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lit_lora import causal_lm, compilation, hyperparameters, training_record, training_state
-from lit_lora.activation_budget import ActivationBudget
-from lit_lora.adapters import trained_on
+from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.adapters.inject import InjectionReport
 from lit_lora.adapters.module_names import plain_name
-from lit_lora.base_hash import base_hash, forget_base, note_base
+from lit_lora.base import trained_on
+from lit_lora.base.base_hash import base_hash, forget_base, note_base
+from lit_lora.base.load import load_base_model
 from lit_lora.build import check_device, make_trainable
-from lit_lora.checkpoint import read_checkpoint
 from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
-from lit_lora.frozen_statistics import keep_batch_norm_frozen
+from lit_lora.evaluation.generation import answer
+from lit_lora.files.checkpoint import read_checkpoint
+from lit_lora.language_model import forward as causal_lm
+from lit_lora.language_model.trial import choose_path
+from lit_lora.memory.activation_budget import ActivationBudget
 from lit_lora.metrics import TrainingMetrics
-from lit_lora.models import load_base_model
-from lit_lora.optimization import Optimization
-from lit_lora.prediction import answer
-from lit_lora.resume_settings import Difference
-from lit_lora.step_metrics import LossOutput
-from lit_lora.token_loss import LOGGED, TokenLossModule
-from lit_lora.trainer_settings import check_built, check_monitors
-from lit_lora.training_point import TrainingPoint
-from lit_lora.trial import choose_path
+from lit_lora.rewrites import compilation
+from lit_lora.training import hyperparameters, training_record, training_state
+from lit_lora.training.optimization import Optimization
+from lit_lora.training.resume_settings import Difference
+from lit_lora.training.step_metrics import LossOutput
+from lit_lora.training.token_loss import LOGGED, TokenLossModule
+from lit_lora.training.trainer_settings import check_built, check_monitors
+from lit_lora.training.training_point import TrainingPoint
 
 __all__ = ["LoRALightningModule", "LossOutput"]
 
@@ -173,7 +175,14 @@ class LoRALightningModule(TokenLossModule):
             forget_base(model)  # what was loaded may have been changed
         own_loss = type(self).compute_loss is not LoRALightningModule.compute_loss
         built = make_trainable(model, self.lora, self.step, packing=self._packs, own_loss=own_loss)
-        self.injection_report, self.path, self._activation_budget, self._compile_clock = built
+        self.injection_report, self.path, self._compile_clock = built
+        if (amount := self.step.activation_budget) is not None:
+            if self.path is None:
+                raise ValueError(
+                    f"recompute {amount!r} measures the loss of next tokens, and this module overrides compute_loss: "
+                    "set recompute to true, or to a number of layers"
+                )
+            self._activation_budget = ActivationBudget(model, amount, self.path)  # type: ignore[arg-type]
         self.model = model
         note_base(model, base_hash(model))
 
@@ -221,7 +230,7 @@ class LoRALightningModule(TokenLossModule):
     # ------------------------------------------------------------------ prediction
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """A list of one generation: see :func:`lit_lora.prediction.answer`."""
+        """A list of one generation: see :func:`lit_lora.evaluation.generation.answer`."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         return [answer(self.model, tokenizer, batch, max_new_tokens=self.max_new_tokens)]  # type: ignore[arg-type]
 

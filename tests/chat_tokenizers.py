@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lit_lora.data.byte_tokenizer import _byte_characters
+from lit_lora.base.byte_tokenizer import _byte_characters
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|sep|>", "<|user|>", "<|pad|>"]
 VOCAB_SIZE = 256 + len(TOKENS)

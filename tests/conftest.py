@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_lora.tools.fetch import model_folder
+from lit_lora.base.known_models import model_folder
 
 REAL_MODEL = "smollm2-135m-instruct"
 

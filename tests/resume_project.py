@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, SFTDataModule
 from lit_lora.callbacks import GradientNormLogger, TrainingCheckpoint
-from lit_lora.checkpoint import AtomicCheckpointIO
+from lit_lora.files.checkpoint import AtomicCheckpointIO
 from tests.tiny import grouped
 
 

@@ -10,16 +10,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from lit_lora import causal_lm
-from lit_lora.activation_budget import budget_bytes, layers_to_checkpoint, measure_activations
-from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import inject_lora
-from lit_lora.adapters.quantize import quantize_
+from lit_lora.base.quantize import quantize_
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
-from lit_lora.memory import run_step
+from lit_lora.language_model import forward as causal_lm
+from lit_lora.language_model.trial import choose_path
+from lit_lora.memory.activation_budget import budget_bytes, layers_to_checkpoint, measure_activations
+from lit_lora.memory.estimate import run_step
+from lit_lora.memory.storage_tracker import StorageTracker
 from lit_lora.module import LoRALightningModule
-from lit_lora.storage_tracker import StorageTracker
-from lit_lora.trial import choose_path
+from lit_lora.rewrites.recompute import checkpoint_layers
 from tests.tiny import config, language_model
 
 TOKENS = 256

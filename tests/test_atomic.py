@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from lit_lora.atomic import FileToWrite, atomic_write, atomic_write_all, make_folder, remove_partial_files
+from lit_lora.files.atomic import FileToWrite, atomic_write, atomic_write_all, make_folder, remove_partial_files
 
 
 def test_a_file_is_made_and_replaced(tmp_path):

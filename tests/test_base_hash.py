@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lit_lora import LoRAConfig, QuantizationConfig, base_hash, inject_lora, load_base_model
-from lit_lora.base_hash import hash_files
+from lit_lora import LoRAConfig, QuantizationConfig, inject_lora, load_base_model
+from lit_lora.base import base_hash
+from lit_lora.base.base_hash import hash_files
 from tests.tiny import language_model
 
 

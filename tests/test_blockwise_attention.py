@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from lit_lora import attention, products
-from lit_lora.attention import _per_example
-from lit_lora.blockwise_attention import blockwise_attention
+from lit_lora.kernels import products
+from lit_lora.kernels.blockwise_attention import blockwise_attention
+from lit_lora.language_model import attention
+from lit_lora.language_model.attention import _per_example
 
 LENGTHS = [[1], [7, 1, 20], [128], [129, 3], [300, 127, 1], [5, 700]]  # from 512 keys on, head by head
 

@@ -5,11 +5,11 @@ import torch
 from torch.nn import functional as F
 
 from lit_lora import LoRAConfig, inject_lora
-from lit_lora.activation_checkpointing import checkpoint_layers
-from lit_lora.causal_lm import Path, language_model_loss, unpack, with_targets
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
-from lit_lora.trial import choose_path
+from lit_lora.language_model.forward import Path, language_model_loss, unpack, with_targets
+from lit_lora.language_model.trial import choose_path
+from lit_lora.rewrites.recompute import checkpoint_layers
 from tests.tiny import examples, language_model
 
 # kind, fields, packed, direct head

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from lit_lora.__main__ import main
-from lit_lora.checkpoint import newest_checkpoint
+from lit_lora.files.checkpoint import newest_checkpoint
 from tests.tiny import config
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.

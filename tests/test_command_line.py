@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_lora import environment
 from lit_lora.__main__ import main
-from lit_lora.command_line import in_order
-from lit_lora.shipped import shipped
+from lit_lora.cli.command_line import in_order
+from lit_lora.cli.shipped import shipped
+from lit_lora.files import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = ["--model.base", "random:tinyllama-1.1b", "--data.tokenizer", "bytes"]

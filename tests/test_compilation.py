@@ -15,17 +15,18 @@ from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from lit_lora import causal_lm, products
-from lit_lora.activation_budget import measure_activations
-from lit_lora.activation_checkpointing import checkpoint_layers
 from lit_lora.adapters.inject import inject_lora
-from lit_lora.compilation import check_compiler, compile_layers
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed
-from lit_lora.gated_mlp import recompute_gated_mlps
+from lit_lora.kernels import products
+from lit_lora.language_model import forward as causal_lm
+from lit_lora.language_model.trial import choose_path
+from lit_lora.memory.activation_budget import measure_activations
 from lit_lora.module import LoRALightningModule
-from lit_lora.trial import choose_path
+from lit_lora.rewrites.compilation import check_compiler, compile_layers
+from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
+from lit_lora.rewrites.recompute import checkpoint_layers
 from tests.tiny import config, examples, language_model
 
 # torch 2.13's compiler uses what torch deprecates.

@@ -7,9 +7,9 @@ import json
 import pytest
 from lightning.pytorch import Trainer
 
-from lit_lora import trainer_settings
 from lit_lora.__main__ import main
-from lit_lora.trainer_settings import check_trainer
+from lit_lora.training import trainer_settings
+from lit_lora.training.trainer_settings import check_trainer
 
 
 @pytest.fixture

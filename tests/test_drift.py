@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_lora.drift import measure_drift
+from lit_lora.evaluation.drift import measure_drift
 
 NAN, INFINITY = float("nan"), float("inf")
 

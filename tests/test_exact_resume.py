@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from lit_lora import training_state
-from lit_lora.checkpoint import checksum, rng_state
-from lit_lora.step_metrics import StepWindow
+from lit_lora.files.checkpoint import checksum, rng_state
+from lit_lora.training import training_state
+from lit_lora.training.step_metrics import StepWindow
 from tests.resume_project import run
 from tests.tiny import config
 

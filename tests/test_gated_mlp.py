@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lit_lora import LoRAConfig, inject_lora
 from lit_lora.adapters.functional import lora_linear
 from lit_lora.adapters.layers import lora_layers
-from lit_lora.gated_mlp import recompute_gated_mlps
+from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
 from tests.tiny import language_model
 
 

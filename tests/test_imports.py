@@ -17,117 +17,37 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     **{f"lit_lora.{'.'.join(p.relative_to(ROOT / 'lit_lora').with_suffix('').parts)}": p
        for p in sorted((ROOT / "lit_lora").rglob("*.py"))},
-    **{f"lit_lora.callbacks.{p.stem}": p for p in sorted((ROOT / "callbacks").glob("*.py"))},
+    **{f"lit_lora.callbacks.{'.'.join(p.relative_to(ROOT / 'callbacks').with_suffix('').parts)}": p
+       for p in sorted((ROOT / "callbacks").rglob("*.py"))},
 }  # fmt: skip
 
-LEAVES = {"amounts", "config", "metrics", "atomic", "wording", "compute_limit", "environment"}
-"""Rooms that every other one may import. They import nothing of ours, and neither torch nor Lightning."""
+FLOORS = (
+    {"files", "kernels"},
+    {"config", "metrics", "wording"},
+    {"base"},
+    {"adapters", "data"},
+    {"language_model", "rewrites", "interchange", "training"},
+    {"callbacks"},
+    {"build", "evaluation"},
+    {"memory"},
+    {"module"},
+    {"cli"},
+    {"tools"},
+    {"__main__"},
+)
+"""Rooms, from the ground up: each may import from the floors below it, and nothing beside or above it."""
 
-MAY_IMPORT: dict[str, set[str]] = {
-    **{leaf: set() for leaf in LEAVES},
-    "products": set(),
-    "losses": {"products"},
-    "blockwise_attention": {"products"},
-    "attention": {"blockwise_attention"},
-    "shared_prefix": {"blockwise_attention"},
-    "gated_mlp": {"adapters", "whose_error"},
-    "schedule": set(),
-    "trainer_settings": set(),
-    "activation_checkpointing": {"attention"},
-    "checkpoint": set(),
-    "base_hash": set(),
-    "adapters": {"products", "base_hash"},
-    "data.byte_tokenizer": set(),
-    "tools.fetch": {"models"},
-    "drift": set(),
-    "whole_model": set(),
-    "module_state": set(),
-    "whose_error": set(),
-    "valueless": {"whose_error"},
-    "attention_calls": {"attention"},
-    "causal_lm": {"losses", "attention", "adapters", "shared_prefix"},
-    "trial_run": {"adapters", "causal_lm", "frozen_statistics", "losses", "module_state", "shared_prefix"},
-    "trial": {
-        "activation_checkpointing", "adapters", "attention", "attention_calls", "causal_lm", "trial_run",
-        "whose_error",
-    },
-    "models": {"adapters", "base_hash", "data.byte_tokenizer", "whole_model"},
-    "data": {"models", "data.byte_tokenizer", "data.resume", "whole_model"},
-    "amounts": set(),
-    "storage_tracker": set(),
-    "cuda_allocator": set(),
-    "memory": {
-        "adapters", "models", "causal_lm", "attention", "activation_checkpointing", "storage_tracker", "cuda_allocator",
-        "amounts", "build", "gated_mlp", "trial", "valueless", "whole_model",
-    },
-    "activation_budget": {
-        "activation_checkpointing", "amounts", "causal_lm", "module_state", "storage_tracker", "valueless",
-    },
-    "build": {
-        "activation_budget", "activation_checkpointing", "adapters", "causal_lm", "compilation", "frozen_statistics",
-        "gated_mlp", "liger_kernels", "trial",
-    },
-    "compilation": {"activation_checkpointing", "adapters"},
-    "liger_kernels": set(),
-    "training_point": set(),
-    "optimizer_trial": {"training_point"},
-    "optimization": {"schedule", "optimizer_trial", "training_point", "resume_settings"},
-    "hyperparameters": set(),
-    "token_loss": {"optimizer_trial", "training_point", "step_metrics"},
-    "step_metrics": set(),
-    "prediction": {"data"},
-    "frozen_statistics": set(),
-    "data.resume": set(),
-    "resume_settings": set(),
-    "training_state": {
-        "adapters", "base_hash", "checkpoint", "optimization", "resume_settings", "step_metrics", "data.resume",
-    },
-    "training_record": {"adapters"},
-    "module": {
-        "build", "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "activation_checkpointing",
-        "compilation", "liger_kernels", "optimization", "token_loss", "training_point", "hyperparameters",
-        "base_hash", "resume_settings", "trainer_settings", "step_metrics", "training_state", "training_record",
-        "prediction", "frozen_statistics", "activation_budget", "amounts", "gated_mlp", "trial",
-    },
-    "callbacks": {"adapters", "checkpoint"},
-    "tools": {
-        "adapters", "models", "losses", "attention", "causal_lm", "checkpoint", "data", "memory", "drift",
-        "tools.fetch", "callbacks", "module", "strict_yaml", "shipped", "prediction", "base_hash", "trial",
-    },
-    "csv_log": set(),
-    "outcome": {"callbacks"},
-    "run_folder": {"checkpoint"},
-    "run_record": {"module", "base_hash", "callbacks", "checkpoint", "csv_log", "outcome"},
-    "strict_yaml": set(),
-    "shipped": set(),
-    "synonyms": set(),
-    "parse_errors": set(),
-    "command_line": {"strict_yaml", "shipped"},
-    "setting_check": {"command_line", "parse_errors", "strict_yaml", "synonyms"},
-    "config_check": {"command_line", "data", "models", "setting_check", "shipped"},
-    "cli": {
-        "module", "data", "callbacks", "checkpoint", "csv_log", "outcome", "run_folder", "run_record", "config_check",
-        "trainer_settings", "command_line", "parse_errors", "setting_check", "shipped", "strict_yaml",
-    },
-    "tools.parser": {"command_line", "parse_errors", "setting_check", "strict_yaml"},
-    "tools.estimate": {"amounts", "cli", "memory", "data"},
-    "__main__": {"cli", "tools", "tools.fetch", "tools.estimate", "tools.parser"},
-}  # fmt: skip
-"""Room -> rooms below it that it may import, beside ``LEAVES``. A room is a module or a folder; the longest name
-wins."""
+CALLBACKS_MAY_IMPORT = {"files", "metrics", "base", "interchange"}
+"""The callbacks serve other projects, and need less than what lies below them."""
 
-EXCEPTIONS = {("models", "tools.fetch")}
-"""Upward on purpose: a fetched model goes by its short name wherever a base model is named. Inside a function only."""
+MOST_FILES_ON_TOP, MOST_ROOMS = 9, 14
 
 HEAVY = {"torch", "lightning", "pytorch_lightning", "transformers", "datasets", "bitsandbytes", "huggingface_hub"}
 
 
 def room_of(module: str) -> str:
-    """The room that a module of ours belongs to."""
-    name = module.removeprefix("lit_lora.")
-    rooms = [room for room in MAY_IMPORT if name == room or name.startswith(room + ".")]
-    assert rooms, f"{module} is in no room: add it to MAY_IMPORT, and to the architecture page"
-    return max(rooms, key=len)
+    """The folder or file below ``lit_lora`` that a module of ours is, or lies in."""
+    return module.removeprefix("lit_lora.").split(".")[0]
 
 
 def imported_modules(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -161,24 +81,40 @@ def test_all_files_are_looked_at() -> None:
     assert {"lit_lora.adapters.inject", "lit_lora.callbacks.verdict", "lit_lora.__main__"} <= set(MODULES)
 
 
-def test_the_rooms_form_no_circle() -> None:
-    done: set[str] = set()
-    while waiting := set(MAY_IMPORT) - done:
-        ready = {room for room in waiting if MAY_IMPORT[room] <= done}
-        assert ready, f"these rooms import each other in a circle: {sorted(waiting)}"
-        done |= ready
+def test_the_house_has_the_rooms_that_are_drawn() -> None:
+    there = {room_of(module) for module in MODULES}
+    assert there == set().union(*FLOORS)
+    top = [path for path in (ROOT / "lit_lora").glob("*.py")]
+    folders = [path for path in (ROOT / "lit_lora").iterdir() if (path / "__init__.py").is_file()]
+    assert len(top) <= MOST_FILES_ON_TOP
+    assert len(folders) <= MOST_ROOMS
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_imports_only_what_is_below_it(module: str) -> None:
-    room = room_of(module)
-    path = FILES[module]
-    for imported in sorted(ours(imported_modules(path))):
-        target = room_of(imported)
-        if (room, target) in EXCEPTIONS:
-            assert imported not in imported_modules(path, top_level_only=True), f"{imported}: inside a function only"
-            continue
-        assert target in {room, *LEAVES, *MAY_IMPORT[room]}, f"{module} imports {imported}, which is not below it"
+    floor = next(number for number, rooms in enumerate(FLOORS) if room_of(module) in rooms)
+    below = set().union(*FLOORS[:floor])
+    for imported in sorted(ours(imported_modules(FILES[module]))):
+        assert room_of(imported) in {room_of(module), *below}, f"{module} imports {imported}, which is not below it"
+
+
+def test_no_two_files_of_a_room_import_each_other() -> None:
+    """Nor longer circles."""
+    waiting = {name: ours(imported_modules(path)) - {name} for name, path in FILES.items()}
+    while waiting:
+        ready = {name for name, needs in waiting.items() if not needs & waiting.keys()}
+        assert ready, f"these import each other in a circle: {sorted(waiting)}"
+        waiting = {name: needs for name, needs in waiting.items() if name not in ready}
+
+
+def test_the_callbacks_are_allowed_what_they_need() -> None:
+    used = {
+        room_of(imported)
+        for name, path in FILES.items()
+        if room_of(name) == "callbacks"
+        for imported in ours(imported_modules(path))
+    }
+    assert used - {"callbacks"} == CALLBACKS_MAY_IMPORT
 
 
 def test_bare_callbacks_is_never_imported() -> None:
@@ -191,17 +127,16 @@ def test_bare_callbacks_is_never_imported() -> None:
 
 def test_only_base_weight_imports_bitsandbytes() -> None:
     users = {name for name, path in FILES.items() if "bitsandbytes" in _tops(path)}
-    assert users == {"lit_lora.adapters.base_weight"}
-    assert "bitsandbytes" not in _tops(FILES["lit_lora.adapters.base_weight"], top_level_only=True)
+    assert users == {"lit_lora.base.base_weight"}
+    assert "bitsandbytes" not in _tops(FILES["lit_lora.base.base_weight"], top_level_only=True)
 
 
 @pytest.mark.parametrize("module", [name for name in FILES if name.startswith("lit_lora.callbacks.")])
 def test_callbacks_need_no_more_than_lightning_and_torch(module: str) -> None:
     allowed = {"lightning", "torch", "psutil", "lit_lora", *sys.stdlib_module_names}
     assert _tops(FILES[module]) <= allowed
-    for imported in ours(imported_modules(FILES[module])):
-        rooms = ("callbacks", "metrics", "adapters", "atomic", "checkpoint")
-        assert imported.startswith(tuple(f"lit_lora.{room}" for room in rooms))
+    rooms = {room_of(imported) for imported in ours(imported_modules(FILES[module]))}
+    assert rooms <= {"callbacks", *CALLBACKS_MAY_IMPORT}
 
 
 @pytest.mark.parametrize(
@@ -210,10 +145,10 @@ def test_callbacks_need_no_more_than_lightning_and_torch(module: str) -> None:
         "lit_lora",
         "lit_lora.config",
         "lit_lora.metrics",
-        "lit_lora.atomic",
+        "lit_lora.files.atomic",
         "lit_lora.__main__",
         "lit_lora.tools.fetch",
-        "lit_lora.tools.parser",
+        "lit_lora.cli.verb",
     ],
 )
 def test_light_modules_import_nothing_heavy(module: str) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lit_lora.adapters.trained_on import read_record
+from lit_lora.base.trained_on import read_record
 from lit_lora.data.tokenize import format_prompt
 from lit_lora.data.turn_end import TurnEnd
-from lit_lora.prediction import complete
-from lit_lora.tools.inference import load_for_inference
+from lit_lora.evaluation.generation import complete
+from lit_lora.evaluation.load import load_for_inference
 from tests.chat_tokenizers import CHATML, KINDS, TOKENS, chat_tokenizer, save_chat_tokenizer
 from tests.runs import ANSWERS, fit, lit_lora, make_base, questions, validation_loss, write_rows
 

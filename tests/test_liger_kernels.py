@@ -8,9 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from lit_lora import liger_kernels
 from lit_lora.config import StepConfig
 from lit_lora.module import LoRALightningModule
+from lit_lora.rewrites import liger_kernels
 from tests.tiny import language_model
 
 CUDA = torch.device("cuda")

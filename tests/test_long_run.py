@@ -12,7 +12,7 @@ import pytest
 
 from lit_lora import LoRAConfig, LoRALightningModule, SFTDataModule
 from lit_lora.callbacks import GradientNormLogger, MemoryProfiler, NonFiniteError, TrainingCheckpoint
-from lit_lora.checkpoint import AtomicCheckpointIO
+from lit_lora.files.checkpoint import AtomicCheckpointIO
 from tests.tiny import config, grouped
 
 STEPS = 2000

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from lit_lora import linear_cross_entropy
-from lit_lora.losses import linear_cross_entropy_reference, linear_cross_entropy_with_accuracy
+from lit_lora.kernels.linear_cross_entropy import linear_cross_entropy_reference, linear_cross_entropy_with_accuracy
 
 
 def _inputs(num_tokens: int, *, dtype=torch.float32, weight_grad=False, vocab_size=50):

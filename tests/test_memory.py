@@ -12,15 +12,14 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
-from lit_lora import causal_lm
 from lit_lora.adapters.inject import inject_lora
-from lit_lora.amounts import parse_bytes
+from lit_lora.base.load import load_base_model
 from lit_lora.build import make_trainable
-from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
-from lit_lora.memory import CATEGORIES, MemoryEstimate, StepSettings, estimate_memory, run_step, suggest, trace
-from lit_lora.models import load_base_model
+from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig, parse_bytes
+from lit_lora.language_model import forward as causal_lm
+from lit_lora.memory.estimate import CATEGORIES, MemoryEstimate, StepSettings, estimate_memory, run_step, suggest, trace
+from lit_lora.memory.storage_tracker import StorageTracker
 from lit_lora.module import LoRALightningModule
-from lit_lora.storage_tracker import StorageTracker
 from tests.tiny import config
 
 NF4 = QuantizationConfig()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lit_lora.models import load_base_model, load_tokenizer, resolve_base, resolve_dtype
+from lit_lora.base.load import load_base_model, load_tokenizer, resolve_base, resolve_dtype
 from tests.tiny import language_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -33,9 +33,9 @@ from lit_lora.callbacks import (
     MemoryProfiler,
     ThroughputLogger,
 )
-from lit_lora.checkpoint import AtomicCheckpointIO, DamagedCheckpointError, read_checkpoint
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
+from lit_lora.files.checkpoint import AtomicCheckpointIO, DamagedCheckpointError, read_checkpoint
 from lit_lora.module import LossOutput
 from tests.tiny import SIZES, config, examples, grouped
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lit_lora import cli, synonyms
 from lit_lora.__main__ import TOOLS, main
-from lit_lora.config_check import parser_of
-from lit_lora.setting_check import known_settings
+from lit_lora.cli import lightning_cli as cli
+from lit_lora.cli import synonyms
+from lit_lora.cli.config_check import parser_of
+from lit_lora.cli.setting_check import known_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from transformers.optimization import Adafactor, AdafactorSchedule
 
 from lit_lora import LoRALightningModule, SFTDataModule
-from lit_lora.adapters.peft_format import save_adapter
-from lit_lora.checkpoint import AtomicCheckpointIO, read_checkpoint
-from lit_lora.csv_log import PatientCSVLogger
 from lit_lora.data.packing import collate_packed
+from lit_lora.files.checkpoint import AtomicCheckpointIO, read_checkpoint
+from lit_lora.files.csv_log import PatientCSVLogger
+from lit_lora.interchange.peft_format import save_adapter
 from tests.resume_project import run
 from tests.test_exact_resume import assert_same_end, project  # noqa: F401 (a fixture)
 from tests.test_module import _loader, _module, _tokenized, _trainer, base  # noqa: F401 (a fixture)

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from lit_lora import products
 from lit_lora.__main__ import ALLOCATION_VARIABLES
+from lit_lora.kernels import products
 
 ROWS, INNER, COLUMNS = 160, 96, 128  # above the size from which oneDNN is asked
 
@@ -86,7 +86,7 @@ def test_large_products_on_amd_go_to_onednn_unless_it_is_switched_off(maker, one
 
 NEW_SHAPES = """
 import ctypes, torch
-from lit_lora import products
+from lit_lora.kernels import products
 
 class HeapInfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c mapped d e in_use free f".split()]

@@ -16,15 +16,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, SFTDataModule, inject_lora, load_base_model
-from lit_lora.activation_checkpointing import checkpoint_layers
-from lit_lora.adapters import base_weight
-from lit_lora.adapters.quantize import dequantize_, finish_quantization_, quantize_
+from lit_lora.base import base_weight
+from lit_lora.base.quantize import dequantize_, finish_quantization_, quantize_
 from lit_lora.callbacks import MemoryProfiler
 from lit_lora.callbacks.memory_profiler import MemoryBudgetExceeded
-from lit_lora.checkpoint import AtomicCheckpointIO
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed
-from lit_lora.gated_mlp import recompute_gated_mlps
+from lit_lora.files.checkpoint import AtomicCheckpointIO
+from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
+from lit_lora.rewrites.recompute import checkpoint_layers
 from tests.large_tensors import LargeTensors
 from tests.tiny import config, examples, grouped, language_model
 

@@ -17,7 +17,7 @@ from lit_lora import (
     save_adapter,
 )
 from lit_lora.adapters.layers import lora_layers
-from lit_lora.models import resolve_base
+from lit_lora.base.load import resolve_base
 from tests.command_line import lit_lora
 
 pytestmark = pytest.mark.real_model
@@ -131,7 +131,7 @@ def test_dequantizing_is_a_small_part_of_a_training_step(real_model):
     """Twice all 210 layers, in both kinds of code, against about 900 tokens on one thread."""
     import time
 
-    from lit_lora.adapters import base_weight
+    from lit_lora.base import base_weight
 
     model = load_base_model(real_model, quantization=QuantizationConfig())
     layers = [module for module in model.modules() if base_weight.is_quantized(module)]

@@ -19,11 +19,11 @@ from lit_lora import (
     load_tokenizer,
     save_adapter,
 )
-from lit_lora.causal_lm import language_model_loss
+from lit_lora.base.load import resolve_base
 from lit_lora.data.packing import collate_packed
 from lit_lora.data.prepare import SourceSettings, tokenize_source
-from lit_lora.models import resolve_base
-from lit_lora.trial import choose_path
+from lit_lora.language_model.forward import language_model_loss
+from lit_lora.language_model.trial import choose_path
 from tests.command_line import lit_lora
 
 pytestmark = pytest.mark.real_model

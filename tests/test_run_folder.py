@@ -13,7 +13,7 @@ import torch
 
 from lit_lora import QuantizationConfig
 from lit_lora.__main__ import main
-from lit_lora.tools.adapter_folder import trained_quantization
+from lit_lora.interchange.adapter_folder import trained_quantization
 from tests.tiny import config
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from lit_lora import LoRAConfig, inject_lora, products
-from lit_lora.activation_checkpointing import checkpoint_layers
-from lit_lora.causal_lm import language_model_loss
+from lit_lora import LoRAConfig, inject_lora
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed
-from lit_lora.shared_prefix import share_prefix
-from lit_lora.trial import choose_path
+from lit_lora.kernels import products
+from lit_lora.language_model.forward import language_model_loss
+from lit_lora.language_model.shared_prefix import share_prefix
+from lit_lora.language_model.trial import choose_path
+from lit_lora.rewrites.recompute import checkpoint_layers
 from tests.tiny import language_model
 
 PREFIX = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_lora import strict_yaml
 from lit_lora.__main__ import main
-from lit_lora.tools.adapter_folder import trained_quantization
+from lit_lora.files import strict_yaml
+from lit_lora.interchange.adapter_folder import trained_quantization
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 

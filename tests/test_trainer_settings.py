@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lit_lora import LoRALightningModule, SFTDataModule
 from lit_lora.callbacks import TrainingCheckpoint
-from lit_lora.trainer_settings import CALLBACKS, check_trainer, missing_end
+from lit_lora.training.trainer_settings import CALLBACKS, check_trainer, missing_end
 
 
 class MyAveraging(callbacks.WeightAveraging):

@@ -10,11 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from lit_lora import LoRAConfig, attention, blockwise_attention, causal_lm, inject_lora
-from lit_lora.attention_calls import packable_up_to, record_calls
-from lit_lora.causal_lm import laid_out, language_model_loss
+from lit_lora import LoRAConfig, inject_lora
 from lit_lora.data.packing import collate_packed
-from lit_lora.trial import choose_path
+from lit_lora.kernels import blockwise_attention
+from lit_lora.language_model import attention
+from lit_lora.language_model import forward as causal_lm
+from lit_lora.language_model.attention_calls import packable_up_to, record_calls
+from lit_lora.language_model.forward import laid_out, language_model_loss
+from lit_lora.language_model.trial import choose_path
 from tests.sweep.compare import build
 from tests.sweep.configs import tiny_config
 from tests.test_causal_lm import _collated, _gradients, _reference_loss

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from lit_lora import SFTDataModule
 from lit_lora.__main__ import main
-from lit_lora.data.byte_tokenizer import byte_tokenizer
+from lit_lora.base.byte_tokenizer import byte_tokenizer
 from lit_lora.wording import advice, for_command_line, in_words_of, setting
 from tests.tiny import config
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from lit_lora.adapters import base_weight
 from lit_lora.adapters.direct_reads import call_adapted_layers, direct_reads
 from lit_lora.adapters.initializers import INITIALIZERS
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALayer, LoRALinear, TrainableCopy, adapter_modules
 from lit_lora.adapters.matching import layer_indices, match_modules, ranges, some
 from lit_lora.adapters.module_names import named_modules, plain_name, replace_module, shared_modules
 from lit_lora.adapters.peft_limits import refused_by_peft
-from lit_lora.adapters.quantized_forward import prepare_base_layer
+from lit_lora.base import base_weight
+from lit_lora.base.quantized_forward import prepare_base_layer
 from lit_lora.config import LoRAConfig
 
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lit_lora.adapters import base_weight
 from lit_lora.adapters.functional import add_lora, lora_linear
 from lit_lora.adapters.module_names import plain_name
+from lit_lora.base import base_weight
 from lit_lora.config import LoRAConfig
 
 _FORWARDED = ("weight", "bias")

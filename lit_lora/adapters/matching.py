@@ -17,11 +17,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from lit_lora.adapters import base_weight
 from lit_lora.adapters.expressions import find, shown
-from lit_lora.adapters.int8_rows import Int8Rows
 from lit_lora.adapters.module_names import named_modules
 from lit_lora.adapters.task_heads import as_pretrained, task_heads
+from lit_lora.base import base_weight
+from lit_lora.base.int8_rows import Int8Rows
 from lit_lora.config import LoRAConfig
 
 ALL_LINEAR = "all-linear"

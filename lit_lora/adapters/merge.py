@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_lora.adapters import base_weight
 from lit_lora.adapters.layers import LoRALayer, LoRALinear, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
 from lit_lora.adapters.module_names import named_modules, replace_module
+from lit_lora.base import base_weight
 
 
 @torch.no_grad()

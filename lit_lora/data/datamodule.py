@@ -16,7 +16,6 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_lora.atomic import remove_partial_files
 from lit_lora.data.data_record import data_record
 from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, tokenizer_digest
 from lit_lora.data.limits import check_limits
@@ -27,7 +26,8 @@ from lit_lora.data.resume import check_fingerprint, rank_batches_consumed
 from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches, split_indices
 from lit_lora.data.summary import DataSummary, summarize
 from lit_lora.data.tokenize import format_prompt
-from lit_lora.environment import cache_folder
+from lit_lora.files.atomic import remove_partial_files
+from lit_lora.files.environment import cache_folder
 from lit_lora.wording import setting
 
 DEFAULT_BATCH_SIZE = 4
@@ -133,7 +133,7 @@ class SFTDataModule(pl.LightningDataModule):
             ValueError: if none was given and the module does not say which base model it trains.
         """
         if not isinstance(self._tokenizer, PreTrainedTokenizerBase):
-            from lit_lora.models import load_tokenizer
+            from lit_lora.base.load import load_tokenizer
 
             name, revision = self._tokenizer, None
             if name is None:

@@ -22,8 +22,8 @@ from safetensors import numpy as safetensors
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lit_lora.atomic import atomic_write
 from lit_lora.data.tokenize import Encoded
+from lit_lora.files.atomic import atomic_write
 from lit_lora.wording import advice
 
 CACHE_VERSION = 1

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lit_lora.compute_limit import LimitExceeded, compute_limit
+from lit_lora.base.whole_model import is_panic
 from lit_lora.data.formats import BadRow, Conversation, Example
 from lit_lora.data.sources import Problems
-from lit_lora.whole_model import is_panic
+from lit_lora.files.compute_limit import LimitExceeded, compute_limit
 from lit_lora.wording import in_words_of
 
 ALPACA_TEMPLATE = (

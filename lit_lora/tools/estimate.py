@@ -23,9 +23,9 @@ def estimate(arguments: list[str]) -> None:
     for flag in fit_arguments:
         if flag.startswith("--") and (close := difflib.get_close_matches(flag.partition("=")[0], own, n=1, cutoff=0.8)):
             parser.error(f"no option {flag}, did you mean {close[0]}?")
-    from lit_lora.amounts import parse_bytes
-    from lit_lora.cli import parse_fit
-    from lit_lora.memory import suggest, trace
+    from lit_lora.cli.lightning_cli import parse_fit
+    from lit_lora.config import parse_bytes
+    from lit_lora.memory.estimate import suggest, trace
 
     if options.fits is not None:
         parse_bytes(options.fits)
@@ -139,7 +139,7 @@ def step_settings(config: Any, batch: Batch, *, device: str | None = None) -> An
     import torch
 
     from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
-    from lit_lora.memory import StepSettings
+    from lit_lora.memory.estimate import StepSettings
 
     model, trainer = config.model, config.trainer
     if device is None:

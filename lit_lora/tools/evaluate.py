@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_lora.config import QuantizationConfig
 
 if TYPE_CHECKING:
-    from lit_lora.adapters.trained_on import TrainedOn
+    from lit_lora.base.trained_on import TrainedOn
     from lit_lora.data.formats import Examples
     from lit_lora.data.prepare import SourceSettings
-    from lit_lora.tools.inference import Loaded
+    from lit_lora.evaluation.load import Loaded
 
 
 def evaluate(
@@ -71,11 +71,11 @@ def evaluate(
         trust_remote_code: run code that comes with the base.
     """
     from lit_lora.adapters.merge import disable_lora
+    from lit_lora.cli.shipped import shipped
     from lit_lora.data.prepare import SourceSettings
     from lit_lora.data.sources import existing_file, is_file_source
-    from lit_lora.shipped import shipped
-    from lit_lora.tools.adapter_folder import folder_record, local_folder
-    from lit_lora.tools.inference import load_for_inference, mean_loss
+    from lit_lora.evaluation.load import load_for_inference, mean_loss
+    from lit_lora.interchange.adapter_folder import folder_record, local_folder
 
     for name, value in {"limit": limit, "max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value is not None and value < 1:
@@ -133,7 +133,7 @@ def evaluate(
     result["mean_loss"] = {"before": losses["before"], "after": losses["after"]}
     print(_summary(result, len(examples.items), max_new_tokens))
     if output is not None:
-        from lit_lora.atomic import atomic_write
+        from lit_lora.files.atomic import atomic_write
 
         content = json.dumps(result, ensure_ascii=False, indent=1).encode()
         Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def _exact_match(
     from lit_lora.adapters.merge import disable_lora
     from lit_lora.data.tokenize import format_prompt
     from lit_lora.data.turn_end import turn_end
-    from lit_lora.prediction import Completion, complete
+    from lit_lora.evaluation.generation import Completion, complete
 
     model, tokenizer, _ = loaded
     ids, end = [format_prompt(tokenizer, messages) for messages in prompts], turn_end(tokenizer)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lit_lora.adapters.trained_on import TrainedOn
-    from lit_lora.tools.adapter_folder import Base
+    from lit_lora.base.trained_on import TrainedOn
+    from lit_lora.interchange.adapter_folder import Base
 
 
 def export(
@@ -34,9 +34,8 @@ def export(
         other_base: put the adapter on a base although its weights are not those that it was trained on.
         trust_remote_code: run code that comes with the base.
     """
-    from lit_lora.adapters.peft_format import load_adapter, save_adapter
-    from lit_lora.adapters.trained_on import forget, note, noted
-    from lit_lora.tools.adapter_folder import (
+    from lit_lora.base.trained_on import forget, note, noted
+    from lit_lora.interchange.adapter_folder import (
         Base,
         base_of_adapter,
         check_base,
@@ -44,6 +43,7 @@ def export(
         local_folder,
         trained_quantization,
     )
+    from lit_lora.interchange.peft_format import load_adapter, save_adapter
     from lit_lora.wording import setting
 
     if Path(source).suffix == ".ckpt":
@@ -59,7 +59,7 @@ def export(
         assert module.model is not None
         model, place, folder = module.model, Base(module.base, module.revision), None
     else:
-        from lit_lora.models import load_base_model
+        from lit_lora.base.load import load_base_model
 
         source = local_folder(source)
         if Path(source).resolve() == Path(output).resolve():
@@ -83,8 +83,8 @@ def _tokenizer(
     base: Base, folder: str | None, record: TrainedOn, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase | None:
     """What the adapter was trained with, where that is known and found."""
-    from lit_lora.models import holds_tokenizer
-    from lit_lora.tools.adapter_tokenizer import tokenizer_for
+    from lit_lora.base.load import holds_tokenizer
+    from lit_lora.interchange.adapter_tokenizer import tokenizer_for
 
     if record.vocabulary_sha256 is None and not (folder is not None and holds_tokenizer(Path(folder))):
         return None

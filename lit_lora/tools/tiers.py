@@ -74,7 +74,7 @@ def why_not(tier: Tier, max_minutes: float) -> str:
     """Why this machine cannot run a tier; empty if it can."""
     import torch
 
-    from lit_lora.tools.fetch import is_complete, model_folder
+    from lit_lora.base.known_models import is_complete, model_folder
 
     if tier.fetched is not None and not is_complete(model_folder(tier.fetched)):
         return f"run `lit-lora fetch {tier.fetched}` first"

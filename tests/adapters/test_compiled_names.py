@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from lit_lora import LoRAConfig, LoRALightningModule, inject_lora, load_adapter, merge_lora, save_adapter
 from lit_lora.adapters.layers import adapter_modules
-from lit_lora.base_hash import base_hash
-from lit_lora.checkpoint import read_checkpoint
+from lit_lora.base.base_hash import base_hash
+from lit_lora.files.checkpoint import read_checkpoint
 from lit_lora.module import LossOutput
 from tests.tiny import language_model
 

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lit_lora import LoRAConfig, QuantizationConfig
-from lit_lora.adapters import base_weight
 from lit_lora.adapters.functional import lora_linear, lora_linear_reference
 from lit_lora.adapters.layers import LoRALinear
-from lit_lora.adapters.quantize import quantize_
+from lit_lora.base import base_weight
+from lit_lora.base.quantize import quantize_
 
 NUM_IN, NUM_OUT, RANK = 24, 40, 4
 INPUTS = {

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lit_lora import LoRAConfig, inject_lora, load_adapter, save_adapter
 from lit_lora.adapters import expressions
 from lit_lora.adapters.layers import adapter_modules
-from lit_lora.tools.adapter_folder import base_of_adapter
+from lit_lora.interchange.adapter_folder import base_of_adapter
 from tests.tiny import language_model
 
 pytestmark = pytest.mark.timeout(60)

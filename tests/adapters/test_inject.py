@@ -14,10 +14,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lit_lora import LoRAConfig, QuantizationConfig, inject_lora
-from lit_lora.adapters.base_weight import is_linear_like
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALinear, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import ranges
-from lit_lora.adapters.quantize import quantize_
+from lit_lora.base.base_weight import is_linear_like
+from lit_lora.base.quantize import quantize_
 from tests.tiny import language_model
 
 IDS = torch.arange(3, 17).view(2, 7)

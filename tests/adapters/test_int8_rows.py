@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, inject_lora
-from lit_lora.adapters.quantize import dequantize_, quantize_
+from lit_lora.base.quantize import dequantize_, quantize_
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed
 from tests.large_tensors import LargeTensors
@@ -49,7 +49,7 @@ def test_an_8_bit_embedding_is_never_there_as_a_whole():
 @pytest.mark.parametrize("accuracy", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_loss_through_an_8_bit_head_equals_that_of_its_dequantized_weight(tied, accuracy, monkeypatch):
-    monkeypatch.setattr("lit_lora.adapters.int8_rows.BLOCK", 50)  # several blocks, the last a short one
+    monkeypatch.setattr("lit_lora.base.int8_rows.BLOCK", 50)  # several blocks, the last a short one
     quantized = _quantized(QuantizationConfig(embedding_bits=8), tie_word_embeddings=tied)
     plain = copy.deepcopy(quantized)
     dequantize_(plain)

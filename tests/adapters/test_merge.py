@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_lora import LoRAConfig, QuantizationConfig, disable_lora, inject_lora, merge_lora, unmerge_lora
 from lit_lora.adapters.layers import adapter_modules
-from lit_lora.adapters.quantize import quantize_
+from lit_lora.base.quantize import quantize_
 from tests.tiny import language_model
 
 IDS = torch.arange(3, 17).view(2, 7)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from lit_lora import LoRAConfig
-from lit_lora.adapters.model_card import is_hub_id, model_card
+from lit_lora.interchange.model_card import is_hub_id, model_card
 
 
 def _card(base="owner/base", **fields):

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_lora import LoRAConfig
-from lit_lora.adapters.peft_config import from_peft_config, to_peft_config
+from lit_lora.interchange.peft_config import from_peft_config, to_peft_config
 
 
 def test_an_old_configuration_with_few_keys_is_read_with_the_defaults_of_peft():

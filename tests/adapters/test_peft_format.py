@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lit_lora import LoRAConfig, QuantizationConfig, inject_lora, load_adapter, save_adapter
-from lit_lora.adapters import peft_format
 from lit_lora.adapters.layers import adapter_modules
-from lit_lora.adapters.peft_format import adapter_state_dict, load_adapter_state_dict
-from lit_lora.adapters.quantize import quantize_
+from lit_lora.base.quantize import quantize_
+from lit_lora.interchange import peft_format
+from lit_lora.interchange.peft_format import adapter_state_dict, load_adapter_state_dict
 from tests.tiny import language_model
 
 IDS = torch.arange(3, 17).view(2, 7)

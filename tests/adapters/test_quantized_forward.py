@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lit_lora import LoRAConfig, QuantizationConfig, inject_lora, load_adapter, load_base_model
-from lit_lora.adapters import base_weight
 from lit_lora.adapters.layers import LoRALinear
-from lit_lora.adapters.quantize import dequantize_, quantize_
-from lit_lora.callbacks._checksum import checksums, frozen_tensors
+from lit_lora.base import base_weight
+from lit_lora.base.quantize import dequantize_, quantize_
+from lit_lora.callbacks._support.checksum import checksums, frozen_tensors
 from tests.tiny import language_model
 
 KINDS = {

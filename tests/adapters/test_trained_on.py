@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_lora import LoRAConfig, QuantizationConfig, inject_lora, save_adapter
-from lit_lora.adapters.trained_on import KEY, VERSION, TrainedOn, complete, forget, from_json, note, noted, read_record
+from lit_lora.base.trained_on import KEY, VERSION, TrainedOn, complete, forget, from_json, note, noted, read_record
 from tests.tiny import language_model
 
 FULL = TrainedOn(

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_lora import LoRAConfig
 from lit_lora.adapters.inject import inject_lora
+from lit_lora.base.byte_tokenizer import byte_tokenizer
 from lit_lora.callbacks import ConvergenceAssertion, HFAdapterExport
-from lit_lora.data.byte_tokenizer import byte_tokenizer
 
 # PEFT asks transformers by a name that transformers 5 deprecates, and the Hub for a base that has no id.
 pytestmark = [

@@ -9,7 +9,7 @@ from plain_projects import AdapterModel, PlainModel
 from torch import nn
 
 from lit_lora.callbacks import GradientFlowAssertion, GradientFlowError
-from lit_lora.callbacks._checksum import checksum, checksums, frozen_tensors
+from lit_lora.callbacks._support.checksum import checksum, checksums, frozen_tensors
 
 
 class DeadLayer(AdapterModel):

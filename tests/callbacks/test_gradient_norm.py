@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from plain_projects import AdapterModel, PlainModel
 
 from lit_lora.callbacks import GradientNormLogger, NonFiniteError, gradient_norm
-from lit_lora.callbacks._spikes import SpikeWatch
+from lit_lora.callbacks._support.spikes import SpikeWatch
 
 
 class Watched(AdapterModel):

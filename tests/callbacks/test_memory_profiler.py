@@ -9,7 +9,7 @@ import torch
 from plain_projects import AdapterModel
 
 from lit_lora.callbacks import MemoryBudgetExceeded, MemoryProfiler
-from lit_lora.callbacks._memory_meters import MIB, ResidentMeter
+from lit_lora.callbacks._support.memory_meters import MIB, ResidentMeter
 from lit_lora.callbacks.memory_profiler import _Growth
 
 BIG_MIB = 256

@@ -15,7 +15,7 @@ from plain_projects import PlainModel
 
 import lit_lora.callbacks.training_checkpoint as training_checkpoint
 from lit_lora.callbacks import TrainingCheckpoint
-from lit_lora.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from lit_lora.files.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 
 
 class At(pl.Callback):

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lit_lora.base.byte_tokenizer import byte_tokenizer
 from lit_lora.data import prepare
-from lit_lora.data.byte_tokenizer import byte_tokenizer
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.data.sampler import split_indices
 

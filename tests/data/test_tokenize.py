@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lit_lora.data.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from lit_lora.base.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from lit_lora.data.formats import Example
 from lit_lora.data.sources import Problems
 from lit_lora.data.tokenize import ALPACA_TEMPLATE, Encoded, encode_examples, format_prompt

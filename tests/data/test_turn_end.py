@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lit_lora.data.byte_tokenizer import byte_tokenizer
+from lit_lora.base.byte_tokenizer import byte_tokenizer
 from lit_lora.data.formats import Example
 from lit_lora.data.sources import Problems
 from lit_lora.data.tokenize import encode_examples

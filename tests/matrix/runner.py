@@ -81,7 +81,7 @@ class Project:
 
 
 def _die_in_a_batch() -> None:
-    from lit_lora.token_loss import TokenLossModule
+    from lit_lora.training.token_loss import TokenLossModule
 
     step = TokenLossModule.training_step
 

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.fault_runs import same
-from lit_lora.checkpoint import read_checkpoint
+from lit_lora.files.checkpoint import read_checkpoint
 from tests.command_line import lit_lora
 from tests.matrix.pairwise import pairs_of, pairwise
 from tests.matrix.runner import Project, case_names

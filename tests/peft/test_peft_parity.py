@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lit_lora import LoRAConfig, QuantizationConfig, inject_lora, load_adapter, merge_lora, save_adapter
 from lit_lora.adapters.layers import adapter_modules
-from lit_lora.adapters.peft_format import adapter_state_dict
-from lit_lora.adapters.quantize import quantize_
+from lit_lora.base.quantize import quantize_
+from lit_lora.interchange.peft_format import adapter_state_dict
 from tests.tiny import language_model
 
 pytestmark = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lit_lora import LoRAConfig, inject_lora
-from lit_lora.models import load_base_model
+from lit_lora.base.load import load_base_model
 from tests.promises.sentences import PROJECT
 
 README = (PROJECT / "README.md").read_text()
@@ -176,7 +176,7 @@ def test_trainable_parameters_are_those_of_the_model():
 
 
 def test_the_limits_of_yaml_are_those_of_the_code():
-    from lit_lora import strict_yaml
+    from lit_lora.files import strict_yaml
 
     said = prose("docs/command_line.md")
     assert f"more than {strict_yaml.MAX_NODES:,} values" in said
@@ -185,7 +185,7 @@ def test_the_limits_of_yaml_are_those_of_the_code():
 
 
 def test_about_as_many_other_names_are_answered_as_is_said():
-    from lit_lora import synonyms
+    from lit_lora.cli import synonyms
 
     assert "about two hundred and fifty other names" in prose("docs/command_line.md")
     assert len(synonyms.SYNONYMS) == pytest.approx(250, abs=15)

@@ -171,8 +171,8 @@ def test_the_adapter_is_read_as_the_readme_says(stranger):
     import torch
     from peft import PeftModel
 
-    from lit_lora.adapters.peft_format import load_adapter
-    from lit_lora.models import load_base_model
+    from lit_lora.base.load import load_base_model
+    from lit_lora.interchange.peft_format import load_adapter
 
     stranger.fit()
     ids = torch.arange(20).reshape(1, 20)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lit_lora.checkpoint import CHECKSUM, checksum, read_checkpoint
+from lit_lora.files.checkpoint import CHECKSUM, checksum, read_checkpoint
 from tests.tiny import language_model
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.

@@ -22,14 +22,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from lit_lora import LoRAConfig, LoRALightningModule, StepConfig, inject_lora
-from lit_lora.activation_checkpointing import checkpoint_layers, repeated_layers
 from lit_lora.adapters.layers import LoRALinear, lora_layers
-from lit_lora.causal_lm import Path, laid_out, language_model_loss
+from lit_lora.base.repeated_layers import repeated_layers
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
-from lit_lora.gated_mlp import recompute_gated_mlps
+from lit_lora.language_model.forward import Path, laid_out, language_model_loss
+from lit_lora.language_model.trial import choose_path
 from lit_lora.module import LossOutput
-from lit_lora.trial import choose_path
+from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
+from lit_lora.rewrites.recompute import checkpoint_layers
 from tests.sweep.configs import VOCAB, tiny_config
 
 LENGTHS = (29, 41, 12)

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from lit_lora import LoRAConfig, QuantizationConfig, inject_lora, load_base_model, save_adapter
 from lit_lora.__main__ import main
-from lit_lora.adapters import base_weight
 from lit_lora.adapters.layers import lora_layers
-from lit_lora.data.byte_tokenizer import byte_tokenizer
-from lit_lora.tools.adapter_folder import trained_quantization
+from lit_lora.base import base_weight
+from lit_lora.base.byte_tokenizer import byte_tokenizer
+from lit_lora.evaluation.load import load_for_inference
+from lit_lora.interchange.adapter_folder import trained_quantization
 from lit_lora.tools.export import export
-from lit_lora.tools.inference import load_for_inference
 from lit_lora.tools.merge import merge
 from tests.tiny import config
 

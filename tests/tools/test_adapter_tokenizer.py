@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from lit_lora import LoRAConfig, inject_lora, load_base_model, load_tokenizer, save_adapter
-from lit_lora.adapters.trained_on import note
-from lit_lora.data.byte_tokenizer import CHAT_TEMPLATE
+from lit_lora.base.byte_tokenizer import CHAT_TEMPLATE
+from lit_lora.base.trained_on import note
 from lit_lora.data.data_record import data_record
 from lit_lora.data.prepare import SourceSettings
 from lit_lora.data.tokenize import format_prompt, format_text
 from lit_lora.data.turn_end import turn_end
-from lit_lora.prediction import stop_tokens
-from lit_lora.tools.inference import load_for_inference
+from lit_lora.evaluation.generation import stop_tokens
+from lit_lora.evaluation.load import load_for_inference
 from tests.chat_tokenizers import EOS, chat_tokenizer
 from tests.runs import make_base
 from tests.tools.test_fetch import write_tiny_gguf

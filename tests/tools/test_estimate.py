@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lit_lora.__main__ import main
-from lit_lora.cli import parse_fit
+from lit_lora.cli.lightning_cli import parse_fit
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.tools.estimate import largest_batches
 from tests.sweep.configs import tiny_config

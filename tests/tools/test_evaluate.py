@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lit_lora import LoRAConfig, LoRALightningModule, inject_lora, load_adapter, load_base_model, save_adapter
 from lit_lora.__main__ import main
 from lit_lora.adapters.layers import lora_layers
-from lit_lora.data.byte_tokenizer import byte_tokenizer
+from lit_lora.base.byte_tokenizer import byte_tokenizer
 from lit_lora.data.datamodule import SFTDataModule
 from tests.tiny import config
 

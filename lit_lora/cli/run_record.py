@@ -1,0 +1,228 @@
+"""The record of a run in its folder, and its closing words: what was proved, how fast, where the adapter is.
+
+A record that cannot be written (full disk, permission lost) is a warning while training goes on, and tried again at the
+next save; only at the end of the run is it an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from lit_lora.base.base_hash import base_hash
+from lit_lora.callbacks import HFAdapterExport, MemoryProfiler, Verdict
+from lit_lora.callbacks._support.trainer import why_past_its_end
+from lit_lora.callbacks.verdict import Check, NotProvedError
+from lit_lora.cli.outcome import Outcome, read_outcome
+from lit_lora.files.atomic import atomic_write, make_folder, remove_partial_files
+from lit_lora.files.csv_log import PatientCSVLogger
+from lit_lora.module import LoRALightningModule
+
+
+class RunRecord(L.Callback):
+    """Shows the adapters at the start; keeps ``metrics.json`` and ``metrics.csv`` up to date; prints the verdict.
+
+    What a finished run has said of itself stays: resumed without a step left to take, it says the same again.
+
+    Args:
+        is_over: whether the run is resumed as it ended, by something else than its number of steps or epochs (early
+            stopping, a limit of time): it is then not trained on.
+    """
+
+    def __init__(self, *, is_over: bool = False) -> None:
+        super().__init__()
+        self.is_over = is_over
+        self.failure: str | None = None
+        """Why the newest metrics are not on disk; None if they are."""
+        self._started = self._ended = self._stopped_early = False
+
+    @rank_zero_only
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Make the run folder, and remove what a killed process left half-written in it.
+
+        Raises:
+            OSError: if it cannot be made or written to.
+        """
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(trainer.default_root_dir)
+        make_folder(folder, option="trainer.default_root_dir")
+        for place in (folder, *folder.glob("logs/version_*")):
+            remove_partial_files(place)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print which layers have adapters, on which base."""
+        self._started = self._ended = False
+        trainer.should_stop = trainer.should_stop or self.is_over
+        if trainer.is_global_zero and isinstance(pl_module, LoRALightningModule) and pl_module.injection_report:
+            print(pl_module.injection_report.table())
+            assert pl_module.model is not None
+            print(f"base:      {base_hash(pl_module.model)}")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on there is something to record."""
+        self._started = True
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the metrics so far."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self.save(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the metrics."""
+        self._ended = True
+        at_its_end = trainer.global_step == trainer.max_steps or trainer.current_epoch == trainer.max_epochs
+        self._stopped_early = trainer.should_stop and not at_its_end
+        self.save(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Write what there is; what ended the run is the error to show, so this never raises.
+
+        A check that failed has its say: where it did so after the last step, the run has come to its end.
+        """
+        if not self._started:  # a refused resume leaves the record as it was
+            if isinstance(exception, NotProvedError) and (earlier := self.finished(trainer)) is not None:
+                print(earlier)
+            return
+        try:
+            self.save(trainer, pl_module)
+            if any(check.verdict is not None and check.verdict.passed is False for check in _checks(trainer)):
+                self.conclude(trainer)
+        except Exception as error:  # metrics may wait for a device that has failed
+            rank_zero_warn(f"The record was not written after the exception: {error!r}")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hand the verdicts of a finished run to the checks; whether its adapter is still there is looked at again."""
+        if (earlier := self.finished(trainer)) is None:
+            return
+        verdicts = {verdict.name: verdict for verdict in earlier.verdicts}
+        for check in _checks(trainer):
+            if check.verdict is None and not isinstance(check, HFAdapterExport):
+                check.verdict = verdicts.get(check.name)
+
+    @rank_zero_only
+    def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the metrics so far; a failed write is a warning, the first of several in a row."""
+        if not isinstance(pl_module, LoRALightningModule) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        metrics = pl_module.flush_metrics()
+        profilers = [c for c in trainer.callbacks if isinstance(c, MemoryProfiler)]  # type: ignore[attr-defined]
+        if profilers:
+            metrics.peak_memory_mib = max(profiler.peak_mib for profiler in profilers)
+        if not metrics.steps:
+            return
+        try:
+            metrics.save(Path(trainer.default_root_dir) / "metrics.json")
+        except OSError as error:
+            if self.failure is None:
+                rank_zero_warn(
+                    f"The record of step {trainer.global_step} was not written: {error}. Training goes on and tries "
+                    "again at the next save."
+                )
+            self.failure = str(error)
+        else:
+            self.failure = None
+
+    def finished(self, trainer: L.Trainer) -> Outcome | None:
+        """What the run had said of itself when it came to this very step, if the last fit took no further one."""
+        earlier = None if self._started or why_past_its_end(trainer) else read_outcome(trainer.default_root_dir)
+        return earlier if earlier is not None and earlier.finished and earlier.step == trainer.global_step else None
+
+    @rank_zero_only
+    def conclude(self, trainer: L.Trainer) -> Outcome:
+        """Print what the run has to say of itself, and write it to ``verdict.json``.
+
+        Raises:
+            OSError: if a part of the record could not be written, after all of it was tried.
+        """
+        folder = Path(trainer.default_root_dir)
+        earlier = self.finished(trainer)
+        outcome = self._outcome(trainer, earlier)
+        print(outcome)
+        if trainer.fast_dev_run or outcome.no_step_left:  # type: ignore[attr-defined]
+            return outcome
+        failures = [] if outcome == earlier else self._write(trainer, outcome)
+        if failures:
+            raise OSError(f"the record of the run could not be written: {'; '.join(failures)}")
+        print(f"  {'run folder':<16}{folder}")
+        return outcome
+
+    def _outcome(self, trainer: L.Trainer, earlier: Outcome | None) -> Outcome:
+        verdicts = [check.verdict or Verdict(check.name, None, "not judged") for check in _checks(trainer)]
+        if earlier is not None:
+            # Its adapter may have gone since, or have been written only now: that is the one thing to look at again.
+            exports = {check.name: check.verdict for check in _checks(trainer) if isinstance(check, HFAdapterExport)}
+            found = [(verdict, exports.get(verdict.name) or verdict) for verdict in earlier.verdicts]
+            return replace(earlier, verdicts=[was if was.passed == now.passed else now for was, now in found])
+        module = trainer.lightning_module
+        return Outcome(
+            step=trainer.global_step,
+            verdicts=verdicts,
+            finished=self._ended or not self._started,
+            stopped_early=self._stopped_early,
+            no_step_left="" if self._started else why_past_its_end(trainer),
+            **(_measured(module) if isinstance(module, LoRALightningModule) else {}),
+        )
+
+    def _write(self, trainer: L.Trainer, outcome: Outcome) -> list[str]:
+        """Write all of the record; what could not be written."""
+        if self.failure is not None or not self._started:
+            self.save(trainer, trainer.lightning_module)
+        logs = [logger for logger in trainer.loggers if isinstance(logger, PatientCSVLogger)]
+        for log in logs:
+            log.save()
+        failures = [failure for failure in (self.failure, *(log.failure for log in logs)) if failure is not None]
+        try:
+            outcome.save(Path(trainer.default_root_dir))
+        except OSError as error:
+            failures.append(str(error))
+        return failures
+
+
+def _checks(trainer: L.Trainer) -> list[Check]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Check)]  # type: ignore[attr-defined]
+
+
+def _measured(module: LoRALightningModule) -> dict[str, Any]:
+    """Lines on losses and speed of the whole run, the hash of its base, and what was changed."""
+    metrics = module.flush_metrics()
+    lines = []
+    if steps := [step for step in metrics.steps if step.num_target_tokens]:
+        first, last = steps[0], steps[-1]
+        lines.append(f"  {'loss':<16}{first.loss:.3f} -> {last.loss:.3f} in {metrics.steps[-1].step} steps")
+    for entry in metrics.validation[-1:]:
+        start = f"{metrics.validation[0]['val_loss']:.3f} -> " if len(metrics.validation) > 1 else ""
+        accuracy = f", token accuracy {entry['val_token_accuracy']:.1%}" if "val_token_accuracy" in entry else ""
+        lines.append(f"  {'validation':<16}{start}{entry['val_loss']:.3f}{accuracy}")
+    speed = [f"  {'speed':<16}{metrics.tokens_per_s:,.0f} tokens/s"] if len(metrics.steps) > 1 else []
+    assert module.model is not None
+    base = base_hash(module.model).value
+    return {"losses": lines, "speed": speed, "base": base, "changes": module.setting_changes}
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes generations to ``predictions.jsonl`` in the run folder, one JSON object a line."""
+
+    def __init__(self) -> None:
+        super().__init__("epoch")
+
+    def write_on_epoch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Write all at once."""
+        rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for batch in predictions for entry in batch]
+        atomic_write(path, lambda file: file.write("".join(lines).encode()))
+        print(f"{len(lines)} generations in {path}")
+        num_cut = sum(entry.get("cut", False) for batch in predictions for entry in batch)
+        if num_cut and isinstance(pl_module, LoRALightningModule):
+            print(f"{num_cut} of {len(lines)} were cut at model.max_new_tokens={pl_module.max_new_tokens}")

@@ -1,0 +1,75 @@
+"""The command line of a verb that is a function: its parameters are the options, and mistakes get one report.
+
+A required parameter can be given by its place or by its name, ``--adapter runs/x/adapter``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, auto_cli
+
+from lit_lora.cli.command_line import in_order, options, settings
+from lit_lora.cli.parse_errors import reason
+from lit_lora.cli.setting_check import look_at_each, refuse
+from lit_lora.files import strict_yaml
+from lit_lora.wording import for_command_line
+
+
+def call(function: Callable[..., Any], arguments: Sequence[str]) -> None:
+    """Run a verb's function with the arguments of a command line.
+
+    Raises:
+        SystemExit: after naming what is wrong with them.
+    """
+    verb = function.__name__
+    given = in_order(_by_place(function, _with_flag_values(function, arguments)))
+    unreadable: list[str] = []
+    known = set(inspect.signature(function).parameters)
+    if list(settings(given, known, unreadable)) and unreadable:
+        refuse(unreadable)
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            if os.environ.get("LIT_LORA_TRACEBACK") and ex is not None:
+                raise ex
+            if not self.exit_on_error:
+                raise ValueError(message) from ex
+            self.exit_on_error = False
+            refuse(look_at_each(self, given, verb).problems or [f"{reason(str(message))} (see lit-lora {verb} --help)"])
+
+    with for_command_line(inspect.signature(function).parameters):
+        auto_cli(
+            function,
+            args=given,
+            as_positional=True,
+            parser_class=Parser,
+            prog=f"lit-lora {verb}",
+            parser_mode=strict_yaml.install(),
+            allow_abbrev=False,
+        )
+
+
+def _with_flag_values(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+    """``--compare`` alone means ``--compare true``."""
+    flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
+    values = ("true", "false", "yes", "no")
+    return [f"{a}=true" if a in flags and b not in values else a for a, b in itertools.pairwise([*arguments, ""])]
+
+
+def _by_place(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+    """Required parameters that are given by name, moved to their place."""
+    parameters = inspect.signature(function).parameters.values()
+    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    given = options(arguments)
+    named = {option.key: option.value for option in given if option.key in required and option.value is not None}
+    if not named:
+        return list(arguments)
+    words = [option.tokens[0] for option in given if not option.key]
+    placed = [named[name] if name in named else words.pop(0) for name in required if name in named or words]
+    rest = [token for option in given if option.key and option.key not in named for token in option.tokens]
+    return [*placed, *words, *rest]

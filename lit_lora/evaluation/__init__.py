@@ -1,0 +1,1 @@
+"""A trained adapter at work: loading, generating, scoring, comparing."""

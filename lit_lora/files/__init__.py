@@ -1,0 +1,1 @@
+"""Files that are whole or not there, and files of others read without trusting them."""

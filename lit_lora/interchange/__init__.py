@@ -1,0 +1,1 @@
+"""Adapters as other libraries read and write them."""

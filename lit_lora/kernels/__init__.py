@@ -1,0 +1,1 @@
+"""Products, attention and loss on tensors alone."""

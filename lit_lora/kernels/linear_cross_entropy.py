@@ -1,0 +1,195 @@
+"""Cross-entropy of a linear output head, without ever holding the logits of all tokens.
+
+A language model's logits are its largest activation: tokens times vocabulary, several copies of it in float32. Here
+they exist for ``chunk_size`` tokens and some thousand rows of the head at a time, which a processor's cache can hold,
+and are used up at once: for the running normaliser, and for the gradient of the hidden states, a running mean of the
+head's rows weighted by their probability (the scheme of FlashAttention, arXiv:2205.14135, with the head as keys and
+values). A frozen head, the usual one under LoRA, needs no gradient. Left out: label smoothing, z-loss, class weights.
+
+The label's logit stays out of the sums. With z the log of the others' summed exponentials less the label's logit, a
+token's loss is softplus(z), and its gradient sigmoid(z) times the mean row of the others less the label's row: no
+difference of nearly equal numbers where the model is sure.
+
+Shapes: T tokens, D hidden, V vocab, C tokens of a chunk, N rows of a block of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_lora.kernels import products
+
+IGNORE_INDEX = -100
+
+_BLOCK_BYTES = 2**14
+"""Of a row of logits that is there at a time."""
+
+_LOWEST, _SMALLEST = torch.finfo(torch.float32).min, 1e-30
+"""In the place of minus infinity and zero, whose differences and quotients are no numbers."""
+
+
+class LinearCrossEntropyOutput(NamedTuple):
+    """What one pass over the supervised tokens gives."""
+
+    nll_sum: Tensor
+    """Sum of the negative log-likelihoods, float32 scalar, in nats."""
+    num_correct: Tensor | None
+    """How many tokens had the highest logit of all, int64 scalar; None where it was not asked for."""
+
+
+class RowBlocks(Protocol):
+    """A frozen head that is stored in another form, and never there as a whole."""
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weight ``(V, D)`` in blocks of rows, from the first to the last."""
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of these tokens."""
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """What :func:`linear_cross_entropy` computes, written plainly."""
+    logits_TV = (hidden @ weight.T).float()
+    return F.cross_entropy(logits_TV, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor | RowBlocks, labels: Tensor, *, chunk_size: int = 512
+) -> Tensor:
+    """Cross-entropy of a linear head, without the full logits.
+
+    Equals ``F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")``. Peak memory O(chunk_size), or
+    O(chunk_size * V) if the head is trained.
+
+    Args:
+        hidden: final hidden states, ``(T, D)``, any float dtype.
+        weight: output head, ``(V, D)``; gets a gradient if it requires one. Or a frozen one that comes in blocks.
+        labels: token to predict at each position, ``(T,)``; -100 is ignored.
+        chunk_size: rows per chunk, in tokens.
+
+    Returns:
+        Sum over supervised tokens, float32 scalar.
+
+    Raises:
+        ValueError: if ``hidden`` and ``labels`` disagree on T.
+    """
+    return linear_cross_entropy_with_accuracy(hidden, weight, labels, chunk_size=chunk_size, accuracy=False).nll_sum
+
+
+def linear_cross_entropy_with_accuracy(
+    hidden: Tensor, weight: Tensor | RowBlocks, labels: Tensor, *, chunk_size: int = 512, accuracy: bool = True
+) -> LinearCrossEntropyOutput:
+    """:func:`linear_cross_entropy`, and how many tokens the head got right."""
+    if hidden.ndim != 2 or labels.ndim != 1 or len(hidden) != len(labels):
+        raise ValueError(
+            f"expected hidden (T, D) and labels (T,), got {tuple(hidden.shape)} and {tuple(labels.shape)}: "
+            "select the supervised positions of both alike"
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    plain, blocks = (weight.to(hidden.dtype), None) if isinstance(weight, Tensor) else (None, weight)
+    nll_sum, num_correct = _LinearCrossEntropy.apply(hidden, plain, blocks, labels, chunk_size)
+    return LinearCrossEntropyOutput(nll_sum, num_correct if accuracy else None)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor | None,
+        head: RowBlocks | None,
+        labels_T: Tensor,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        dtype, vocab_size = hidden_TD.dtype, weight_VD.shape[0] if weight_VD is not None else 0
+        if weight_VD is not None:  # a trained head as one block, whose normaliser is known when it is done
+            head = _PlainRows(weight_VD, vocab_size if needs_weight else _BLOCK_BYTES // dtype.itemsize)
+        assert head is not None
+        nll_sum = hidden_TD.new_zeros((), dtype=torch.float32)
+        num_correct = labels_T.new_zeros(())
+        grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
+        grad_weight = (
+            hidden_TD.new_zeros((vocab_size, hidden_TD.shape[1]), dtype=torch.float32) if needs_weight else None
+        )
+        normalise = dtype is not torch.float32 or needs_weight
+
+        for start in range(0, len(hidden_TD), chunk_size):
+            rows = slice(start, min(start + chunk_size, len(hidden_TD)))
+            hidden_CD = hidden_TD[rows]
+            supervised_C1 = (labels_T[rows] != IGNORE_INDEX)[:, None]
+            labels_C1 = labels_T[rows, None].clamp(min=0)
+            label_logit_C1 = hidden_TD.new_zeros(labels_C1.shape, dtype=torch.float32)
+            # Of the tokens that are not the label: largest logit, log of the summed exponentials, mean row of the head.
+            max_C1 = torch.full_like(label_logit_C1, float("-inf"))
+            lse_C1 = torch.full_like(label_logit_C1, float("-inf"))
+            mean_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
+            first = 0
+            for block_ND in head.blocks(dtype):
+                logits_CN = products.linear(hidden_CD, block_ND).float()
+                column_C1 = labels_C1 - first
+                first += len(block_ND)
+                here_C1 = (column_C1 >= 0) & (column_C1 < len(block_ND))
+                column_C1 = column_C1.clamp(0, len(block_ND) - 1)
+                at_column_C1 = logits_CN.gather(-1, column_C1)
+                label_logit_C1 = torch.where(here_C1, at_column_C1, label_logit_C1)
+                logits_CN.scatter_(-1, column_C1, at_column_C1.masked_fill(here_C1, float("-inf")))
+                block_max_C1 = logits_CN.amax(dim=-1, keepdim=True).clamp_(
+                    min=_LOWEST
+                )  # a block may be the label alone
+                exp_CN = logits_CN.sub_(block_max_C1).exp_()
+                sum_C1 = exp_CN.sum(dim=-1, keepdim=True).clamp_(min=_SMALLEST)
+                new_lse_C1 = torch.logaddexp(lse_C1, block_max_C1 + sum_C1.log())
+                if needs_hidden:
+                    share_C1 = (block_max_C1 - new_lse_C1).exp_()
+                    if normalise:  # on the wide side, where the range of half precision or a trained head needs it
+                        exp_CN.div_(sum_C1)
+                        share_C1.mul_(sum_C1)
+                    product_CD = products.matmul(exp_CN.to(dtype), block_ND).float()
+                    mean_CD.mul_((lse_C1 - new_lse_C1).exp_()).addcmul_(product_CD, share_C1)
+                max_C1, lse_C1 = torch.maximum(max_C1, block_max_C1), new_lse_C1
+            z_C1 = lse_C1 - label_logit_C1
+            nll_sum += (F.softplus(z_C1) * supervised_C1).sum()
+            num_correct += ((label_logit_C1 > max_C1) & supervised_C1).sum()
+            weight_C1 = z_C1.sigmoid() * supervised_C1
+            if grad_hidden is not None:
+                label_CD = head.rows(labels_C1.squeeze(-1), dtype)
+                grad_hidden[rows] = mean_CD.sub_(label_CD).mul_(weight_C1).to(grad_hidden.dtype)
+            if grad_weight is not None:
+                dlogits_CV = (exp_CN if needs_hidden else exp_CN.div_(sum_C1)).mul_(weight_C1)
+                grad_weight.addmm_(dlogits_CV.scatter_(-1, labels_C1, -weight_C1).T, hidden_CD.float())
+
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = dtype
+        ctx.mark_non_differentiable(num_correct)
+        return nll_sum, num_correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_nll_sum.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_nll_sum).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+class _PlainRows(NamedTuple):
+    """A plain weight, in blocks of rows."""
+
+    weight_VD: Tensor
+    block_size: int
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        return iter(self.weight_VD.split(self.block_size))
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(ids, self.weight_VD)

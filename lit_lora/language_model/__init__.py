@@ -1,0 +1,1 @@
+"""A batch's way through a language model, found by trial."""

@@ -1,0 +1,1 @@
+"""What a step will take, traced without taking it."""

@@ -1,0 +1,1 @@
+"""What happens between the batches and the checkpoints of a run."""
