@@ -5,7 +5,7 @@ What is adapted (``LoRAConfig``), how the base is held (``QuantizationConfig``),
 
 Field names of adapters are PEFT's, so that a config reads the same in ``adapter_config.json``, in YAML and in Python.
 Left out on purpose: fields of PEFT that change the function and that lit_lora does not implement (DoRA, trainable
-biases, ...). Reading an adapter that uses one of them is an error, see ``adapters/peft_format.py``.
+biases, ...). Reading an adapter that uses one of them is an error, see ``interchange/peft_format.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 With a vocabulary of 49152 the tied embedding of a 135M model weighs as much as all its 4-bit layers. Rows are rounded
 to 255 levels, so a weight is off by at most 1/254 of the largest in its row. Plain torch: bitsandbytes is not needed.
 A tied head shares codes and scales with the embedding. Nothing here ever holds more than ``BLOCK`` rows dequantized;
-the training loss goes through the codes too (``losses.py``).
+the training loss goes through the codes too (``kernels/linear_cross_entropy.py``).
 
 Shapes: T tokens, V vocab, D hidden.
 """

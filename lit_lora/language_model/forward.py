@@ -3,8 +3,8 @@
 Three shortcuts are taken where they are exact. *Packing*: examples lie one after another without padding, with
 attention confined to each (``attention.py``). *Shared prefix*: what all examples of a packed batch begin with (a system
 prompt) is computed once (``shared_prefix.py``). *Direct head*: the loss is computed from hidden states and the head's
-weight in chunks (``losses.py``). Whether they are exact for a given model is found by trial (``trial.py``); without
-them batches are padded, and the model computes its own logits at the supervised positions.
+weight in chunks (``kernels/linear_cross_entropy.py``). Whether they are exact for a given model is found by trial
+(``trial.py``); without them batches are padded, and the model computes its own logits at the supervised positions.
 
 Shapes: B batch, T tokens, L padded length, N examples, S supervised positions, D hidden, V vocab.
 """

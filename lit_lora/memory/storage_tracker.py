@@ -2,7 +2,7 @@
 
 A ``TorchDispatchMode`` sees the tensors that operators return; a weak reference to each storage tells when it goes.
 Views share a storage, so they cost nothing; what an autograd graph, an optimizer or a cache keeps is alive. It works
-alike on real tensors, where it measures, and on fake ones, where it predicts (``memory.py``).
+alike on real tensors, where it measures, and on fake ones, where it predicts (``estimate.py``).
 
 Left out: memory that an operator takes and gives back inside its kernel, which no tensor shows.
 """
