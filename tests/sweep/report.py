@@ -19,10 +19,11 @@ this page.
 {summary}.
 
 How a batch is run is found by trial (`lit_lora/language_model/trial.py`); the reasons are those that a run prints.
-Sliding windows and chunks are of 8 tokens here, shorter than every example. Where batches are packed, the reference is each example alone;
-where they are padded, it is transformers' own forward pass of the same padded batch. The loss must be equal within
-{loss:g} and the gradients within {gradients:g}, relative. The columns give the next power of ten above the largest
-difference of a packed batch, a padded one, a single example, and a batch whose layers are recomputed.
+Sliding windows and chunks are of 8 tokens here, shorter than every example. Where batches are packed, the reference
+is each example alone; where they are padded, it is transformers' own forward pass of the same padded batch. The loss
+must be equal within {loss:g} and the gradients within {gradients:g}, relative. The columns give the next power of ten
+above the largest difference of a packed batch, a padded one, a single example, and a batch whose layers are
+recomputed.
 
 """
 _CAUSAL_COLUMNS = ("model type", "class", "batches", "loss from hidden states", "loss", "gradients", "why not")
