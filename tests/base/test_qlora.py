@@ -243,7 +243,7 @@ def _trainer(folder: Any, **options: Any) -> L.Trainer:
 
 @each_kind
 def test_a_resumed_run_goes_on_and_another_base_is_refused(quantization, base, tmp_path):
-    train = str(Path(__file__).parent.parent / "configs" / "data" / "requests_train.jsonl")
+    train = str(Path(__file__).parents[2] / "configs" / "data" / "requests_train.jsonl")
 
     def data() -> SFTDataModule:
         return SFTDataModule(train, tokenizer="bytes", limit=16, batch_size=2, cache_dir=tmp_path)

@@ -18,9 +18,9 @@ from lit_lora.language_model import forward as causal_lm
 from lit_lora.language_model.attention_calls import packable_up_to, record_calls
 from lit_lora.language_model.forward import laid_out, language_model_loss
 from lit_lora.language_model.trial import choose_path
+from tests.language_model.test_forward import _collated, _gradients, _reference_loss
 from tests.sweep.compare import build
 from tests.sweep.configs import tiny_config
-from tests.test_causal_lm import _collated, _gradients, _reference_loss
 from tests.tiny import examples, language_model
 
 GEMMA2: dict[str, Any] = {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}

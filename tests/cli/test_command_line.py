@@ -17,7 +17,7 @@ from lit_lora.cli.command_line import in_order
 from lit_lora.cli.shipped import shipped
 from lit_lora.files import environment
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = ["--model.base", "random:tinyllama-1.1b", "--data.tokenizer", "bytes"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

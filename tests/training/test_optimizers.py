@@ -25,10 +25,10 @@ from lit_lora.data.packing import collate_packed
 from lit_lora.files.checkpoint import AtomicCheckpointIO, read_checkpoint
 from lit_lora.files.csv_log import PatientCSVLogger
 from lit_lora.interchange.peft_format import save_adapter
-from tests.resume_project import run
-from tests.test_exact_resume import assert_same_end, project  # noqa: F401 (a fixture)
 from tests.test_module import _loader, _module, _tokenized, _trainer, base  # noqa: F401 (a fixture)
 from tests.tiny import grouped
+from tests.training.resume_project import run
+from tests.training.test_exact_resume import assert_same_end, project  # noqa: F401 (a fixture)
 
 CONSTANT = {"lr_schedule": "constant", "warmup_ratio": 0.0}
 OPTIMIZERS = {

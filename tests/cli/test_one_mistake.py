@@ -14,7 +14,7 @@ from lit_lora.cli import synonyms
 from lit_lora.cli.config_check import parser_of
 from lit_lora.cli.setting_check import known_settings
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 

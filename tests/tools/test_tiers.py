@@ -16,7 +16,7 @@ from lit_lora import QuantizationConfig, TrainingMetrics
 from lit_lora.tools import tiers as tool
 from lit_lora.tools.tiers import TIERS, Tier, tiers, why_not
 
-FOLDER = Path(__file__).parent.parent / "configs" / "tiers"
+FOLDER = Path(__file__).parents[2] / "configs" / "tiers"
 CONFIGS = {number: yaml.safe_load((FOLDER / f"{tier.config}.yaml").read_text()) for number, tier in TIERS.items()}
 PROMISED = {
     1: ("smollm2-135m-instruct", 10, None, 0.0),

@@ -17,10 +17,10 @@ import torch
 from lit_lora.files.checkpoint import checksum, rng_state
 from lit_lora.training import training_state
 from lit_lora.training.step_metrics import StepWindow
-from tests.resume_project import run
 from tests.tiny import config
+from tests.training.resume_project import run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
