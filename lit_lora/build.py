@@ -15,7 +15,7 @@ from torch import nn
 
 from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.adapters.inject import InjectionReport, inject_lora
-from lit_lora.adapters.layers import LoRALinear, lora_layers
+from lit_lora.adapters.layers import lora_layers
 from lit_lora.config import LoRAConfig, StepConfig
 from lit_lora.language_model.forward import Path
 from lit_lora.language_model.trial import choose_path, likely_path
@@ -75,8 +75,7 @@ def make_trainable(
     report = inject_lora(model, lora)
     if not step.fused_lora:
         for _, layer in lora_layers(model):
-            if isinstance(layer, LoRALinear):
-                layer.has_fast_path = False
+            layer.has_fast_path = False
     if step.recompute_mlp:
         recompute_gated_mlps(model, trial=not valueless)
     model.train()

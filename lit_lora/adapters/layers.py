@@ -8,9 +8,10 @@ several at once, DoRA and convolutions are left out.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,17 @@ _FORWARDED = ("weight", "bias")
 
 
 class LoRALayer(nn.Module, ABC):
-    """A frozen layer with a low-rank addition to its weight: ``W + scaling * B @ A``."""
+    """A frozen layer with a low-rank addition to its weight: ``W + scaling * B @ A``.
+
+    What a kind of layer has of its own are its members; whoever starts, merges or writes adapters asks for these and not
+    for the kind.
+    """
+
+    tensor_names: ClassVar[tuple[str, str]]
+    """Of A and B, below the layer's name, as PEFT writes them."""
+
+    has_fast_path: bool = False
+    """Whether base and adapter may be computed by one function; to be switched off."""
 
     base_layer: Any
     """The frozen layer."""
@@ -53,7 +64,37 @@ class LoRALayer(nn.Module, ABC):
 
     @abstractmethod
     def delta_weight(self) -> Tensor:
-        """What merging adds to the base weight, in the layout of ``base_weight.read_weight``, at least float32."""
+        """What merging adds to the base weight, in the layout of ``read_base``, at least float32."""
+
+    @abstractmethod
+    def read_base(self) -> Tensor:
+        """The base layer's weight."""
+
+    @abstractmethod
+    def write_base(self, weight: Tensor) -> None:
+        """Give the base layer a new, frozen weight, in the layout of ``read_base``."""
+
+    @abstractmethod
+    def start(self, fill: Callable[[Tensor], Any]) -> None:
+        """Fill the half that starts non-zero, and the other one with zeros."""
+
+    @abstractmethod
+    def start_at_random(self) -> None:
+        """Fill both halves, so that the adapter changes the output from the start."""
+
+    @property
+    @abstractmethod
+    def starts_nonzero(self) -> nn.Parameter:
+        """The half that does: A, but for embeddings."""
+
+    @abstractmethod
+    def sample_input(self, generator: torch.Generator) -> Tensor:
+        """A small batch that the layer takes, on its device."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base weight is stored in 4 or 8 bits."""
+        return base_weight.is_quantized(self.base_layer)
 
     @property
     def merged(self) -> bool:
@@ -83,6 +124,8 @@ class LoRALayer(nn.Module, ABC):
 
 class LoRALinear(LoRALayer):
     """An adapter around anything linear: ``nn.Linear``, ``Conv1D``, bitsandbytes' 4- and 8-bit layers."""
+
+    tensor_names = ("lora_A.weight", "lora_B.weight")
 
     def __init__(self, base_layer: nn.Module, config: LoRAConfig, *, r: int, lora_alpha: float) -> None:
         super().__init__(base_layer, config, r=r, lora_alpha=lora_alpha)
@@ -123,6 +166,34 @@ class LoRALinear(LoRALayer):
         """``scaling * B @ A``, ``(out, in)``."""
         return _scaled_product(self.lora_B.weight, self.lora_A.weight, self.scaling)
 
+    def read_base(self) -> Tensor:
+        """``(out, in)``, whatever holds it."""
+        return base_weight.read_weight(self.base_layer)
+
+    def write_base(self, weight: Tensor) -> None:
+        """``(out, in)``, into the layout of the base layer."""
+        base_weight.write_weight_(self.base_layer, weight)
+
+    def start(self, fill: Callable[[Tensor], Any]) -> None:
+        """Fill A, and B with zeros."""
+        fill(self.lora_A.weight)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def start_at_random(self) -> None:
+        """Kaiming-uniform A and B."""
+        for half in self.factors():
+            nn.init.kaiming_uniform_(half, a=math.sqrt(5))
+
+    @property
+    def starts_nonzero(self) -> nn.Parameter:
+        """A."""
+        return self.factors()[0]
+
+    def sample_input(self, generator: torch.Generator) -> Tensor:
+        """Eight rows, in the dtype of the base."""
+        x = torch.randn(8, self.in_features, generator=generator)
+        return x.to(self.base_layer.weight.device, self.base_layer.weight.dtype)
+
     def _takes_fast_path(self) -> bool:
         return (
             self.has_fast_path
@@ -133,6 +204,8 @@ class LoRALinear(LoRALayer):
 
 class LoRAEmbedding(LoRALayer):
     """An adapter around an embedding; A holds one column per token."""
+
+    tensor_names = ("lora_embedding_A", "lora_embedding_B")
 
     def __init__(self, base_layer: nn.Embedding, config: LoRAConfig, *, r: int, lora_alpha: float) -> None:
         super().__init__(base_layer, config, r=r, lora_alpha=lora_alpha)
@@ -172,6 +245,33 @@ class LoRAEmbedding(LoRALayer):
     def delta_weight(self) -> Tensor:
         """``scaling * (B @ A).T``, ``(vocab, dim)``."""
         return _scaled_product(self.lora_embedding_B, self.lora_embedding_A, self.scaling).t()
+
+    def read_base(self) -> Tensor:
+        """``(vocab, dim)``."""
+        return self.base_layer.weight
+
+    def write_base(self, weight: Tensor) -> None:
+        """``(vocab, dim)``."""
+        self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    def start(self, fill: Callable[[Tensor], Any]) -> None:
+        """Zero A, normal B whatever ``fill``: the reverse of a linear layer, as the reference implementation does it."""
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
+
+    def start_at_random(self) -> None:
+        """Normal A and B."""
+        for half in self.factors():
+            nn.init.normal_(half)
+
+    @property
+    def starts_nonzero(self) -> nn.Parameter:
+        """B."""
+        return self.lora_embedding_B
+
+    def sample_input(self, generator: torch.Generator) -> Tensor:
+        """Token ids."""
+        return torch.randint(self.num_embeddings, (64,), generator=generator).to(self.base_layer.weight.device)
 
 
 class TrainableCopy(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_lora.adapters.layers import LoRALayer, LoRALinear, TrainableCopy, adapter_modules, lora_layers
+from lit_lora.adapters.layers import LoRALayer, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
 from lit_lora.adapters.module_names import named_modules, replace_module
 from lit_lora.base import base_weight
@@ -95,11 +95,7 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
 
 
 def _check_mergeable(layers: dict[str, LoRALayer]) -> None:
-    quantized = [
-        name
-        for name, layer in layers.items()
-        if isinstance(layer, LoRALinear) and base_weight.is_quantized(layer.base_layer)
-    ]
+    quantized = [name for name, layer in layers.items() if layer.is_quantized]
     if quantized:
         raise ValueError(
             f"cannot merge into the quantized weights of {some(quantized)}: rounding them again would lose most of the "
@@ -125,12 +121,8 @@ def _merges_right(layer: LoRALayer) -> bool:
     """Whether the layer computes the same merged as unmerged, with another adapter of the size of its weight."""
     base, factors, training = layer.base_layer, layer.factors(), layer.training
     before, enabled, scaling = [factor.detach().clone() for factor in factors], layer.enabled, layer.scaling
-    device, dtype = base.weight.device, base.weight.dtype
     generator = torch.Generator().manual_seed(0)
-    if isinstance(layer, LoRALinear):
-        x = torch.randn(8, layer.in_features, generator=generator).to(device, dtype)
-    else:
-        x = torch.randint(base.num_embeddings, (64,), generator=generator).to(device)
+    x = layer.sample_input(generator)
     layer.eval()
     try:
         for factor in factors:
@@ -168,18 +160,14 @@ def _check_finite(layers: dict[str, LoRALayer], copies: dict[str, TrainableCopy]
 
 def _merge_layer(layer: LoRALayer) -> None:
     """Give the base layer ``W + delta``; the wrapper keeps the old weight."""
-    base, merged = layer.base_layer, _merged_weight(layer)
-    layer.original_weight = (base.weight,)
-    if isinstance(layer, LoRALinear):
-        base_weight.write_weight_(base, merged)
-    else:
-        base.weight = nn.Parameter(merged, requires_grad=False)
+    merged = _merged_weight(layer)
+    layer.original_weight = (layer.base_layer.weight,)
+    layer.write_base(merged)
 
 
 def _merged_weight(layer: LoRALayer) -> Tensor:
     """``W + delta``, summed in the wider dtype and rounded to that of W."""
-    base = layer.base_layer
-    weight = base_weight.read_weight(base) if isinstance(layer, LoRALinear) else base.weight
+    weight = layer.read_base()
     return (weight + layer.delta_weight()).to(weight.dtype)
 
 

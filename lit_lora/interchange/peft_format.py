@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.adapters.inject import InjectionReport, apply_plan, plan_injection
-from lit_lora.adapters.layers import LoRALayer, LoRALinear, TrainableCopy, adapter_modules, lora_layers
+from lit_lora.adapters.layers import LoRALayer, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import resolve_pattern, some
 from lit_lora.adapters.module_names import named_modules, plain_name
 from lit_lora.adapters.task_heads import as_pretrained, task_type
@@ -355,12 +355,11 @@ def _shortest_names(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[s
 def _portable_state(model: nn.Module, r: int) -> dict[str, Tensor]:
     state = adapter_state_dict(model)
     for name, layer in lora_layers(model):
-        linear = isinstance(layer, LoRALinear)
-        names = ("lora_A.weight", "lora_B.weight") if linear else ("lora_embedding_A", "lora_embedding_B")
-        lora_A, lora_B = state[f"{name}.{names[0]}"], state[f"{name}.{names[1]}"]
-        state[f"{name}.{names[0]}"] = torch.cat([lora_A, lora_A.new_zeros(r - layer.r, lora_A.shape[1])])
+        name_of_A, name_of_B = (f"{name}.{tensor}" for tensor in layer.tensor_names)
+        lora_A, lora_B = state[name_of_A], state[name_of_B]
+        state[name_of_A] = torch.cat([lora_A, lora_A.new_zeros(r - layer.r, lora_A.shape[1])])
         scaled = (lora_B.float() * layer.scaling).to(lora_B.dtype)
-        state[f"{name}.{names[1]}"] = torch.cat([scaled, lora_B.new_zeros(lora_B.shape[0], r - layer.r)], dim=1)
+        state[name_of_B] = torch.cat([scaled, lora_B.new_zeros(lora_B.shape[0], r - layer.r)], dim=1)
     return state
 
 
@@ -369,8 +368,8 @@ def _check_worth_saving(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     if broken:
         raise ValueError(f"the adapter holds NaN or infinity in {some(broken)}: it is not saved")
     layers = list(lora_layers(model))
-    # The half that starts non-zero: A, and B of an embedding. All zero means not gathered, or never initialised.
-    if layers and not any(layer.factors()[not isinstance(layer, LoRALinear)].any() for _, layer in layers):
+    # All zero means not gathered, or never initialised.
+    if layers and not any(layer.starts_nonzero.any() for _, layer in layers):
         raise ValueError("every A of the adapter is zero: it was not gathered or never initialised, nothing is saved")
 
 
