@@ -29,7 +29,7 @@ _FORWARDED = ("weight", "bias")
 class LoRALayer(nn.Module, ABC):
     """A frozen layer with a low-rank addition to its weight: ``W + scaling * B @ A``.
 
-    What a kind of layer has of its own are its members; whoever starts, merges or writes adapters asks for these and not
+    What a kind of layer has of its own are its members; whoever starts, merges or writes adapters asks for these, not
     for the kind.
     """
 
@@ -255,7 +255,7 @@ class LoRAEmbedding(LoRALayer):
         self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
 
     def start(self, fill: Callable[[Tensor], Any]) -> None:
-        """Zero A, normal B whatever ``fill``: the reverse of a linear layer, as the reference implementation does it."""
+        """Zero A, normal B whatever ``fill``: the reverse of a linear layer, as in the reference implementation."""
         nn.init.zeros_(self.lora_embedding_A)
         nn.init.normal_(self.lora_embedding_B)
 
