@@ -28,7 +28,7 @@ from lit_lora.base.quantized_forward import prepare_base_layer
 from lit_lora.config import QuantizationConfig
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.language_model import attention
-from lit_lora.language_model.forward import Path, language_model_loss
+from lit_lora.language_model.forward import ForwardPath, language_model_loss
 from lit_lora.language_model.trial import choose_path
 from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
 
@@ -104,7 +104,9 @@ def packed_equals_unpacked(settings: Row) -> Row:
     how = f"variable-length attention, {calls} calls" if on_cuda else "a CPU's kernel: variable-length needs CUDA"
     assert (calls > 0) == on_cuda, f"{calls} calls of variable-length attention on {settings['device']}"
     model.set_attn_implementation("sdpa")
-    padded = _gradients(model, _to(collate_padded(examples(settings)), settings["device"]), Path(False, True, ""))
+    padded = _gradients(
+        model, _to(collate_padded(examples(settings)), settings["device"]), ForwardPath(False, True, "")
+    )
     difference = _worst_error(packed, padded)
     error, bound = difference, 2 * FLOAT32_BOUND
     if on_cuda:
@@ -154,7 +156,7 @@ def _model(settings: Row, dtype: str) -> Any:
     return model
 
 
-def _fast_gradients(model: Any, settings: Row) -> tuple[dict[str, Tensor], Path]:
+def _fast_gradients(model: Any, settings: Row) -> tuple[dict[str, Tensor], ForwardPath]:
     recompute_gated_mlps(model)
     path = choose_path(model)
     if not (path.packed and path.direct_head):
@@ -171,10 +173,10 @@ def _plain_gradients(model: Any, settings: Row, dtype: str, device: str) -> dict
     for _, layer in lora_layers(plain):
         assert isinstance(layer, LoRALinear)
         layer.has_fast_path = False
-    return _gradients(plain, _to(collate_padded(examples(settings)), device), Path(False, False, ""))
+    return _gradients(plain, _to(collate_padded(examples(settings)), device), ForwardPath(False, False, ""))
 
 
-def _gradients(model: Any, batch: dict[str, Any], path: Path) -> dict[str, Tensor]:
+def _gradients(model: Any, batch: dict[str, Any], path: ForwardPath) -> dict[str, Tensor]:
     model.zero_grad()
     nll_sum = language_model_loss(model.train(), batch, path).nll_sum
     (nll_sum / batch["target_ids"].numel()).backward()

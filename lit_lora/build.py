@@ -17,7 +17,7 @@ from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.config import LoRAConfig, StepConfig
-from lit_lora.language_model.forward import Path
+from lit_lora.language_model.forward import ForwardPath
 from lit_lora.language_model.trial import choose_path, likely_path
 from lit_lora.rewrites import compilation, liger_kernels
 from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
@@ -29,7 +29,7 @@ class Built(NamedTuple):
 
     report: InjectionReport
     """What was adapted."""
-    path: Path | None
+    path: ForwardPath | None
     """How batches are run; None for a loss of one's own."""
     compile_clock: compilation.CompileClock | None
     """Of compiled layers."""
@@ -87,7 +87,7 @@ def make_trainable(
     return Built(report, path, clock)
 
 
-def _path(model: nn.Module, step: StepConfig, *, packing: bool, valueless: bool) -> Path:
+def _path(model: nn.Module, step: StepConfig, *, packing: bool, valueless: bool) -> ForwardPath:
     if valueless:
         return likely_path(model, packing=packing, direct_head=step.chunked_loss)
     path = choose_path(model, packing=packing, direct_head=step.chunked_loss, shared_prefix=step.shared_prefix)

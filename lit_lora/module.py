@@ -28,7 +28,7 @@ from lit_lora.build import check_device, make_trainable
 from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
 from lit_lora.evaluation.generation import answer
 from lit_lora.files.checkpoint import read_checkpoint
-from lit_lora.language_model import forward as causal_lm
+from lit_lora.language_model.forward import ForwardPath, language_model_loss, with_targets
 from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import ActivationBudget
 from lit_lora.metrics import TrainingMetrics
@@ -100,7 +100,7 @@ class LoRALightningModule(TokenLossModule):
         self.strict_loading = False  # the base is not in checkpoints; on_load_checkpoint checks the adapter's keys
         self.model: nn.Module | None = None
         self.injection_report: InjectionReport | None = None
-        self.path: causal_lm.Path | None = None
+        self.path: ForwardPath | None = None
         self._resume_state: dict[str, Any] | None = None
         self._differences: list[Difference] = []
         self._given: dict[str, Any] = {}
@@ -136,8 +136,8 @@ class LoRALightningModule(TokenLossModule):
                 direct_head=self.step.chunked_loss,
                 shared_prefix=self.step.shared_prefix,
             )
-        batch = causal_lm.with_targets(batch)
-        nll_sum, num_correct = causal_lm.language_model_loss(self.model, batch, self.path, accuracy=accuracy)  # type: ignore[arg-type]
+        batch = with_targets(batch)
+        nll_sum, num_correct = language_model_loss(self.model, batch, self.path, accuracy=accuracy)  # type: ignore[arg-type]
         return LossOutput(nll_sum, batch["target_ids"].numel(), num_correct, batch.get("num_tokens"))
 
     def configure_callbacks(self) -> list[L.Callback]:

@@ -23,7 +23,7 @@ FILES = {
 
 FLOORS = (
     {"files", "kernels"},
-    {"config", "metrics", "wording"},
+    {"batch", "config", "metrics", "wording"},
     {"base"},
     {"adapters", "data"},
     {"language_model", "rewrites", "interchange", "training"},

@@ -12,15 +12,15 @@ of data): one token, no target, counted as no token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
+from lit_lora.batch import Batch
 from lit_lora.data.dataset import TokenizedExample
 
 
-def collate_packed(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
+def collate_packed(examples: Sequence[TokenizedExample]) -> Batch:
     """All examples in one row, ``(1, T)``, with ``position_ids`` that restart, and the borders.
 
     ``cu_seq_lens`` has them as a tensor, ``seq_lens`` as plain lengths, so that no layer has to ask a device.
@@ -34,12 +34,11 @@ def collate_packed(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
         "position_ids": torch.from_numpy(positions.astype(np.int64))[None],
         "cu_seq_lens": torch.from_numpy(offsets.astype(np.int32)),
         "seq_lens": lengths,
-        "max_length": max(lengths),
         **_targets(examples, lengths, offsets[:-1]),
     }
 
 
-def collate_padded(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
+def collate_padded(examples: Sequence[TokenizedExample]) -> Batch:
     """One row an example, ``(N, L)``, padded on the right with id 0, and ``attention_mask`` of the real tokens."""
     lengths = [kept_length(example) for example in examples]
     ids = np.zeros((len(examples), max(lengths)), dtype=np.int64)
@@ -59,7 +58,7 @@ def kept_length(example: TokenizedExample) -> int:
     return int(supervised[-1]) + 1 if supervised.size else 1
 
 
-def _targets(examples: Sequence[TokenizedExample], lengths: Sequence[int], starts: np.ndarray) -> dict[str, Any]:
+def _targets(examples: Sequence[TokenizedExample], lengths: Sequence[int], starts: np.ndarray) -> Batch:
     """What both layouts share; ``starts`` is where each example begins in the flattened sequence."""
     supervised = [np.flatnonzero(example.mask) for example in examples]
     assert all(places.size == 0 or places[0] > 0 for places in supervised), "nothing predicts an example's first token"

@@ -156,10 +156,8 @@ def mean_loss(
     path = choose_path(model)
     nll_sum, num_targets = 0.0, 0
     for start in range(0, len(tokenized), batch_size):
-        batch: dict[str, Any] = {
-            name: value.to(model.device) if isinstance(value, Tensor) else value
-            for name, value in collate_packed(tokenized[start : start + batch_size]).items()
-        }
+        packed: Any = collate_packed(tokenized[start : start + batch_size])
+        batch: Any = {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in packed.items()}
         nll_sum += float(language_model_loss(model, batch, path).nll_sum)
         num_targets += batch["target_ids"].numel()
     if not math.isfinite(nll_sum):

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lit_lora.base.int8_rows import Int8Head
+from lit_lora.batch import Batch
 from lit_lora.kernels.linear_cross_entropy import (
     IGNORE_INDEX,
     LinearCrossEntropyOutput,
@@ -32,11 +33,9 @@ from lit_lora.kernels.linear_cross_entropy import (
 from lit_lora.language_model.attention import SeqLens, no_mask, packed_attention
 from lit_lora.language_model.shared_prefix import share_prefix
 
-Batch = dict[str, Any]
-
 
 @dataclass(frozen=True)
-class Path:
+class ForwardPath:
     """How batches of a model are run."""
 
     packed: bool
@@ -62,14 +61,13 @@ class Path:
 
 
 def language_model_loss(
-    model: PreTrainedModel, batch: Batch, path: Path, *, accuracy: bool = False
+    model: PreTrainedModel, batch: Batch, path: ForwardPath, *, accuracy: bool = False
 ) -> LinearCrossEntropyOutput:
     """Sum of the negative log-likelihoods of a batch's target tokens.
 
     Args:
         model: the causal language model.
-        batch: as the collators of ``lit_lora.data`` make it, or ``input_ids``, ``attention_mask`` and ``labels`` as
-            transformers' collators make it.
+        batch: as the collators of ``lit_lora.data`` make it; one of transformers' collators needs :func:`with_targets`.
         path: from :func:`lit_lora.language_model.trial.choose_path`.
         accuracy: also count the tokens that were predicted right.
     """
@@ -102,9 +100,8 @@ def _keeps_logits(forward: Callable[..., Any]) -> bool:
     return "logits_to_keep" in inspect.signature(forward).parameters
 
 
-def laid_out(batch: Batch, path: Path) -> Batch:
-    """``batch`` with targets, in the layout that the path asks for: padded, packed, or with its beginning shared."""
-    batch = with_targets(batch)
+def laid_out(batch: Batch, path: ForwardPath) -> Batch:
+    """``batch`` in the layout that the path asks for: padded, packed, or with its beginning shared."""
     if "cu_seq_lens" not in batch:
         return batch
     seq_lens = _seq_lens(batch)
@@ -172,13 +169,11 @@ def unpack(batch: Batch) -> Batch:
     flat_of_T = row_of_T * longest + batch["position_ids"].squeeze(0)
     input_ids_NL = ids_T.new_zeros(len(seq_lens) * longest).scatter(0, flat_of_T, ids_T).view(len(seq_lens), longest)
     mask_NL = torch.zeros_like(input_ids_NL).flatten().scatter(0, flat_of_T, 1).view_as(input_ids_NL)
-    padded = {key: value for key, value in batch.items() if key not in ("position_ids", "cu_seq_lens", "seq_lens")}
-    return {
-        **padded,
-        "input_ids": input_ids_NL,
-        "attention_mask": mask_NL,
-        "target_positions": flat_of_T[batch["target_positions"]],
-    }
+    targets = flat_of_T[batch["target_positions"]]
+    padded: Batch = {**batch, "input_ids": input_ids_NL, "attention_mask": mask_NL, "target_positions": targets}
+    del padded["position_ids"], padded["cu_seq_lens"]
+    padded.pop("seq_lens", None)
+    return padded
 
 
 def _seq_lens(batch: Batch) -> list[int]:
@@ -187,9 +182,10 @@ def _seq_lens(batch: Batch) -> list[int]:
     return batch["cu_seq_lens"].diff().tolist()  # syncs on CUDA; our collator gives seq_lens
 
 
-def _model_inputs(batch: Batch) -> Batch:
+def _model_inputs(batch: Batch) -> dict[str, Any]:
+    inputs: dict[str, Any]
     if "cu_seq_lens" not in batch:
-        inputs: Batch = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        inputs = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask", "position_ids")}
     else:
         inputs = {
             "input_ids": batch["input_ids"],

@@ -8,13 +8,11 @@ CPU only: the CUDA kernel takes one list of offsets for queries and keys alike.
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any
 
 import torch
 
+from lit_lora.batch import Batch
 from lit_lora.kernels.blockwise_attention import is_faster
-
-Batch = dict[str, Any]
 
 
 def share_prefix(batch: Batch, *, min_saved: int = 16) -> Batch:

@@ -26,7 +26,7 @@ from lit_lora.base.repeated_layers import repeated_layers
 from lit_lora.base.whose_error import described, raised_here
 from lit_lora.language_model.attention import CannotPack
 from lit_lora.language_model.attention_calls import packable_up_to, record_calls
-from lit_lora.language_model.forward import Path
+from lit_lora.language_model.forward import ForwardPath
 from lit_lora.language_model.trial_run import (
     SHARED,
     GeneralRun,
@@ -67,7 +67,7 @@ _ROUGH = _Tolerance(0.25, 0.02, 0.5)
 
 def choose_path(
     model: nn.Module, *, packing: bool = True, direct_head: bool = True, shared_prefix: bool = True
-) -> Path:
+) -> ForwardPath:
     """Find out which shortcuts are exact for ``model``.
 
     Runs it six times on about twenty tokens, twice of these with a backward pass if gradients are enabled; more often
@@ -110,7 +110,7 @@ def choose_path(
                 break
             layouts.insert(0, layout)
         layout, direct_head = _confirmed(model, layouts, direct_head, batch, expected, tolerance, reasons)
-    return Path(
+    return ForwardPath(
         layout != "padded",
         direct_head,
         "; ".join(reasons),
@@ -120,7 +120,7 @@ def choose_path(
     )
 
 
-def likely_path(model: nn.Module, *, packing: bool = True, direct_head: bool = True) -> Path:
+def likely_path(model: nn.Module, *, packing: bool = True, direct_head: bool = True) -> ForwardPath:
     """What ``choose_path`` would find as far as the structure of a model tells, for one whose tensors have no values.
 
     Packing is taken to be exact where every layer computes its attention as packed attention does.
@@ -142,7 +142,7 @@ def likely_path(model: nn.Module, *, packing: bool = True, direct_head: bool = T
             if reason:
                 packing = False
                 reasons.append(f"{_WITHOUT['packed']}: {reason}")
-    return Path(packing, direct_head and not why_not_direct, "; ".join(reasons))
+    return ForwardPath(packing, direct_head and not why_not_direct, "; ".join(reasons))
 
 
 def _check_structure(model: PreTrainedModel, batch: TrialBatch) -> None:

@@ -23,7 +23,14 @@ from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.base.int8_rows import Int8Head
 from lit_lora.base.module_state import attributes_kept
 from lit_lora.kernels.linear_cross_entropy import IGNORE_INDEX
-from lit_lora.language_model.forward import Batch, Path, language_model_loss, placeholder_batch, target_logits, unpack
+from lit_lora.language_model.forward import (
+    Batch,
+    ForwardPath,
+    language_model_loss,
+    placeholder_batch,
+    target_logits,
+    unpack,
+)
 from lit_lora.language_model.shared_prefix import share_prefix
 
 SHARED = 4
@@ -236,7 +243,7 @@ def run_loss(model: PreTrainedModel, batch: TrialBatch, layout: str, *, direct_h
         embedded.append(output if output.requires_grad else output.requires_grad_())
         return output.clone()  # a model may scale it in place
 
-    path = Path(packed=layout != "padded", direct_head=direct_head, reason="")
+    path = ForwardPath(packed=layout != "padded", direct_head=direct_head, reason="")
     handle = model.get_input_embeddings().register_forward_hook(keep) if torch.is_grad_enabled() else None
     torch.manual_seed(0)
     before = _random_state(model)

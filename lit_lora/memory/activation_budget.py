@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lit_lora.base.module_state import attributes_kept
 from lit_lora.base.repeated_layers import repeated_layers
 from lit_lora.config import parse_bytes
-from lit_lora.language_model import forward as causal_lm
+from lit_lora.language_model.forward import ForwardPath, language_model_loss, placeholder_batch
 from lit_lora.memory.storage_tracker import StorageTracker
 from lit_lora.memory.valueless import without_values
 from lit_lora.rewrites.recompute import checkpoint_layers
@@ -64,7 +64,7 @@ class ActivationBudget:
         path: how batches are run.
     """
 
-    def __init__(self, model: PreTrainedModel, amount: str, path: causal_lm.Path) -> None:
+    def __init__(self, model: PreTrainedModel, amount: str, path: ForwardPath) -> None:
         self.num_layers = 0
         """Layers that are recomputed now."""
         self._model = model
@@ -94,7 +94,7 @@ class ActivationBudget:
 
 
 def layers_to_checkpoint(
-    model: PreTrainedModel, batch_tokens: int, budget_bytes: int, path: causal_lm.Path | None = None
+    model: PreTrainedModel, batch_tokens: int, budget_bytes: int, path: ForwardPath | None = None
 ) -> int:
     """The smallest number of layers to recompute for activations within the budget.
 
@@ -119,11 +119,9 @@ def layers_to_checkpoint(
     )
 
 
-def measure_activations(
-    model: PreTrainedModel, batch_tokens: int, path: causal_lm.Path | None = None
-) -> ActivationBytes:
+def measure_activations(model: PreTrainedModel, batch_tokens: int, path: ForwardPath | None = None) -> ActivationBytes:
     """Run the model forward on fake tensors, and see what each layer leaves alive."""
-    path = path or causal_lm.Path(packed=True, direct_head=True, reason="")
+    path = path or ForwardPath(packed=True, direct_head=True, reason="")
     path = replace(path, shared_prefix=False)  # the most that a batch of this size can need
     layers = repeated_layers(model)
     if not layers:
@@ -162,13 +160,13 @@ def measure_activations(
     lengths = [min(piece, batch_tokens - start) for start in range(0, batch_tokens, piece)]
     try:
         with attributes_kept(model), without_values("set recompute to true in place of an amount") as mode:
-            batch = causal_lm.placeholder_batch(lengths, packed=path.packed, device=device)
+            batch = placeholder_batch(lengths, packed=path.packed, device=device)
             # The mode makes a fake twin of each real tensor that it meets. Twins of weights are no activations.
             twins = [mode.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())]
             with tracker:
                 tracker.add(twins)
                 start = tracker.alive_bytes
-                loss = causal_lm.language_model_loss(model, batch, path).nll_sum
+                loss = language_model_loss(model, batch, path).nll_sum
                 total = tracker.alive_bytes - start
             del loss, twins
     finally:

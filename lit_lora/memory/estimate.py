@@ -30,7 +30,7 @@ from lit_lora.base.whole_model import readable
 from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig, parse_bytes
 from lit_lora.language_model import attention
-from lit_lora.language_model import forward as causal_lm
+from lit_lora.language_model.forward import Batch, ForwardPath, language_model_loss, placeholder_batch
 from lit_lora.memory.cuda_allocator import CudaPeak, replay
 from lit_lora.memory.storage_tracker import WORKSPACE, Peak, StorageTracker
 from lit_lora.memory.valueless import without_values
@@ -75,7 +75,7 @@ class MemoryEstimate:
     """The highest moment of load, forward, backward and optimizer, and what is alive then by category."""
     cuda: CudaPeak
     """The same as CUDA's allocator would count it: in blocks of 512 bytes, and reserved in segments."""
-    path: causal_lm.Path
+    path: ForwardPath
     """How the batch was run, as far as the model's structure tells."""
     notes: tuple[str, ...] = field(default=())
 
@@ -153,9 +153,7 @@ def trace(settings: StepSettings) -> MemoryEstimate:
         tracker.claim("adapters", trainable)
         tracker.forget_the_dead()
         tracker.name_modules(model)
-        batch = causal_lm.placeholder_batch(
-            settings.lengths, packed=path.packed, device=device, supervised=settings.supervised
-        )
+        batch = placeholder_batch(settings.lengths, packed=path.packed, device=device, supervised=settings.supervised)
         with ExitStack() as stack:
             if device != settings.device:
                 stack.enter_context(_as_on_cuda())
@@ -169,8 +167,8 @@ def trace(settings: StepSettings) -> MemoryEstimate:
 
 def run_step(
     model: PreTrainedModel,
-    batch: causal_lm.Batch,
-    path: causal_lm.Path,
+    batch: Batch,
+    path: ForwardPath,
     tracker: StorageTracker,
     autocast: Any = None,
     accumulate_grad_batches: int = 1,
@@ -189,7 +187,7 @@ def run_step(
     tracker.claim("optimizer", [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)])
     with tracker.phase("forward"):
         with autocast or ExitStack():
-            nll_sum = causal_lm.language_model_loss(model, batch, path).nll_sum
+            nll_sum = language_model_loss(model, batch, path).nll_sum
         loss = nll_sum / 1024.0
         del nll_sum
     tracker.claim("activations")

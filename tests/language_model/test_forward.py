@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from lit_lora import LoRAConfig, inject_lora
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
-from lit_lora.language_model.forward import Path, language_model_loss, unpack, with_targets
+from lit_lora.language_model.forward import ForwardPath, language_model_loss, unpack, with_targets
 from lit_lora.language_model.trial import choose_path
 from lit_lora.rewrites.recompute import checkpoint_layers
 from tests.tiny import examples, language_model
@@ -141,5 +141,5 @@ def test_unpacked_batch_equals_the_padded_collator():
 
 
 def test_path_says_why():
-    assert str(Path(True, True, "")) == "packed without padding; loss from hidden states, in chunks"
-    assert "because" in str(Path(False, True, "because"))
+    assert str(ForwardPath(True, True, "")) == "packed without padding; loss from hidden states, in chunks"
+    assert "because" in str(ForwardPath(False, True, "because"))

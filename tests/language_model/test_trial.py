@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from lit_lora import LoRAConfig, inject_lora
 from lit_lora.data.packing import collate_packed
 from lit_lora.kernels import blockwise_attention
-from lit_lora.language_model import attention
-from lit_lora.language_model import forward as causal_lm
+from lit_lora.language_model import attention, forward
 from lit_lora.language_model.attention_calls import packable_up_to, record_calls
-from lit_lora.language_model.forward import laid_out, language_model_loss
+from lit_lora.language_model.forward import laid_out, language_model_loss, linear_cross_entropy_with_accuracy
 from lit_lora.language_model.trial import choose_path
 from tests.language_model.test_forward import _collated, _gradients, _reference_loss
 from tests.sweep.compare import build
@@ -126,12 +125,12 @@ def broken(monkeypatch):
         return out._replace(nll_sum=out.nll_sum.detach() + 1.02 * (out.nll_sum - out.nll_sum.detach()))
 
     masked, blockwise = attention._masked_attention, attention.blockwise_attention
-    chunked = causal_lm.linear_cross_entropy_with_accuracy
+    chunked = linear_cross_entropy_with_accuracy
     monkeypatch.setattr(attention, "is_faster", lambda longest: True)
     parts = {
         "window": (attention, "_masked_attention", window), "borders": (attention, "blockwise_attention", borders),
         "prefix": (attention, "blockwise_attention", prefix), "gradient": (attention, "blockwise_attention", gradient),
-        "head": (causal_lm, "linear_cross_entropy_with_accuracy", head),
+        "head": (forward, "linear_cross_entropy_with_accuracy", head),
     }  # fmt: skip
     return lambda name: monkeypatch.setattr(*parts[name])
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from lit_lora.adapters.inject import inject_lora
 from lit_lora.base.quantize import quantize_
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
-from lit_lora.language_model import forward as causal_lm
+from lit_lora.language_model.forward import ForwardPath, language_model_loss, placeholder_batch
 from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import budget_bytes, layers_to_checkpoint, measure_activations
 from lit_lora.memory.estimate import run_step
@@ -42,10 +41,10 @@ def activation_peak(model: PreTrainedModel) -> int:
     """Most bytes of activations and gradients in flight that a real step holds."""
     tracker = StorageTracker(model)
     path = choose_path(model)
-    batch = causal_lm.placeholder_batch([TOKENS], packed=True, device="cpu")
+    batch = placeholder_batch([TOKENS], packed=True, device="cpu")
     with tracker:
         with torch.no_grad():  # everything that the base stores is used once, so that it counts as base
-            causal_lm.language_model_loss(model, batch, path)
+            language_model_loss(model, batch, path)
         tracker.claim("base")
         run_step(model, batch, path, tracker)
     backward = tracker.peak("backward").by_category
@@ -121,7 +120,7 @@ def test_other_architectures_are_measured_as_they_are_run(kind: str, fields: dic
 
 
 def test_a_chunk_bounds_the_example_that_is_measured() -> None:
-    path = causal_lm.Path(packed=True, direct_head=True, reason="", packed_up_to=20)
+    path = ForwardPath(packed=True, direct_head=True, reason="", packed_up_to=20)
     model = adapted("narrow")
     whole = measure_activations(model, 50)
     assert measure_activations(model, 50, path).layers == whole.layers
@@ -143,11 +142,11 @@ def test_recomputing_some_layers_changes_neither_loss_nor_gradients(num_layers: 
                 torch.nn.init.normal_(parameter, std=0.1)
         path = choose_path(model)
         checkpoint_layers(model, count)
-        batch = causal_lm.placeholder_batch([20, 12], packed=True, device="cpu")
+        batch = placeholder_batch([20, 12], packed=True, device="cpu")
         batch["input_ids"] = torch.arange(32).remainder(97)[None]
         batch["position_ids"] = torch.cat([torch.arange(20), torch.arange(12)])[None]
         batch["cu_seq_lens"] = torch.tensor([0, 20, 32], dtype=torch.int32)
-        loss = causal_lm.language_model_loss(model, batch, path).nll_sum
+        loss = language_model_loss(model, batch, path).nll_sum
         loss.backward()
         return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -176,7 +175,7 @@ def test_training_within_a_budget_gives_the_same_adapters(tmp_path: Path) -> Non
     path.write_text(json.dumps(config(num_hidden_layers=6).to_dict() | {"architectures": ["LlamaForCausalLM"]}))
     batches = []
     for lengths in ((40, 20), (45, 40)):
-        batch = causal_lm.placeholder_batch(lengths, packed=True, device="cpu")
+        batch = placeholder_batch(lengths, packed=True, device="cpu")
         batch["input_ids"] = torch.arange(sum(lengths)).remainder(97)[None]
         batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
         batch["cu_seq_lens"] = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)

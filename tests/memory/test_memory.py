@@ -16,7 +16,7 @@ from lit_lora.adapters.inject import inject_lora
 from lit_lora.base.load import load_base_model
 from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig, parse_bytes
-from lit_lora.language_model import forward as causal_lm
+from lit_lora.language_model.forward import Batch, placeholder_batch
 from lit_lora.memory.estimate import CATEGORIES, MemoryEstimate, StepSettings, estimate_memory, run_step, suggest, trace
 from lit_lora.memory.storage_tracker import StorageTracker
 from lit_lora.module import LoRALightningModule
@@ -40,8 +40,8 @@ def saved_config(folder: Path, kind: str = "Llama", **fields: Any) -> str:
     return f"random:{path}"
 
 
-def batch_of(settings: StepSettings) -> causal_lm.Batch:
-    return causal_lm.placeholder_batch(settings.lengths, packed=settings.packing, device="cpu")
+def batch_of(settings: StepSettings) -> Batch:
+    return placeholder_batch(settings.lengths, packed=settings.packing, device="cpu")
 
 
 def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker:
@@ -54,7 +54,7 @@ def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker
     tracker = StorageTracker(model)
     with tracker:
         tracker.add([*model.parameters(), *model.buffers()])
-        batch = causal_lm.placeholder_batch(settings.lengths, packed=path.packed, device="cpu")
+        batch = placeholder_batch(settings.lengths, packed=path.packed, device="cpu")
         run_step(model, batch, path, tracker, accumulate_grad_batches=settings.accumulate_grad_batches)
     return tracker
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,7 +19,7 @@ from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed
 from lit_lora.kernels import products
-from lit_lora.language_model import forward as causal_lm
+from lit_lora.language_model.forward import ForwardPath, language_model_loss
 from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import measure_activations
 from lit_lora.module import LoRALightningModule
@@ -80,8 +79,8 @@ def batch(lengths: tuple[int, ...]) -> dict[str, Any]:
 
 def loss_and_gradients(model: PreTrainedModel, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    path = causal_lm.Path(packed=True, direct_head=True, reason="")
-    loss = causal_lm.language_model_loss(model, batch(lengths), path).nll_sum
+    path = ForwardPath(packed=True, direct_head=True, reason="")
+    loss = language_model_loss(model, batch(lengths), path).nll_sum
     loss.backward()
     return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 

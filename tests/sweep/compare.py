@@ -26,7 +26,7 @@ from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.base.repeated_layers import repeated_layers
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
-from lit_lora.language_model.forward import Path, laid_out, language_model_loss
+from lit_lora.language_model.forward import ForwardPath, laid_out, language_model_loss
 from lit_lora.language_model.trial import choose_path
 from lit_lora.module import LossOutput
 from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
@@ -49,7 +49,7 @@ class Result:
     model_class: str
     status: str
     """equal, different, refused (by us, with a reason), or not built (transformers cannot run a tiny one on text)."""
-    path: Path | None = None
+    path: ForwardPath | None = None
     """How our batches were run; None for a model with a loss of its own."""
     why: str = ""
     """Of what was refused or not built."""
@@ -133,7 +133,7 @@ class _NotRun(Exception):
 # ---------------------------------------------------------------------- causal language models
 
 
-def _compare_causal(model: PreTrainedModel, alone: bool) -> tuple[Path, list[tuple[float, float]]]:
+def _compare_causal(model: PreTrainedModel, alone: bool) -> tuple[ForwardPath, list[tuple[float, float]]]:
     before = _implementations(model)
     inject_lora(model, _adaptable(model))
     path = choose_path(model)
@@ -165,7 +165,7 @@ def _examples() -> list[tuple[Tensor, Tensor]]:
     return made
 
 
-def _own_run(model: PreTrainedModel, examples: Examples, path: Path) -> Run:
+def _own_run(model: PreTrainedModel, examples: Examples, path: ForwardPath) -> Run:
     """Each example alone; padded in one batch where ours is, since some models see the padding."""
     batch = laid_out(collate_packed(_tokenized(examples)), path)
     rows = [(ids[None], torch.where(mask, ids, -100)[None], None) for ids, mask in examples]
@@ -200,7 +200,7 @@ def _tokenized(examples: Examples) -> list[TokenizedExample]:
     return [TokenizedExample(i, ids.int().numpy(), mask.numpy()) for i, (ids, mask) in enumerate(examples)]
 
 
-def _our_run(model: PreTrainedModel, examples: Examples, path: Path, collate: Callable[..., Any]) -> Run:
+def _our_run(model: PreTrainedModel, examples: Examples, path: ForwardPath, collate: Callable[..., Any]) -> Run:
     return _run(model, lambda: language_model_loss(model, collate(_tokenized(examples)), path).nll_sum)
 
 
