@@ -340,7 +340,7 @@ def test_a_skipped_module_that_is_not_there_is_refused(loaded, folder):
         ({"bits": 3}, "bits must be 4 or 8"),
         ({"block_size": 48}, "power of two from 32 to 4096"),
         ({"block_size": 8192}, "power of two from 32 to 4096"),
-        ({"bits": 8, "quant_type": "fp4"}, "only apply to bits=4"),
+        ({"bits": 8, "quant_type": "fp4"}, "only apply to 4 bits"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fields, named):
