@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-_HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
+_HERE, _TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
 _INTERCEPTORS = ("__torch_function__", "__torch_dispatch__")
 """Functions of ours that stand between a model and torch."""
 
