@@ -90,7 +90,10 @@ def test_a_loss_that_is_no_number_ends_it_before_anything_is_generated(adapter, 
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, path, {"format": "pt"})
     options = ["--max_new_tokens=1", f"--output={tmp_path / 'out.json'}", "--other_base=true"]
-    with pytest.warns(UserWarning, match="its weights are not the same"), pytest.raises(SystemExit) as ended:
+    with (
+        pytest.warns(UserWarning, match="its weights or its config are not the same"),
+        pytest.raises(SystemExit) as ended,
+    ):
         main(["evaluate", str(data), str(adapter), *options])
     assert ended.value.code != 0
     assert "are not numbers (NaN): are its weights whole?" in capsys.readouterr().err

@@ -216,7 +216,7 @@ def test_a_base_that_is_no_number_is_not_merged(name, tied, value, into, base, a
     save_file(tensors, path, {"format": "pt"})
     with (
         pytest.raises(ValueError, match=f"^(the base|{re.escape(base)}) holds NaN or infinity"),
-        pytest.warns(UserWarning, match="its weights are not the same"),
+        pytest.warns(UserWarning, match="its weights or its config are not the same"),
     ):
         merge(adapter, str(tmp_path / "merged"), into=into, other_base=True)
     assert not (tmp_path / "merged").exists()

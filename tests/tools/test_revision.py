@@ -91,12 +91,12 @@ def test_another_revision_is_named_and_has_other_weights(hub, tmp_path):
     adapter = str(_train(tmp_path, model__revision="v1"))
     other = str(hub / "snapshots" / NEW)
     named = "was trained on revision v1, and is put on main"
-    for base, revision, warning in ((None, "main", named), (other, None, "its weights are not the same")):
+    for base, revision, warning in ((None, "main", named), (other, None, "its weights or its config are not the same")):
         with pytest.warns(UserWarning, match=warning):
             model, _, _ = load_for_inference(base, adapter, revision=revision, other_base=True)
         assert torch.equal(_logits(model), _expected(Path(adapter), Path(other)))
     with (
-        pytest.raises(ValueError, match="its weights are not the same"),
+        pytest.raises(ValueError, match="its weights or its config are not the same"),
         pytest.warns(UserWarning, match=named),
     ):
         load_for_inference(None, adapter, revision="main")
