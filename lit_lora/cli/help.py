@@ -1,18 +1,23 @@
 """``lit-lora fit --help``: what people set first, and the rest by part.
 
-Lightning's Trainer and the callbacks have a hundred settings more than a run needs to be told. ``--help`` shows those of
-the model, the data and the most used of the Trainer; ``--help.trainer`` (or any other part) shows a part whole, and
+Lightning's Trainer and the callbacks have a hundred settings more than a run needs to be told. ``--help`` shows those
+of the model, the data and the most used of the Trainer; ``--help.trainer`` (or any other part) shows a part whole, and
 ``--help.all`` everything.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from lit_lora.cli.setting_check import nested_settings
+from lit_lora.cli.setting_check import nested_settings, refuse
 
 ALL = "all"
 
@@ -22,13 +27,13 @@ _TRAINER = (
 )  # fmt: skip
 
 _SECTIONS = (
-    ("model", "What is fine-tuned", "model."),
-    ("adapters", "Which layers get adapters (model.lora)", "model.lora."),
-    ("quantization", "How the base is held (model.quantization)", "model.quantization."),
-    ("optimization", "What is learned (model.optimization)", "model.optimization."),
-    ("step", "At what cost (model.step)", "model.step."),
-    ("data", "Data", "data."),
-    ("trainer", "Trainer, the most used settings", "trainer."),
+    ("What is fine-tuned", "model."),
+    ("Which layers get adapters (model.lora)", "model.lora."),
+    ("How the base is quantized (model.quantization), if one of these is given", "model.quantization."),
+    ("What is learned (model.optimization)", "model.optimization."),
+    ("At what cost (model.step)", "model.step."),
+    ("Data", "data."),
+    ("Trainer, the most used settings", "trainer."),
 )
 
 
@@ -40,6 +45,19 @@ def asked_part(arguments: Sequence[str]) -> str | None:
         if argument.startswith("--help."):
             return argument.removeprefix("--help.")
     return None
+
+
+def show_help(parser: ArgumentParser, verb: str, part: str) -> NoReturn:
+    """Print the help of a verb, and exit.
+
+    Raises:
+        SystemExit: always; with 2 for a part that is not there.
+    """
+    try:
+        print(help_text(parser, verb, part))
+    except ValueError as error:
+        refuse([str(error)])
+    raise SystemExit(0)
 
 
 def help_text(parser: ArgumentParser, verb: str, part: str) -> str:
@@ -57,18 +75,16 @@ def help_text(parser: ArgumentParser, verb: str, part: str) -> str:
     parts = sorted({key.partition(".")[0] for key in actions if "." in key})
     if part not in ("", ALL, *parts):
         raise ValueError(f"no part {part!r}: --help.all shows everything, --help.PART one of {', '.join(parts)}")
-    formatter = parser._get_formatter()
-    formatter.add_text(f"lit-lora {verb} [--config FILE ...] [--KEY VALUE ...]")
+    lines = [f"usage: lit-lora {verb} [--config FILE ...] [--KEY VALUE ...]"]
     if part:
         chosen = [action for key, action in actions.items() if part == ALL or key.startswith(f"{part}.")]
-        _add(formatter, part if part != ALL else "All settings", chosen)
-        return str(formatter.format_help())
-    for _, title, prefix in _SECTIONS:
-        _add(formatter, title, [action for key, action in actions.items() if _is_first(key, prefix)])
+        return "\n".join(lines + _section(part if part != ALL else "All settings", chosen))
+    for title, prefix in _SECTIONS:
+        lines += _section(title, [action for key, action in actions.items() if _is_first(key, prefix)])
     shown = ", ".join(name for name in parts if name not in ("model", "data"))
-    formatter.add_text(f"--help.PART shows the rest: {shown}. --help.all shows everything.")
-    formatter.add_text("Each option is a key of YAML, too: see --config and --print_config. docs/command_line.md")
-    return str(formatter.format_help())
+    lines += ["", *_wrapped(f"--help.PART shows the rest: {shown}. --help.all shows everything.", "")]
+    lines += _wrapped("Each option is a key of YAML, too; --print_config shows all as they would hold.", "")
+    return "\n".join(lines)
 
 
 def _actions(parser: ArgumentParser) -> dict[str, Any]:
@@ -79,7 +95,7 @@ def _actions(parser: ArgumentParser) -> dict[str, Any]:
         if action.dest and not action.dest.endswith((".help", "help")) and type(action).__name__ != "_ActionConfigLoad"
     }
     for key, kind in nested_settings(parser).items():
-        if key in found:
+        if found.pop(key, None) is not None:
             fields = ArgumentParser(exit_on_error=False)
             fields.add_class_arguments(kind, key)
             found |= {action.dest: action for action in fields._actions if action.dest.startswith(f"{key}.")}
@@ -93,7 +109,42 @@ def _is_first(key: str, prefix: str) -> bool:
     return key.startswith(prefix) and "." not in rest
 
 
-def _add(formatter: Any, title: str, actions: Iterable[Any]) -> None:
-    formatter.start_section(title)
-    formatter.add_arguments(list(actions))
-    formatter.end_section()
+def _section(title: str, actions: Iterable[Any]) -> list[str]:
+    lines = ["", f"{title}:"]
+    for action in actions:
+        name = max((option for option in action.option_strings if not option.endswith("+")), key=len)
+        lines.append(f"  {name}  {_value(action)}".rstrip())
+        text = " ".join((action.help or "").replace("``", "").split())
+        lines += _wrapped(text.replace("%%", "%"), "        ")
+    return lines
+
+
+def _value(action: Any) -> str:
+    typehint = getattr(action, "_typehint", None)
+    words = " or ".join(dict.fromkeys(_words(typehint))) if typehint is not None else ""
+    default = action.default
+    if default is argparse.SUPPRESS or is_dataclass(default):
+        return words
+    given = json.dumps(default) if isinstance(default, (bool, type(None), dict, list)) else str(default)
+    return f"{words} ({given})" if words else f"({given})"
+
+
+def _words(typehint: Any) -> Iterable[str]:
+    if get_origin(typehint) is Literal:
+        yield "|".join(map(str, get_args(typehint)))
+    elif get_origin(typehint) in (Union, UnionType):
+        for part in get_args(typehint):
+            if part is not NoneType:
+                yield from _words(part)
+    elif typehint in _PLAIN:
+        yield _PLAIN[typehint]
+    else:
+        name = getattr(get_origin(typehint) or typehint, "__name__", str(typehint))
+        yield {"list": "[LIST]", "dict": "{MAPPING}"}.get(name, "CLASS")
+
+
+_PLAIN = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "true|false", Any: "VALUE"}
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

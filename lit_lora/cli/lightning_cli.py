@@ -38,6 +38,7 @@ from lit_lora.callbacks import (
 from lit_lora.callbacks._support.trainer import why_past_its_end, writes_files
 from lit_lora.cli.command_line import in_order, without_contradictions
 from lit_lora.cli.config_check import DATA_KEYS, parser_of, problems_in, problems_of
+from lit_lora.cli.help import asked_part, show_help
 from lit_lora.cli.outcome import Outcome, read_outcome
 from lit_lora.cli.parse_errors import reason
 from lit_lora.cli.run_folder import (
@@ -179,6 +180,8 @@ class LoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Put the command line in order, parse it, then check the config as a whole."""
         verb, *rest = sys.argv[1:]
+        if (part := asked_part(rest)) is not None:
+            show_help(parser_of(parser, verb), verb, part)
         unreadable: list[str] = []
         try:
             rest = in_order(rest)

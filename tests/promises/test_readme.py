@@ -29,7 +29,8 @@ def block(language: str, number: int) -> str:
 
 def listed_options(stranger, verb: str) -> set[str]:
     """Without dashes, as ``--help`` shows them."""
-    lines = re.findall(r"^\s+-.*", stranger.run(verb, "--help").out, re.MULTILINE)
+    full = "--help.all" if verb == "fit" else "--help"
+    lines = re.findall(r"^\s+-.*", stranger.run(verb, full).out, re.MULTILINE)
     return {option for line in lines for option in re.findall(r"--([\w.]+)", line.split("  ")[0] or line)}
 
 
