@@ -51,6 +51,11 @@ _PUBLIC = {
     "linear_cross_entropy": "kernels.linear_cross_entropy",
     "load_base_model": "base.load",
     "load_tokenizer": "base.load",
+    "load": "evaluation.load",
+    "generate": "evaluation.generate",
+    "score": "evaluation.score",
+    "merge": "evaluation.merge",
+    "export": "evaluation.export",
     "MemoryEstimate": "memory.estimate",
     "estimate_memory": "memory.estimate",
     "StepMetrics": "metrics",
@@ -72,13 +77,18 @@ __all__ = [
     "assert_loss_convergence",
     "disable_lora",
     "estimate_memory",
+    "export",
+    "generate",
     "inject_lora",
     "linear_cross_entropy",
+    "load",
     "load_adapter",
     "load_base_model",
     "load_tokenizer",
+    "merge",
     "merge_lora",
     "save_adapter",
+    "score",
     "unmerge_lora",
 ]
 
@@ -88,6 +98,11 @@ if TYPE_CHECKING:
     from lit_lora.base.load import load_base_model, load_tokenizer
     from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
     from lit_lora.data.datamodule import SFTDataModule
+    from lit_lora.evaluation.export import export
+    from lit_lora.evaluation.generate import generate
+    from lit_lora.evaluation.load import load
+    from lit_lora.evaluation.merge import merge
+    from lit_lora.evaluation.score import score
     from lit_lora.interchange.peft_format import load_adapter, save_adapter
     from lit_lora.kernels.linear_cross_entropy import linear_cross_entropy
     from lit_lora.memory.estimate import MemoryEstimate, estimate_memory

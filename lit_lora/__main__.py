@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from lit_lora.files.environment import warn_of_unknown_variables
@@ -94,6 +96,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run_tool(verb: str, arguments: list[str]) -> None:
+    with _log_shown():
+        _call_tool(verb, arguments)
+
+
+@contextlib.contextmanager
+def _log_shown() -> Iterator[None]:
+    """What our functions note is a line for whoever called the verb, beside its output."""
+    log, handler = logging.getLogger("lit_lora"), logging.StreamHandler(sys.stderr)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+def _call_tool(verb: str, arguments: list[str]) -> None:
     function = getattr(importlib.import_module(f"lit_lora.tools.{verb}"), verb)
     if list(inspect.signature(function).parameters) == ["arguments"]:  # it reads the command line itself
         function(arguments)

@@ -26,9 +26,9 @@ from lit_lora.base.base_hash import base_hash, forget_base, note_base
 from lit_lora.base.load import load_base_model
 from lit_lora.build import check_device, make_trainable
 from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
-from lit_lora.evaluation.generation import answer
 from lit_lora.files.checkpoint import read_checkpoint
 from lit_lora.language_model.forward import ForwardPath, language_model_loss, with_targets
+from lit_lora.language_model.generation import answer
 from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import ActivationBudget
 from lit_lora.metrics import TrainingMetrics
@@ -230,7 +230,7 @@ class LoRALightningModule(TokenLossModule):
     # ------------------------------------------------------------------ prediction
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """A list of one generation: see :func:`lit_lora.evaluation.generation.answer`."""
+        """A list of one generation: see :func:`lit_lora.language_model.generation.answer`."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         return [answer(self.model, tokenizer, batch, max_new_tokens=self.max_new_tokens)]  # type: ignore[arg-type]
 

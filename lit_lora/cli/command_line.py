@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lit_lora.cli.shipped import is_shipped, shipped, similar_config
 from lit_lora.files import strict_yaml
+from lit_lora.files.shipped import is_shipped, shipped, similar_config
 
 CONFIG = "config"
 COMMAND_LINE = "command line"

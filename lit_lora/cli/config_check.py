@@ -17,9 +17,9 @@ from jsonargparse import ArgumentParser, Namespace
 from lit_lora.base.load import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base, resolve_tokenizer
 from lit_lora.cli.command_line import settings
 from lit_lora.cli.setting_check import known_settings, look_at_each, misplaced, nested_settings, wrong_type
-from lit_lora.cli.shipped import shipped
 from lit_lora.config import LoRAConfig
 from lit_lora.data.sources import existing_file, is_file_source
+from lit_lora.files.shipped import shipped
 
 DATA_KEYS = ("data.train", "data.validation", "data.test")
 _NAMES_OF_FILES = (*DATA_KEYS, "model.base", "data.tokenizer")

@@ -51,12 +51,12 @@ from lit_lora.cli.run_folder import (
 )
 from lit_lora.cli.run_record import PredictionWriter, RunRecord
 from lit_lora.cli.setting_check import known_settings, refuse
-from lit_lora.cli.shipped import shipped
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.files import strict_yaml
 from lit_lora.files.atomic import atomic_write, make_folder
 from lit_lora.files.checkpoint import AtomicCheckpointIO, read_checkpoint
 from lit_lora.files.csv_log import PatientCSVLogger
+from lit_lora.files.shipped import shipped
 from lit_lora.module import LoRALightningModule
 from lit_lora.training.trainer_settings import check_trainer, missing_end
 from lit_lora.wording import for_command_line

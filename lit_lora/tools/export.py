@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lit_lora.base.trained_on import TrainedOn
-    from lit_lora.interchange.adapter_folder import Base
 
 
 def export(
@@ -34,62 +26,16 @@ def export(
         other_base: put the adapter on a base although its weights are not those that it was trained on.
         trust_remote_code: run code that comes with the base.
     """
-    from lit_lora.base.trained_on import forget, note, noted
-    from lit_lora.interchange.adapter_folder import (
-        Base,
-        base_of_adapter,
-        check_base,
-        folder_record,
-        local_folder,
-        trained_quantization,
+    from lit_lora.evaluation import export as exporting
+
+    exported = exporting.export(
+        source,
+        output,
+        base=base,
+        revision=revision,
+        portable=portable,
+        other_base=other_base,
+        trust_remote_code=trust_remote_code,
     )
-    from lit_lora.interchange.peft_format import load_adapter, save_adapter
-    from lit_lora.wording import setting
-
-    if Path(source).suffix == ".ckpt":
-        if other_base:
-            raise ValueError(
-                f"{setting('other_base')} is for the folder of an adapter: a checkpoint is read onto the base that it "
-                f"was trained on ({setting('base')} says where that lies now)"
-            )
-        from lit_lora.module import LoRALightningModule
-
-        options = {name: value for name, value in {"base": base, "revision": revision}.items() if value is not None}
-        module = LoRALightningModule.load_from_checkpoint(source, trust_remote_code=trust_remote_code, **options)
-        assert module.model is not None
-        model, place, folder = module.model, Base(module.base, module.revision), None
-    else:
-        from lit_lora.base.load import load_base_model
-
-        source = local_folder(source)
-        if Path(source).resolve() == Path(output).resolve():
-            raise ValueError(f"output {output} is the adapter itself: give another folder")
-        place, folder = base_of_adapter(source, base, revision), source
-        record, quantized = folder_record(source), trained_quantization(source)
-        model = load_base_model(place.name, device="cpu", revision=place.revision, trust_remote_code=trust_remote_code)
-        check_base(source, record, model, place, other_base=other_base)
-        load_adapter(model, source)
-        forget(model)  # how this base was loaded says nothing about the training
-        note(model, **{**vars(record), "revision": place.revision})
-        if record.quantization is None and quantized.source:
-            note(model, quantization=quantized.quantization or "none")
-    chosen = _tokenizer(place, folder, noted(model), trust_remote_code)
-    written = save_adapter(model, output, base_model_name=place.name, portable=portable, tokenizer=chosen)
-    print(f"adapter for {place.name} in {written}")
-    return written
-
-
-def _tokenizer(
-    base: Base, folder: str | None, record: TrainedOn, trust_remote_code: bool
-) -> PreTrainedTokenizerBase | None:
-    """What the adapter was trained with, where that is known and found."""
-    from lit_lora.base.load import holds_tokenizer
-    from lit_lora.interchange.adapter_tokenizer import tokenizer_for
-
-    if record.vocabulary_sha256 is None and not (folder is not None and holds_tokenizer(Path(folder))):
-        return None
-    try:
-        return tokenizer_for(base, folder, record, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError) as error:
-        warnings.warn(f"the adapter is written without its tokenizer: {error}", UserWarning, stacklevel=3)
-        return None
+    print(f"adapter for {exported.base} in {exported.folder}")
+    return exported.folder

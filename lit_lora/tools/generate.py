@@ -52,28 +52,19 @@ def generate(
     """
     if compare and adapter is None:
         raise ValueError("--compare shows the answer with and without an adapter: give --adapter too")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"expected temperature >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
-    if temperature == 0 and (top_p != 1.0 or seed is not None):
-        raise ValueError("top_p and seed have no effect at temperature 0: set --temperature, or leave them out")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise ValueError("the prompt is empty")
 
-    import torch
-    from transformers import TextStreamer
-
     from lit_lora.adapters.merge import disable_lora
-    from lit_lora.data.tokenize import format_prompt, format_text
-    from lit_lora.data.turn_end import is_hidden, text_end, turn_end
-    from lit_lora.evaluation.generation import complete, cut_note
-    from lit_lora.evaluation.load import load_for_inference
+    from lit_lora.evaluation import generate as answers
+    from lit_lora.evaluation.load import load
+    from lit_lora.language_model.generation import cut_note
 
-    model, chosen, trained_on = load_for_inference(
-        base,
+    answers.check_sampling(temperature, top_p, seed, max_new_tokens)
+    loaded = load(
         adapter,
+        base=base,
         revision=revision,
         quantization=quantization,
         full_precision=full_precision,
@@ -82,42 +73,33 @@ def generate(
         other_base=other_base,
         trust_remote_code=trust_remote_code,
     )
-    plain = format == "text" or (format == "auto" and trained_on.format == "text")
+    plain = answers.continues_text(loaded, format)
     if plain and system is not None:
         raise ValueError("--system has no place in plain text, which the adapter was trained on: --format chat has one")
-    if plain:
-        if format == "auto":
-            print(
-                "continuing the text, as the adapter was trained on plain text; --format chat answers", file=sys.stderr
-            )
-        end, prompt_ids = text_end(chosen), format_text(chosen, text)
-    else:
-        messages = [{"role": "system", "content": system}] if system else []
-        end = turn_end(chosen)
-        prompt_ids = format_prompt(chosen, [*messages, {"role": "user", "content": text}])
-    streams = stream and is_hidden(chosen, end)  # what ends an answer is known only once it is there
+    if plain and format == "auto":
+        print("continuing the text, as the adapter was trained on plain text; --format chat answers", file=sys.stderr)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
 
     def answer() -> None:
-        if seed is not None:
-            torch.manual_seed(seed)
-        completions = complete(
-            model,
-            chosen,
-            [prompt_ids],
-            end=end,
+        completions = answers.generate(
+            loaded,
+            text if plain else messages,
+            format=format,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            streamer=TextStreamer(chosen, skip_prompt=True, skip_special_tokens=True) if streams else None,
+            seed=seed,
+            stream=stream,
         )
-        if not streams:
+        if not stream:
             print(completions[0].text)
         if note := cut_note(completions, max_new_tokens):
             print(note, file=sys.stderr)
 
     if compare:
         print("--- without the adapter")
-        with disable_lora(model):
+        with disable_lora(loaded.model):
             answer()
         print("--- with the adapter")
     answer()

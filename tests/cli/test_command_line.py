@@ -14,8 +14,8 @@ import yaml
 
 from lit_lora.__main__ import main
 from lit_lora.cli.command_line import in_order
-from lit_lora.cli.shipped import shipped
 from lit_lora.files import environment
+from lit_lora.files.shipped import shipped
 
 ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = ["--model.base", "random:tinyllama-1.1b", "--data.tokenizer", "bytes"]

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lit_lora.base.trained_on import read_record
 from lit_lora.data.tokenize import format_prompt
 from lit_lora.data.turn_end import TurnEnd
-from lit_lora.evaluation.generation import complete
-from lit_lora.evaluation.load import load_for_inference
+from lit_lora.evaluation.load import load
+from lit_lora.language_model.generation import complete
 from tests.chat_tokenizers import CHATML, KINDS, TOKENS, chat_tokenizer, save_chat_tokenizer
 from tests.runs import ANSWERS, fit, lit_lora, make_base, questions, validation_loss, write_rows
 
@@ -149,7 +149,7 @@ class _Counter:
 
 
 def test_generating_ends_with_the_token_that_completes_a_stop_string(chat):
-    model, tokenizer, _ = load_for_inference(None, str(chat))
+    model, tokenizer, _ = load(str(chat))
     prompts = [format_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in ANSWERS]
     end = TurnEnd([], ["ybe", "way"])
     counter = _Counter()

@@ -18,7 +18,7 @@ from lit_lora.__main__ import main
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.base import base_weight
 from lit_lora.base.byte_tokenizer import byte_tokenizer
-from lit_lora.evaluation.load import load_for_inference
+from lit_lora.evaluation.load import load
 from lit_lora.interchange.adapter_folder import trained_quantization
 from lit_lora.tools.export import export
 from lit_lora.tools.merge import merge
@@ -98,7 +98,7 @@ def _without_metadata(adapter: str) -> None:
 )
 def test_inference_quantizes_the_base_as_in_training_unless_told(options, quantized, base, tmp_path, capsys):
     adapter = _make_adapter(base, tmp_path / "adapter", NF4_32)
-    model, _, _ = load_for_inference(None, adapter, **options)
+    model, _, _ = load(adapter, **options)
     layer = dict(lora_layers(model))["model.layers.0.self_attn.q_proj"].base_layer
     assert base_weight.is_quantized(layer) is quantized
     assert ("quantized to 4 bits, as the adapter was trained" in capsys.readouterr().err) is (not options)
@@ -109,14 +109,14 @@ def test_inference_on_a_base_that_is_stored_quantized_takes_it_as_it_is(base, tm
     byte_tokenizer().save_pretrained(tmp_path / "base4")
     adapter = _make_adapter(base, tmp_path / "adapter", QuantizationConfig())
     with pytest.warns(UserWarning, match="was trained on"):
-        load_for_inference(str(tmp_path / "base4"), adapter, other_base=True)
+        load(adapter, base=str(tmp_path / "base4"), other_base=True)
 
 
 @pytest.mark.filterwarnings("error")
 def test_another_base_of_the_same_shape_is_refused_or_gets_a_warning(base, adapter, tmp_path, monkeypatch):
     other = _make_base(tmp_path / "other", 1)
     verbs = {
-        "inference": lambda **base: load_for_inference(adapter=adapter, **base),
+        "inference": lambda **base: load(adapter, **base),
         "merge": lambda **base: merge(adapter, str(tmp_path / "merged"), **base),
         "export": lambda **base: export(adapter, str(tmp_path / "exported"), **base),
     }
@@ -128,7 +128,7 @@ def test_another_base_of_the_same_shape_is_refused_or_gets_a_warning(base, adapt
         with pytest.warns(UserWarning, match=r"was trained on .*base, files:.* and .*other is files:"):
             verb(base=other, other_base=True)
     for same in (base, "base", "./base/", str(tmp_path / "link")):
-        load_for_inference(same, adapter)
+        load(adapter, base=same)
 
 
 BAD_CONFIGS = [

@@ -15,8 +15,8 @@ from lit_lora.data.data_record import data_record
 from lit_lora.data.prepare import SourceSettings
 from lit_lora.data.tokenize import format_prompt, format_text
 from lit_lora.data.turn_end import turn_end
-from lit_lora.evaluation.generation import stop_tokens
-from lit_lora.evaluation.load import load_for_inference
+from lit_lora.evaluation.load import load
+from lit_lora.language_model.generation import stop_tokens
 from tests.chat_tokenizers import EOS, chat_tokenizer
 from tests.runs import make_base
 from tests.tools.test_fetch import write_tiny_gguf
@@ -98,8 +98,8 @@ def test_a_tokenizer_is_saved_with_the_adapter_and_taken_from_there(kind, tmp_pa
     trust = kind == "slow, with code of its own"
     if trust:
         with pytest.raises(ValueError, match="trust_remote_code"):
-            load_for_inference(None, str(tmp_path / "adapter"))
-    _, got, _ = load_for_inference(None, str(tmp_path / "adapter"), trust_remote_code=trust)
+            load(str(tmp_path / "adapter"))
+    _, got, _ = load(str(tmp_path / "adapter"), trust_remote_code=trust)
     messages = [{"role": "user", "content": "ab cd"}]
     assert format_prompt(got, messages) == format_prompt(tokenizer, messages)
     assert format_text(got, "ab") == format_text(tokenizer, "ab")
@@ -121,6 +121,6 @@ def test_what_the_base_ends_with_counts_only_as_far_as_the_tokenizer_ends_with_i
 def test_a_base_without_a_tokenizer_asks_for_one(tmp_path):
     make_base(tmp_path / "base")
     with pytest.raises(ValueError, match=r"no tokenizer: .*has no tokenizer of its own: set tokenizer"):
-        load_for_inference(f"random:{tmp_path / 'base' / 'config.json'}", None)
-    _, tokenizer, _ = load_for_inference(f"random:{tmp_path / 'base' / 'config.json'}", None, tokenizer="bytes")
+        load(base=f"random:{tmp_path / 'base' / 'config.json'}")
+    _, tokenizer, _ = load(base=f"random:{tmp_path / 'base' / 'config.json'}", tokenizer="bytes")
     assert tokenizer.chat_template == CHAT_TEMPLATE

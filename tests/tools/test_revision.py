@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_lora import load_adapter, load_base_model
 from lit_lora.data.turn_end import turn_end
-from lit_lora.evaluation.load import load_for_inference
+from lit_lora.evaluation.load import load
 from tests.chat_tokenizers import CHATML, KINDS
 from tests.runs import fit, lit_lora, make_base, questions
 
@@ -69,7 +69,7 @@ def test_the_revision_of_training_is_used_by_every_verb(given, commit, recorded,
     expected = _expected(adapter, hub / "snapshots" / commit)
     for path in (*adapter.glob("token*"), adapter / "chat_template.jinja"):
         path.unlink()  # so that the base's is asked
-    model, tokenizer, _ = load_for_inference(None, str(adapter))
+    model, tokenizer, _ = load(str(adapter))
     assert torch.equal(_logits(model), expected)
     assert tokenizer.chat_template == template
     lit_lora("merge", adapter, tmp_path / "merged", num_samples=1)
@@ -93,13 +93,13 @@ def test_another_revision_is_named_and_has_other_weights(hub, tmp_path):
     named = "was trained on revision v1, and is put on main"
     for base, revision, warning in ((None, "main", named), (other, None, "its weights or its config are not the same")):
         with pytest.warns(UserWarning, match=warning):
-            model, _, _ = load_for_inference(base, adapter, revision=revision, other_base=True)
+            model, _, _ = load(adapter, base=base, revision=revision, other_base=True)
         assert torch.equal(_logits(model), _expected(Path(adapter), Path(other)))
     with (
         pytest.raises(ValueError, match="its weights or its config are not the same"),
         pytest.warns(UserWarning, match=named),
     ):
-        load_for_inference(None, adapter, revision="main")
+        load(adapter, revision="main")
 
 
 def test_an_adapter_on_the_hub_is_run_as_it_was_trained(hub, tmp_path, capsys):
@@ -108,7 +108,7 @@ def test_an_adapter_on_the_hub_is_run_as_it_was_trained(hub, tmp_path, capsys):
     shutil.copytree(adapter, folder / "snapshots" / OLD)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(OLD)
-    model, tokenizer, record = load_for_inference(None, "acme/adapter")
+    model, tokenizer, record = load("acme/adapter")
     assert model.dtype == torch.bfloat16
     assert tokenizer.chat_template == CHATML
     assert record.revision == "v1"
