@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_lora.__main__ import ALLOCATION_VARIABLES
+from lit_lora.files.environment import ALLOCATION_VARIABLES
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent

@@ -76,7 +76,7 @@ def _clock(job: Job) -> StepClock:
 def lit_lora(
     job: Job, *, huge_pages: bool = True, onednn: bool = True, packing: bool = True, **step: Any
 ) -> dict[str, Any]:
-    from lit_lora.__main__ import ALLOCATION_VARIABLES
+    from lit_lora.files.environment import ALLOCATION_VARIABLES
 
     os.environ.update(ALLOCATION_VARIABLES)  # what the command line does
     if not huge_pages:

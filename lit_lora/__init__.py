@@ -51,6 +51,8 @@ _PUBLIC = {
     "linear_cross_entropy": "kernels.linear_cross_entropy",
     "load_base_model": "base.load",
     "load_tokenizer": "base.load",
+    "fit": "runs.fit",
+    "Outcome": "runs.outcome",
     "load": "evaluation.load",
     "generate": "evaluation.generate",
     "score": "evaluation.score",
@@ -68,6 +70,7 @@ __all__ = [
     "LoRALightningModule",
     "MemoryEstimate",
     "OptimizationConfig",
+    "Outcome",
     "QuantizationConfig",
     "SFTDataModule",
     "StepConfig",
@@ -78,6 +81,7 @@ __all__ = [
     "disable_lora",
     "estimate_memory",
     "export",
+    "fit",
     "generate",
     "inject_lora",
     "linear_cross_entropy",
@@ -108,6 +112,8 @@ if TYPE_CHECKING:
     from lit_lora.memory.estimate import MemoryEstimate, estimate_memory
     from lit_lora.metrics import StepMetrics, TrainingMetrics, assert_loss_convergence
     from lit_lora.module import LoRALightningModule
+    from lit_lora.runs.fit import fit
+    from lit_lora.runs.outcome import Outcome
 
 
 def __getattr__(name: str) -> Any:

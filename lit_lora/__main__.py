@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from lit_lora.files.environment import warn_of_unknown_variables
+from lit_lora.files.environment import ALLOCATION_VARIABLES, warn_of_unknown_variables
 
 TRAINER_VERBS = {
     "fit": "fine-tune a model and prove it",
@@ -35,18 +35,6 @@ MOST_CHARACTERS = 16_000
 """Of an error message: one that quotes a hostile file, or that a library writes, may be of any length."""
 
 TRACEBACK_VARIABLE = "LIT_LORA_TRACEBACK"
-
-ALLOCATION_VARIABLES = {
-    "THP_MEM_ALLOC_ENABLE": "1",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
-    "LRU_CACHE_CAPACITY": "256",
-}
-"""Read by torch, oneDNN and torch's wrapper of it, at their first allocation or product.
-
-Huge pages: without, a CPU spends a fifth of a step on page faults. The kernels that oneDNN makes for each new shape
-take half a MB, and batches of natural lengths bring thirty new shapes a step: with 1024 kept, as by default, and twice,
-memory grows by several hundred MB over the first hundreds of steps. A step needs about 30; of 4096 tokens, 116.
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -295,7 +295,7 @@ class LoRALightningModule(TokenLossModule):
         if self._resume_state is not None:
             training_state.check_optimizer(self._resume_state["optimizer"], self._given)
         if self.trainer.enable_autolog_hparams:
-            hyperparameters.log(self.trainer, self._settings())
+            hyperparameters.log(self.trainer, self.settings())
 
     def on_train_start(self) -> None:
         """Continue a resumed run where it was: random state, and the gradients of an unfinished window."""
@@ -311,9 +311,9 @@ class LoRALightningModule(TokenLossModule):
     @property
     def _identity(self) -> training_state.Identity:
         assert self.model is not None, "configure_model has not run"
-        return training_state.Identity(self.base, self.model, self._settings())
+        return training_state.Identity(self.base, self.model, self.settings())
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """All that the module was given, by name, plain types; optimizer and schedule say themselves what they are."""
         names = inspect.signature(LoRALightningModule.__init__).parameters.keys() - {
             "self",

@@ -31,7 +31,7 @@ FLOORS = (
     {"build"},
     {"memory"},
     {"module"},
-    {"evaluation"},
+    {"evaluation", "runs"},
     {"cli"},
     {"tools"},
     {"__main__"},

@@ -11,7 +11,7 @@ from plain_projects import AdapterModel, PlainModel
 
 import lit_lora.callbacks
 from lit_lora.callbacks import GradientFlowAssertion, GradientNormLogger, HFAdapterExport, TrainingCheckpoint
-from lit_lora.cli.run_record import PredictionWriter, RunRecord
+from lit_lora.runs.run_record import PredictionWriter, RunRecord
 
 PUBLIC = [getattr(lit_lora.callbacks, name) for name in lit_lora.callbacks.__all__]
 KINDS = [*(kind for kind in PUBLIC if issubclass(kind, pl.Callback)), RunRecord, PredictionWriter]

@@ -14,9 +14,9 @@ import torch
 
 from lit_lora import LoRAConfig, LoRALightningModule, SFTDataModule
 from lit_lora.callbacks import ConvergenceAssertion, TrainingCheckpoint
-from lit_lora.cli.run_record import RunRecord
 from lit_lora.files.checkpoint import AtomicCheckpointIO
 from lit_lora.files.csv_log import PatientCSVLogger
+from lit_lora.runs.run_record import RunRecord
 from tests.tiny import config
 
 STEPS = 8

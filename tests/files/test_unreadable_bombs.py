@@ -19,7 +19,6 @@ import torch
 
 from lit_lora.__main__ import MOST_CHARACTERS, main
 from lit_lora.base.load import load_tokenizer
-from lit_lora.cli.outcome import FILE_NAME, Outcome, read_outcome
 from lit_lora.cli.setting_check import refuse
 from lit_lora.data import sources
 from lit_lora.data.prepare import SourceSettings, read_examples
@@ -27,6 +26,7 @@ from lit_lora.data.tokenize import run_tokenizer
 from lit_lora.files import strict_yaml
 from lit_lora.files.checkpoint import CHECKSUM, DamagedCheckpointError, newest_checkpoint, read_checkpoint
 from lit_lora.metrics import TrainingMetrics
+from lit_lora.runs.outcome import FILE_NAME, Outcome, read_outcome
 from lit_lora.training.training_state import _check_layout, layout
 
 pytestmark = pytest.mark.timeout(60)

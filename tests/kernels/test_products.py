@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from lit_lora.__main__ import ALLOCATION_VARIABLES
+from lit_lora.files.environment import ALLOCATION_VARIABLES
 from lit_lora.kernels import products
 
 ROWS, INNER, COLUMNS = 160, 96, 128  # above the size from which oneDNN is asked

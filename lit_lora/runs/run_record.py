@@ -20,7 +20,7 @@ from lit_lora.base.base_hash import base_hash
 from lit_lora.callbacks import HFAdapterExport, MemoryProfiler, Verdict
 from lit_lora.callbacks._support.trainer import why_past_its_end
 from lit_lora.callbacks.verdict import Check, NotProvedError
-from lit_lora.cli.outcome import Outcome, read_outcome
+from lit_lora.runs.outcome import Outcome, read_outcome
 from lit_lora.files.atomic import atomic_write, make_folder, remove_partial_files
 from lit_lora.files.csv_log import PatientCSVLogger
 from lit_lora.module import LoRALightningModule
