@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -202,7 +202,8 @@ class LoRACLI(LightningCLI):
         extra: list[Callback] = [self.record, self.config_file] if fits else []
         if self.subcommand == "predict":
             extra.append(PredictionWriter())
-        settings.update(wired(settings, extra, logger=fits))
+        for name, value in wired(vars(settings), extra, logger=fits).items():
+            settings[name] = value
         if settings.get("enable_checkpointing") is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         return super().instantiate_trainer(**kwargs)

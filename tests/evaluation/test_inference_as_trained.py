@@ -18,7 +18,7 @@ from lit_lora.data.turn_end import TurnEnd
 from lit_lora.evaluation.load import load
 from lit_lora.language_model.generation import complete
 from tests.chat_tokenizers import CHATML, KINDS, TOKENS, chat_tokenizer, save_chat_tokenizer
-from tests.runs import ANSWERS, fit, lit_lora, make_base, questions, validation_loss, write_rows
+from tests.started_runs import ANSWERS, fit, lit_lora, make_base, questions, validation_loss, write_rows
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

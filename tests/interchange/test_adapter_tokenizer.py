@@ -18,7 +18,7 @@ from lit_lora.data.turn_end import turn_end
 from lit_lora.evaluation.load import load
 from lit_lora.language_model.generation import stop_tokens
 from tests.chat_tokenizers import EOS, chat_tokenizer
-from tests.runs import make_base
+from tests.started_runs import make_base
 from tests.tools.test_fetch import write_tiny_gguf
 
 CODE = """

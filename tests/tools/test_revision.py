@@ -16,7 +16,7 @@ from lit_lora import load_adapter, load_base_model
 from lit_lora.data.turn_end import turn_end
 from lit_lora.evaluation.load import load
 from tests.chat_tokenizers import CHATML, KINDS
-from tests.runs import fit, lit_lora, make_base, questions
+from tests.started_runs import fit, lit_lora, make_base, questions
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
