@@ -71,7 +71,7 @@ def help_text(parser: ArgumentParser, verb: str, part: str) -> str:
     Raises:
         ValueError: for a part that is not there.
     """
-    actions = _actions(parser)
+    actions = settings_of(parser)
     parts = sorted({key.partition(".")[0] for key in actions if "." in key})
     if part not in ("", ALL, *parts):
         raise ValueError(f"no part {part!r}: --help.all shows everything, --help.PART one of {', '.join(parts)}")
@@ -87,7 +87,7 @@ def help_text(parser: ArgumentParser, verb: str, part: str) -> str:
     return "\n".join(lines)
 
 
-def _actions(parser: ArgumentParser) -> dict[str, Any]:
+def settings_of(parser: ArgumentParser) -> dict[str, Any]:
     """By key, with the fields of settings that can also be left out altogether (null)."""
     found = {
         action.dest: action
@@ -113,13 +113,18 @@ def _section(title: str, actions: Iterable[Any]) -> list[str]:
     lines = ["", f"{title}:"]
     for action in actions:
         name = max((option for option in action.option_strings if not option.endswith("+")), key=len)
-        lines.append(f"  {name}  {_value(action)}".rstrip())
-        text = " ".join((action.help or "").replace("``", "").split())
-        lines += _wrapped(text.replace("%%", "%"), "        ")
+        lines.append(f"  {name}  {value_words(action)}".rstrip())
+        lines += _wrapped(explanation(action), "        ")
     return lines
 
 
-def _value(action: Any) -> str:
+def explanation(action: Any) -> str:
+    """What a setting does, as its docstring says it."""
+    return " ".join((action.help or "").replace("``", "").replace("%%", "%").split())
+
+
+def value_words(action: Any) -> str:
+    """What a setting takes, and what it is where nothing is said."""
     typehint = getattr(action, "_typehint", None)
     words = " or ".join(dict.fromkeys(_words(typehint))) if typehint is not None else ""
     default = action.default
