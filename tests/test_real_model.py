@@ -83,7 +83,7 @@ def test_a_resumed_run_goes_on_falling_from_where_it_was(real_model, gsm8k, tmp_
         "--data.max_length",
         160,
         "--convergence.min_decrease",
-        0,
+        -1,
     )
     first, _ = _fit("lora_standard", gsm8k, tmp_path / "run", *options, "--trainer.max_steps", 5)
     both, verdicts = _fit(
