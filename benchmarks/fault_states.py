@@ -58,8 +58,10 @@ def changed_data(project: Project, rng: random.Random, budget: Budget, count: in
         train.write_text(original)
         process = project.fit(name, name, train=train)
         wait_for_a_checkpoint(process, project.folder / name / "run" / "checkpoints")
-        row = rng.randrange(40)
-        train.write_text(original.replace(f"say {row} ", f"sing {row} ", 1))
+        changed = original
+        for row in rng.sample(range(40), 6):  # more than are held out for validation, of which a change is only named
+            changed = changed.replace(f"say {row} ", f"sing {row} ", 1)
+        train.write_text(changed)
         time.sleep(rng.uniform(0, 0.3 * project.run_s))
         kill(process)
         refused = project.fit(name, f"{name}-refused", "--ckpt_path", "last", train=train)

@@ -75,7 +75,16 @@ def test_a_hundred_steps_lower_the_loss_by_thirty_percent(real_model, gsm8k, tmp
 
 
 def test_a_resumed_run_goes_on_falling_from_where_it_was(real_model, gsm8k, tmp_path):
-    options = ("--data.limit", 40, "--checkpoint.every_n_steps", 5, "--data.max_length", 160)
+    options = (
+        "--data.limit",
+        40,
+        "--checkpoint.every_n_steps",
+        5,
+        "--data.max_length",
+        160,
+        "--convergence.min_decrease",
+        -1,
+    )
     first, _ = _fit("lora_standard", gsm8k, tmp_path / "run", *options, "--trainer.max_steps", 5)
     both, verdicts = _fit(
         "lora_standard", gsm8k, tmp_path / "run", *options, "--trainer.max_steps", 10, "--ckpt_path", "last"
