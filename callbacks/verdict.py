@@ -39,8 +39,8 @@ class Check(pl.Callback, ABC):
     name: ClassVar[str]
     """What is checked."""
 
-    key: ClassVar[str]
-    """What its settings are called by on the command line."""
+    key: ClassVar[str] = ""
+    """What its settings are called by on the command line; of a check that has none there, the name of its class."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset()
     """Settings that change neither what is trained nor how it is judged."""
@@ -51,7 +51,8 @@ class Check(pl.Callback, ABC):
     def settings(self) -> dict[str, Any]:
         """What it was given of what has an effect, by name: of a resumed run, the difference is named."""
         names = inspect.signature(type(self).__init__).parameters.keys() - {"self", *self.without_effect}
-        return {f"{self.key}.{name}": getattr(self, name) for name in sorted(names) if hasattr(self, name)}
+        key = self.key or type(self).__name__
+        return {f"{key}.{name}": getattr(self, name) for name in sorted(names) if hasattr(self, name)}
 
     @abstractmethod
     def judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Verdict:

@@ -329,3 +329,21 @@ def test_files_of_another_checkpoint_callback_are_neither_gone_on_from_nor_delet
     assert resumed.code == 0, resumed.err
     assert "Going on from run/checkpoints/step=00000004.ckpt" in resumed.err
     assert theirs < {path.name for path in Path("run/checkpoints").iterdir()}
+
+
+def test_a_check_of_another_project_is_compared_by_the_name_of_its_class():
+    from lit_lora.callbacks.verdict import Check, Verdict
+
+    class Patience(Check):
+        name = "patience"
+
+        def __init__(self, limit: int = 3) -> None:
+            self.limit = limit
+
+        def judge(self, trainer, pl_module):
+            return Verdict(self.name, True, "")
+
+        def judge_early(self, trainer, exception):
+            return Verdict(self.name, None, "")
+
+    assert Patience(5).settings() == {"Patience.limit": 5}
