@@ -330,7 +330,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "as it is": {},
     "truncated": {"data__max_length": 48},
     "prompts too": {"data__train_on_prompt": "true"},
-    "padded": {"model__packing": "false", "data__packing": "false"},
+    "padded": {"data__packing": "false"},
     "bfloat16": {"model__dtype": "bfloat16"},
     "float16": {"model__dtype": "float16"},
     "bf16-mixed": {"trainer__precision": "bf16-mixed"},

@@ -96,12 +96,13 @@ def _without_metadata(adapter: str) -> None:
     ("options", "quantized"),
     [({}, True), ({"full_precision": True}, False), ({"quantization": QuantizationConfig(bits=8)}, True)],
 )
-def test_inference_quantizes_the_base_as_in_training_unless_told(options, quantized, base, tmp_path, capsys):
+def test_inference_quantizes_the_base_as_in_training_unless_told(options, quantized, base, tmp_path, caplog):
     adapter = _make_adapter(base, tmp_path / "adapter", NF4_32)
-    model, _, _ = load(adapter, **options)
+    with caplog.at_level("INFO", logger="lit_lora"):
+        model, _, _ = load(adapter, **options)
     layer = dict(lora_layers(model))["model.layers.0.self_attn.q_proj"].base_layer
     assert base_weight.is_quantized(layer) is quantized
-    assert ("quantized to 4 bits, as the adapter was trained" in capsys.readouterr().err) is (not options)
+    assert ("quantized to 4 bits, as the adapter was trained" in caplog.text) is (not options)
 
 
 def test_inference_on_a_base_that_is_stored_quantized_takes_it_as_it_is(base, tmp_path):

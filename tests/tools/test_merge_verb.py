@@ -128,7 +128,7 @@ def test_a_prequantized_base_can_be_merged_into_dequantized(base, adapter, tmp_p
 
 def test_merging_what_is_not_quantized_into_its_dequantized_form_asks_how_it_was(base, adapter, tmp_path):
     (tmp_path / "run" / "config.yaml").unlink()
-    with pytest.raises(ValueError, match=r"how the base was quantized: give --quantization.bits 4"):
+    with pytest.raises(ValueError, match=r"how the base was quantized: give bits=4"):
         merge(adapter, str(tmp_path / "merged"), into="dequantized")
     assert not (tmp_path / "merged").exists()
 
