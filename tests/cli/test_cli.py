@@ -68,7 +68,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
         (["fit", "--config", "quickstrat.yaml"], "quickstart.yaml"),
         (["fit", "--data.train", "x.jsonl", "--model.lora.rr", "4"], "lora.r"),
         (["generate", "hello"], "--base"),
-        (["evaluate", "missing.jsonl", "nowhere"], "missing.jsonl"),
+        (["evaluate", "missing.jsonl", "nowhere"], "nowhere"),
     ],
 )
 def test_a_mistake_gets_a_line_with_a_suggestion(command, capsys, arguments, message):
