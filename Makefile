@@ -48,7 +48,7 @@ lint: setup  ## formatting, lint and types
 	$(BIN)/mypy
 
 faults: setup  ## kill, starve and feed nonsense to real runs (about 7 minutes); writes benchmarks/results/faults.md
-	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python -m tests.faults
 
 sweep: setup  ## compare every architecture of transformers with its own loss (minutes); writes docs/architectures.md
 	$(BIN)/python -m pytest --sweep -m sweep tests/sweep

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks.train import RESULTS, machine
+from benchmarks.peers.train import RESULTS, machine
 
 FLOOR = """
 import torch, lightning.pytorch, transformers

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cuda_plan, cuda_suite, cuda_worker
-from benchmarks.cuda_data import TINY, base_of, config_of, natural
-from benchmarks.cuda_memory import GRANULARITY, _step_fits, confirm, longest_fitting
-from benchmarks.cuda_speed import step_flops
-from benchmarks.cuda_worker import Measurement, Outcome, Row, Worker
-from benchmarks.step_clock import StepClock
+from benchmarks.cuda import plan as cuda_plan
+from benchmarks.cuda import suite as cuda_suite
+from benchmarks.cuda import worker as cuda_worker
+from benchmarks.cuda.data import TINY, base_of, config_of, natural
+from benchmarks.cuda.memory import GRANULARITY, _step_fits, confirm, longest_fitting
+from benchmarks.cuda.speed import step_flops
+from benchmarks.cuda.worker import Measurement, Outcome, Row, Worker
+from benchmarks.peers.step_clock import StepClock
 from lit_lora.adapters import functional
 
 pytest.importorskip("peft")
@@ -102,7 +104,7 @@ def test_speed_is_compared_after_parity(whole: tuple[Path, int]) -> None:
 def test_markdown_says_command_versions_and_that_a_cpu_is_no_gpu(whole: tuple[Path, int]) -> None:
     for part in cuda_suite.PARTS:
         text = (whole[0] / f"cuda_{part}.md").read_text(encoding="utf-8")
-        assert "`python -m benchmarks.cuda_suite --device cpu --models tiny" in text
+        assert "`python -m benchmarks.cuda.suite --device cpu --models tiny" in text
         assert f"torch {torch.__version__}" in text
         assert "no number here says anything about a GPU" in text
 

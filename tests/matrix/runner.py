@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.fault_runs import Process
+from tests.faults.runs import Process
 from tests.matrix.settings import ALONE, KILLED_ALONE, REFUSED, REFUSED_PAIRS, ROWS, Options, options_of
 from tests.tiny import config
 

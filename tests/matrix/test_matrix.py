@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.fault_runs import same
 from lit_lora.files.checkpoint import read_checkpoint
 from tests.command_line import lit_lora
+from tests.faults.runs import same
 from tests.matrix.pairwise import pairs_of, pairwise
 from tests.matrix.runner import Project, case_names
 from tests.matrix.settings import (

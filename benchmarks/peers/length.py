@@ -1,10 +1,11 @@
 """How time and memory of a step grow with the length of one example, LoRA on every linear layer.
 
-    python -m benchmarks.length --data gsm8k.jsonl
+    python -m benchmarks.peers.length --data gsm8k.jsonl
 
 At each length, in turn: lit_lora's step and, in a process of its own, the products and attention it cannot do without.
 Attention's work grows with the square of the length; what is left of the step should grow as the tokens do. As in
-``benchmarks.train`` no number without parity: gradients equal PEFT's at every length. Writes ``results/length.md``.
+``benchmarks.peers.train`` no number without parity: gradients equal PEFT's at every length. Writes
+``results/length.md``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train import RESULTS, _parity, _prepare, _run, machine
+from benchmarks.peers.train import RESULTS, _parity, _prepare, _run, machine
 
 COLUMNS = [
     "tokens", "step (s)", "products and attention alone (s)", "share", "attention alone (s)",
@@ -69,7 +70,7 @@ def _row(length: int, rounds: list[tuple[dict[str, Any], dict[str, Any]]], parit
 def _write(rows: list[list[str]], args: argparse.Namespace) -> None:
     table = [COLUMNS, ["---"] * len(COLUMNS), *rows]
     text = (
-        f"# One example, longer and longer\n\n`{' '.join(['python -m benchmarks.length', *sys.argv[1:]])}`\n\n"
+        f"# One example, longer and longer\n\n`{' '.join(['python -m benchmarks.peers.length', *sys.argv[1:]])}`\n\n"
         f"{machine(args.threads)}. {args.base}, float32, r = 8 on all "
         f"linear layers, all tokens supervised. Median of {args.rounds} rounds of {args.steps} steps.\n\n"
         + "".join(f"| {' | '.join(cells)} |\n" for cells in table)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fault_runs import Project
-from hostile_cases import MARK, NO_FILES, Content, cases, fit, nested
-from hostile_configs import YAMLS
 
 from lit_lora.files.checkpoint import CHECKSUM
+from tests.faults.hostile_cases import MARK, NO_FILES, Content, cases, fit, nested
+from tests.faults.hostile_configs import YAMLS
+from tests.faults.runs import Project
 
 
 def _going_on(project: Project, folder: Path) -> list[str]:

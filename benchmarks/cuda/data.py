@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig
 
-from benchmarks.cuda_worker import Row
+from benchmarks.cuda.worker import Row
 from lit_lora.base.load import RANDOM, _architecture
 from lit_lora.data.dataset import TokenizedExample
 

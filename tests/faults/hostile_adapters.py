@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fault_runs import Project
-from hostile_cases import NO_FILES, Content, cases, fit, huge, nested, pipe
+from tests.faults.hostile_cases import NO_FILES, Content, cases, fit, huge, nested, pipe
+from tests.faults.runs import Project
 
 
 def generate(project: Project, folder: Path) -> list[str]:

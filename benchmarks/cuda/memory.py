@@ -23,8 +23,8 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.cuda_data import config_of, dense, tokenized
-from benchmarks.cuda_worker import Row
+from benchmarks.cuda.data import config_of, dense, tokenized
+from benchmarks.cuda.worker import Row
 from benchmarks.memory_table import DQ, METHODS, SETUPS, Setup
 from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, StepConfig
 from lit_lora.data.packing import collate_packed

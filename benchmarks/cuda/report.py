@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cuda_worker import Row
+from benchmarks.cuda.worker import Row
 
 PACKAGES = ("torch", "transformers", "lightning", "peft", "bitsandbytes", "accelerate", "liger-kernel", "triton")
 DIGITS = {"_mb": 0, "_s": 4, "_per_s": 0, "tflops": 1, "_error": 4, "ratio": 2, "of_lora": 3, "share": 3, "loss": 4}

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cuda_data import examples
-from benchmarks.cuda_worker import ROOT, Row
+from benchmarks.cuda.data import examples
+from benchmarks.cuda.worker import ROOT, Row
 from lit_lora import LoRAConfig, inject_lora, load_base_model
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.base import base_weight

@@ -7,8 +7,8 @@ FlashAttention over packed rows where flash-attn is installed, Liger's kernels, 
 that is still at work after the warm-up steps shows as a mean far below what ``median_step_s`` would give.
 
 The share of the limit is the rate of the work that no exact step can do without (:func:`step_flops`), over the rate of
-a large matrix product in the same type, measured in the same run. Left out: TRL (``benchmarks.train`` has it on a CPU),
-PEFT on a quantized base, more than one device.
+a large matrix product in the same type, measured in the same run. Left out: TRL (``benchmarks.peers.train`` has it on a
+CPU), PEFT on a quantized base, more than one device.
 
 Unverified on hardware.
 """
@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import frameworks
-from benchmarks.cuda_data import Example, config_of
-from benchmarks.cuda_worker import Row
+from benchmarks.cuda.data import Example, config_of
+from benchmarks.cuda.worker import Row
+from benchmarks.peers import frameworks
 from lit_lora import LoRAConfig, inject_lora, load_base_model, save_adapter
 
 R, LORA_ALPHA = 8, 16

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fault_runs import Budget, Process, Project, Tally, same
 
 from lit_lora.files.checkpoint import CHECKSUM, checksum, newest_checkpoint, read_checkpoint
+from tests.faults.runs import Budget, Process, Project, Tally, same
 
 
 def wait_for_a_checkpoint(process: Process, folder: Path) -> None:

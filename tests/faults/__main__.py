@@ -1,7 +1,7 @@
 """Faults on purpose: processes killed, disks filled, files corrupted, nonsense and hostile files fed in.
 
-    python benchmarks/faults.py                 # everything, fixed seed; writes results/faults.md
-    python benchmarks/faults.py --kills 200     # longer
+    python -m tests.faults                 # everything, fixed seed; writes results/faults.md
+    python -m tests.faults --kills 200     # longer
 
 A fault is survived if no run was lost (the resumed one ends with the weights of the undisturbed one, bit for bit), no
 wrong weights were loaded, a message stood where one belongs instead of a traceback, nothing half-written was left, and
@@ -27,12 +27,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from fault_runs import LIMIT_S, Budget, Project, Tally, same
-from fault_states import states, wait_for_a_checkpoint
 
 from lit_lora.files.checkpoint import newest_checkpoint, read_checkpoint
+from tests.faults.runs import LIMIT_S, Budget, Project, Tally, same
+from tests.faults.states import states, wait_for_a_checkpoint
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def partial_files(folder: Path) -> bool:
@@ -301,14 +301,14 @@ def main() -> None:
     parser.add_argument("--max_minutes", type=float, default=15, help="after these no new fault is started")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="leave the working folder")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "faults.md")
+    parser.add_argument("--output", type=Path, default=RESULTS / "faults.md")
     options = parser.parse_args()
     torch.set_num_threads(1)  # threads would not survive the fork
     os.environ["OMP_NUM_THREADS"] = "1"
-    from bad_inputs import bad_inputs
-    from hostile_files import hostile_files
+    from tests.faults.bad_inputs import bad_inputs
+    from tests.faults.hostile_files import hostile_files
 
-    for verb in ("cli", "tools.export", "tools.generate", "tools.inference"):
+    for verb in ("cli", "tools.export", "tools.generate", "evaluation.load"):
         importlib.import_module(f"lit_lora.{verb}")  # before the forks, which then start at once
 
     rng = random.Random(options.seed)
@@ -334,8 +334,7 @@ def main() -> None:
     lines = [
         "# Faults, and what became of the runs",
         "",
-        f"`python benchmarks/faults.py --seed {options.seed} --kills {options.kills} "
-        f"--corruptions {options.corruptions}`,",
+        f"`python -m tests.faults --seed {options.seed} --kills {options.kills} --corruptions {options.corruptions}`,",
         f"{time.strftime('%Y-%m-%d')}, {time.monotonic() - started:.0f} s on {os.cpu_count()} cores "
         f"({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}.",
         "",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
-from fault_runs import Project
-from hostile_adapters import SLOW, generate_unrecorded
-from hostile_cases import NO_FILES, Content, cases, fit, nested
+from tests.faults.hostile_adapters import SLOW, generate_unrecorded
+from tests.faults.hostile_cases import NO_FILES, Content, cases, fit, nested
+from tests.faults.runs import Project
 
 
 def _as_config(project: Project, folder: Path) -> list[str]:

@@ -4,10 +4,10 @@ One command runs every framework in a process of its own, in turn (A B C, A B C,
 same order, from the same initial adapter, with the same optimizer, learning rate, clipping and batch size. Nothing is
 timed before the adapter gradients of lit_lora and PEFT agree on the first batch; the losses stand in the table.
 
-    python -m benchmarks.train --data gsm8k.jsonl                         # natural lengths, LoRA
-    python -m benchmarks.train --data gsm8k.jsonl --quantized             # the same on an NF4 base
-    python -m benchmarks.train --data gsm8k.jsonl --workload dense        # packed to --length tokens, all supervised
-    python -m benchmarks.train --data gsm8k.jsonl --ablation              # each technique of lit_lora off in turn
+    python -m benchmarks.peers.train --data gsm8k.jsonl                         # natural lengths, LoRA
+    python -m benchmarks.peers.train --data gsm8k.jsonl --quantized             # the same on an NF4 base
+    python -m benchmarks.peers.train --data gsm8k.jsonl --workload dense        # packed to --length tokens
+    python -m benchmarks.peers.train --data gsm8k.jsonl --ablation              # each technique of lit_lora off in turn
 
 ``--data`` is a JSONL file that ``lit-lora fit`` can read, of natural text. Peers: ``pip install -e .[bench]``.
 Run it on a machine that does nothing else.
@@ -29,7 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 LORA = ["lit_lora", "peft", "trl", "trl_tuned", "limit"]
 ABLATION = [
     "lit_lora", "no_onednn", "no_packing", "no_shared_prefix", "model_logits", "plain_linear", "no_mlp_recompute",
@@ -132,8 +132,8 @@ def _run(framework: str, job: dict[str, Any], folder: Path) -> dict[str, Any] | 
     environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
     environment.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
     process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "benchmarks.frameworks", framework, str(folder / "job.json")],
-        capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent, check=False,
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.frameworks", framework, str(folder / "job.json")],
+        capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], check=False,
     )  # fmt: skip
     if process.returncode:
         said = process.stderr.strip().splitlines()
@@ -165,7 +165,7 @@ def _write(name: str, rows: list[dict[str, Any]], args: argparse.Namespace, pari
     lines = [
         f"# {name}",
         "",
-        f"`{' '.join(['python -m benchmarks.train', *sys.argv[1:]])}`",
+        f"`{' '.join(['python -m benchmarks.peers.train', *sys.argv[1:]])}`",
         "",
         f"{machine(args.threads)}. Median of {len(set(row['round'] for row in rows))} rounds [lowest, highest]. "
         f"Adapter gradients equal PEFT's within {parity['gradient_difference']:.1e} "

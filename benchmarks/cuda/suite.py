@@ -1,20 +1,20 @@
 """One call for a machine with a GPU: correctness, then memory, then speed, in under ten minutes and without a network.
 
-    python -m benchmarks.cuda_suite                                          # everything, in 540 s
-    python -m benchmarks.cuda_suite --parts speed --models smollm2-135m --rounds 5 --name smollm2
-    python -m benchmarks.cuda_suite --device cpu --models tiny --output out  # tries the suite out, measures nothing
+    python -m benchmarks.cuda.suite                                          # everything, in 540 s
+    python -m benchmarks.cuda.suite --parts speed --models smollm2-135m --rounds 5 --name smollm2
+    python -m benchmarks.cuda.suite --device cpu --models tiny --output out  # tries the suite out, measures nothing
 
 **Unverified on hardware**: written and tested where there is no GPU. On a CPU what needs CUDA says so; the rest runs.
 
-Models have random weights, data is random tokens of natural lengths (``cuda_data.py``). Each measurement is a process
-of its own with a time limit (``cuda_worker.py``), so one that fails, hangs or runs out of memory is a row that says so,
+Models have random weights, data is random tokens of natural lengths (``data.py``). Each measurement is a process
+of its own with a time limit (``worker.py``), so one that fails, hangs or runs out of memory is a row that says so,
 and the next one runs. What the budget has no time for is a row too: "not run: out of time".
 
-- *correctness* (``cuda_correctness.py``): tests marked ``gpu``; gradients in float32 and bfloat16 against float64 on
+- *correctness* (``correctness.py``): tests marked ``gpu``; gradients in float32 and bfloat16 against float64 on
   the CPU; NF4 decoded bit for bit; packed equals unpacked; the memory estimate against the allocator.
-- *memory* (``cuda_memory.py``): measured peaks of LoRA and QLoRA next to estimate and bound; the longest context that a
+- *memory* (``memory.py``): measured peaks of LoRA and QLoRA next to estimate and bound; the longest context that a
   7B QLoRA reaches in 8, 12, 16 and 24 GB. Estimates are traced beside the correctness checks, with the GPU hidden.
-- *speed* (``cuda_speed.py``): against PEFT with transformers' Trainer, once gradients equal PEFT's. One round of
+- *speed* (``speed.py``): against PEFT with transformers' Trainer, once gradients equal PEFT's. One round of
   everything comes before the second, so that a short budget costs rounds and not rows.
 
 Results go to ``benchmarks/results/cuda_{correctness,memory,speed}.csv`` and ``.md`` after every measurement. Exits with
@@ -36,10 +36,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cuda_plan, cuda_report
-from benchmarks.cuda_data import TINY
-from benchmarks.cuda_speed import FRAMEWORKS
-from benchmarks.cuda_worker import Measurement, Outcome, Row, Worker
+from benchmarks.cuda import plan as cuda_plan
+from benchmarks.cuda import report as cuda_report
+from benchmarks.cuda.data import TINY
+from benchmarks.cuda.speed import FRAMEWORKS
+from benchmarks.cuda.worker import Measurement, Outcome, Row, Worker
 from lit_lora.base.load import ARCHITECTURES
 
 PARTS = ("correctness", "memory", "speed")
@@ -171,7 +172,7 @@ def main(arguments: Sequence[str] | None = None, start: Callable[..., Worker] = 
     output = Path(args.output) if args.output else RESULTS
     if args.device == "cpu" and not args.output:
         raise SystemExit("--device cpu measures no GPU: set --output to a folder that is not the results of one")
-    command = shlex.join(["python", "-m", "benchmarks.cuda_suite", *given])
+    command = shlex.join(["python", "-m", "benchmarks.cuda.suite", *given])
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(Path(folder), args.budget_s, num_ready=args.ready, start=start)
         try:

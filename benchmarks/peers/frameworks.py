@@ -1,4 +1,4 @@
-"""One framework, one process: ``python -m benchmarks.frameworks NAME job.json`` trains and prints what it measured.
+"""One framework, one process: ``python -m benchmarks.peers.frameworks NAME job.json`` prints what it measured.
 
 Every runner trains on the job's examples in their order, four to a step, from the job's adapter, with AdamW, a constant
 learning rate and clipping at 1.0. The first steps (``warm_up``, one by default) are not counted.
@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.step_clock import StepClock
+from benchmarks.peers.step_clock import StepClock
 
 Job = dict[str, Any]
 STARTED_S = psutil.Process().create_time()

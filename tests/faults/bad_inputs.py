@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 import yaml
-from fault_runs import Budget, Project
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+
+from tests.faults.runs import Budget, Project
 
 EXAMPLES = 100
 

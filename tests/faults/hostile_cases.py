@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fault_runs import Project
+
+from tests.faults.runs import Project
 
 MARK = "code-ran"
 """File that is made by code which must not run."""

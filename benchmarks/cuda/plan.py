@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cuda_data import TINY, base_of, config_of, dense, natural
-from benchmarks.cuda_memory import CONTEXT_LIMITS_GB, ESTIMATE_TOLERANCE, LORA, compare, settings_of, setups_of
-from benchmarks.cuda_speed import COMPILING, FRAMEWORKS, NEED_CUDA, QLORA_BAR, RATIO_BARS, job_of
-from benchmarks.cuda_worker import Measurement, Outcome, Row
+from benchmarks.cuda.data import TINY, base_of, config_of, dense, natural
+from benchmarks.cuda.memory import CONTEXT_LIMITS_GB, ESTIMATE_TOLERANCE, LORA, compare, settings_of, setups_of
+from benchmarks.cuda.speed import COMPILING, FRAMEWORKS, NEED_CUDA, QLORA_BAR, RATIO_BARS, job_of
+from benchmarks.cuda.worker import Measurement, Outcome, Row
 from benchmarks.memory_table import DQ
 
 __all__ = ["CONTEXT_LIMITS_GB", "PLANS"]

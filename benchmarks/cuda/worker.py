@@ -3,7 +3,7 @@
 A measurement that fails, runs out of memory or hangs ends its own process and nothing else. Imports take longer than
 most measurements, so a few workers get ready together; while one measures, the others wait and touch no device.
 
-    python -m benchmarks.cuda_worker        # prints "ready", reads the name of a job file, writes the result beside it
+    python -m benchmarks.cuda.worker        # prints "ready", reads the name of a job file, writes the result beside it
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from typing import Any
 from lit_lora.files.environment import ALLOCATION_VARIABLES
 
 Row = dict[str, Any]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MEASURES: dict[str, str] = {
-    "facts": "benchmarks.cuda_report",
-    "gpu_tests": "benchmarks.cuda_correctness",
-    "gradients": "benchmarks.cuda_correctness",
-    "nf4_decode": "benchmarks.cuda_correctness",
-    "packed_equals_unpacked": "benchmarks.cuda_correctness",
-    "peaks": "benchmarks.cuda_memory",
-    "estimates": "benchmarks.cuda_memory",
-    "longest_estimate": "benchmarks.cuda_memory",
-    "longest_context": "benchmarks.cuda_memory",
-    "initial_adapter": "benchmarks.cuda_speed",
-    "products": "benchmarks.cuda_speed",
-    "framework": "benchmarks.cuda_speed",
+    "facts": "benchmarks.cuda.report",
+    "gpu_tests": "benchmarks.cuda.correctness",
+    "gradients": "benchmarks.cuda.correctness",
+    "nf4_decode": "benchmarks.cuda.correctness",
+    "packed_equals_unpacked": "benchmarks.cuda.correctness",
+    "peaks": "benchmarks.cuda.memory",
+    "estimates": "benchmarks.cuda.memory",
+    "longest_estimate": "benchmarks.cuda.memory",
+    "longest_context": "benchmarks.cuda.memory",
+    "initial_adapter": "benchmarks.cuda.speed",
+    "products": "benchmarks.cuda.speed",
+    "framework": "benchmarks.cuda.speed",
 }
 """Function that measures -> where it is; it takes the job's settings and gives what it measured."""
 
@@ -94,7 +94,7 @@ class Worker:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "benchmarks.cuda_worker"], cwd=ROOT, env=environment, text=True,
+                [sys.executable, "-W", "ignore", "-m", "benchmarks.cuda.worker"], cwd=ROOT, env=environment, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
             )  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hostile_cases import NO_FILES, cases, fit_on, huge, nested, pipe
+from tests.faults.hostile_cases import NO_FILES, cases, fit_on, huge, nested, pipe
 
 
 def _row(value: bytes) -> bytes:

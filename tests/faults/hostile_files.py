@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from fault_runs import Budget, Process, Project, Tally
-from hostile_adapters import ADAPTER, TOKENIZER
-from hostile_cases import MARK, Case
-from hostile_configs import CONFIG
-from hostile_data import DATA
-from hostile_runs import CHECKPOINT, RUN
+from tests.faults.hostile_adapters import ADAPTER, TOKENIZER
+from tests.faults.hostile_cases import MARK, Case
+from tests.faults.hostile_configs import CONFIG
+from tests.faults.hostile_data import DATA
+from tests.faults.hostile_runs import CHECKPOINT, RUN
+from tests.faults.runs import Budget, Process, Project, Tally
 
 CASES: tuple[Case, ...] = (*DATA, *ADAPTER, *TOKENIZER, *CONFIG, *CHECKPOINT, *RUN)
 
