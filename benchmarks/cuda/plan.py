@@ -12,13 +12,12 @@ from typing import Any
 from benchmarks.cuda.data import TINY, base_of, config_of, dense, natural
 from benchmarks.cuda.memory import CONTEXT_LIMITS_GB, ESTIMATE_TOLERANCE, LORA, compare, settings_of, setups_of
 from benchmarks.cuda.speed import COMPILING, FRAMEWORKS, NEED_CUDA, QLORA_BAR, RATIO_BARS, job_of
-from benchmarks.cuda.worker import Measurement, Outcome, Row
+from benchmarks.cuda.worker import GOOD, Measurement, Outcome, Row
 from benchmarks.memory_table import DQ
 
 __all__ = ["CONTEXT_LIMITS_GB", "PLANS"]
 
 NEEDS_CUDA = "needs CUDA"
-GOOD = ("measured", "passed")
 CONTEXT_MODEL = "llama-2-7b"
 CONTEXT_SECONDS = 90.0
 LONG_STEP = (512,) * 16
@@ -124,14 +123,15 @@ def speed(args: argparse.Namespace, folder: Path) -> Plan:
             jobs = {name: job_of(base, own, name, device=device, **fields) for name, fields in _workloads(args, model)}
             for name, job in jobs.items():
                 _write(Path(job["examples"]), _examples(name, job, config_of(base).vocab_size, model))
-            runs = [(name, "natural", False) for name in args.frameworks if (name in COMPILING) == late]
-            runs += [] if late else [("lit_lora", "dense", False), ("lit_lora", "dense", True)]
-            for name, workload, quantized in runs:
+            for name, workload, quantized in _runs(args.frameworks, late=late):
                 labels = {"model": model, "workload": workload, "base": "NF4" if quantized else "16 or 32 bits"}
                 plan.append(
                     Measurement(
                         "speed", name, "framework",
-                        {"framework": name, "job": {**jobs[workload], "quantized": quantized}},
+                        {
+                            "framework": name,
+                            "job": {**jobs[workload], "quantized": quantized, "profile": round_number == 0},
+                        },
                         limit_s=240.0 if name in COMPILING else 120.0, labels={**labels, "round": round_number + 1},
                         reason=NEEDS_CUDA if device == "cpu" and name in NEED_CUDA else "", requires=needed[model],
                     )
@@ -212,8 +212,9 @@ def _compared(rows: list[Row]) -> list[Row]:
             continue
         if peak:
             row["share"] = row["tflops"] / peak
-        if row["workload"] == "natural" and (peft := speeds.get(_which({**row, "name": "peft"}))):
-            row["ratio"] = row["tokens_per_s"] / peft
+        for column, name in {"ratio": "peft", "ratio_without_cudnn": "peft_without_cudnn"}.items():
+            if row["workload"] == "natural" and (peft := speeds.get(_which({**row, "name": name}))):
+                row[column] = row["tokens_per_s"] / peft
         if row["base"] == "NF4" and (lora := speeds.get(_which({**row, "base": "16 or 32 bits"}))):
             row["ratio_to_lora"] = row["tokens_per_s"] / lora
     return rows
@@ -231,12 +232,18 @@ def notes(part: str, rows: Sequence[Row], args: argparse.Namespace) -> list[str]
         ]
     if part == "speed":
         return [
-            "Real tokens a second, padding not counted; `ratio` to PEFT + Trainer at its defaults in the same round; "
-            "`share` of the rate of a large bf16 product, measured here, by the work that no exact step can do "
-            "without. Peaks include loading.",
-            *_bars(rows),
+            "Real tokens a second, padding not counted; `ratio` to PEFT + Trainer at its defaults in the same round, "
+            "`ratio_without_cudnn` to the same without cuDNN's attention; `share` of the rate of a large bf16 product, "
+            "measured here, by the work that no exact step can do without. `launches` are the kernels of one more "
+            "step, `gpu_ms` their time and that of its `copies`. Peaks include loading.",
+            *verdicts(part, rows),
         ]
     return []
+
+
+def verdicts(part: str, rows: Sequence[Row]) -> list[str]:
+    """How the bars of a part came out, a line each."""
+    return _bars(rows) if part == "speed" else []
 
 
 def _bars(rows: Sequence[Row]) -> list[str]:
@@ -249,6 +256,12 @@ def _bars(rows: Sequence[Row]) -> list[str]:
         if bar and own:
             spread = f"[{min(by_name['lit_lora']):.2f}, {max(by_name['lit_lora']):.2f}]"
             found.append(f"{model}: {own:.2f} {spread} times PEFT + Trainer, bar {bar}: {_met(own >= bar)}.")
+        without = [
+            row["ratio_without_cudnn"] for row in mine if row["name"] == "lit_lora" and "ratio_without_cudnn" in row
+        ]
+        if bar and without:
+            ratio = statistics.median(without)
+            found.append(f"{model}: {ratio:.2f} times PEFT + Trainer without cuDNN's attention: {_met(ratio >= bar)}.")
         tuned = max((medians[name] for name in medians if name.startswith("peft")), default=None)
         best = max((medians[name] for name in medians if not name.startswith("peft")), default=None)
         if tuned and best:
@@ -265,14 +278,28 @@ def result(row: Row) -> str:
     if "found" in row:
         return f"{row['found']} (bound {row['bound']})"
     if "reached_tokens" in row:
-        return f"{row['reached_tokens']} tokens in {row['limit_gb']:g} GB, estimated {row['estimated_tokens']}"
+        estimated = row.get("estimated_tokens", "not")
+        return f"{row['reached_tokens']} tokens in {row['limit_gb']:g} GB, estimated {estimated}"
     if "allocated_mb" in row:
         estimated = f", estimated {row['estimated_reserved_mb']:.0f}" if "estimated_reserved_mb" in row else ""
-        return f"{row['method']}, {row['batch']}: {row['reserved_mb']:.0f} MB reserved{estimated}"
+        half = f", {row['of_lora']:.2f} of LoRA" if "of_lora" in row else ""
+        return f"{row['method']}, {row.get('batch', '')}: {row['reserved_mb']:.0f} MB reserved{estimated}{half}"
     if "tokens_per_s" in row:
-        ratio = f", {row['ratio']:.2f} of peft" if "ratio" in row else ""
-        return f"{row['workload']}, {row['base']}: {row['tokens_per_s']:.0f} tokens/s{ratio}"
-    return f"{row['tflops']:.1f} TFLOP/s" if "tflops" in row else ""
+        return ", ".join(_speed_of(row))
+    if "tflops" in row:
+        return f"{row['tflops']:.1f} TFLOP/s"
+    return " ".join(str(row[key]) for key in ("workload", "base", "method", "batch", "limit_gb") if key in row)
+
+
+def _speed_of(row: Row) -> list[str]:
+    found = [f"{row['workload']}, {row['base']}: {row['tokens_per_s']:.0f} tokens/s"]
+    found += [f"{row['ratio']:.2f} of peft"] if "ratio" in row else []
+    found += [f"{row['ratio_to_lora']:.2f} of LoRA"] if "ratio_to_lora" in row else []
+    step = f"{1000 * row['median_step_s']:.1f} ms a step"
+    if "launches" in row:
+        step += f" ({row['gpu_ms']:.1f} GPU, {row['launches']} launches, {row['waits']} waits)"
+    memory = [f"{row['peak_allocated_mb'] / 1000:.1f} GB"] if "peak_allocated_mb" in row else []
+    return [*found, step, *memory]
 
 
 def is_bad(row: Row) -> bool:
@@ -301,8 +328,16 @@ def _workloads(args: argparse.Namespace, model: str) -> list[tuple[str, Row]]:
     ]
 
 
+def _runs(frameworks: Sequence[str], *, late: bool) -> list[tuple[str, str, bool]]:
+    """Framework, workload and whether the base is quantized, of one model in one round."""
+    natural = [(name, "natural", False) for name in frameworks if (name in COMPILING) == late]
+    if late:
+        return natural
+    return [*natural[:2], ("lit_lora", "dense", False), ("lit_lora", "dense", True), *natural[2:]]
+
+
 def _examples(workload: str, job: Row, vocab_size: int, model: str) -> list[Any]:
-    count = job["steps"] * job["batch_size"]
+    count = (job["steps"] + 1) * job["batch_size"]  # one step more than is counted, to be profiled
     if workload == "natural":
         return natural(count, vocab_size)
     return dense([64 if model == TINY else LONG_STEP[0]] * count, vocab_size)

@@ -1,10 +1,17 @@
 """Speed on a device: lit_lora against PEFT with transformers' Trainer, and the share of what matrix products allow.
 
 The runners are those of ``frameworks.py``: same tokens in the same order, same base weights (drawn from one seed), same
-initial adapter from one file, same optimizer, clipping and batch. PEFT runs at the defaults (base in the type of its
-checkpoint, which is bfloat16 on CUDA; SDPA; nothing recomputed) and tuned: bf16 autocast, no check of losses for NaN,
-FlashAttention over packed rows where flash-attn is installed, Liger's kernels, and these with torch.compile. A compiler
-that is still at work after the warm-up steps shows as a mean far below what ``median_step_s`` would give.
+initial adapter from one file, same optimizer, clipping and batch. Each side runs at its defaults (base in the type of
+its checkpoint, which is bfloat16 on CUDA; nothing recomputed) and tuned:
+
+- PEFT without cuDNN's attention, which torch prefers on some devices and plans anew for every padded shape; with bf16
+  autocast, no check of losses for NaN, FlashAttention over packed rows where flash-attn is installed and Liger's
+  kernels; and all that with torch.compile.
+- lit_lora with bf16 autocast (``lit_lora_bf16``), with Liger's kernels, with both, and with compiled layers.
+
+A compiler that is still at work after the warm-up steps shows as a mean far below what ``median_step_s`` would give.
+One more step, which is not timed, runs under torch's profiler: its kernels (``launches``), copies, waits and the
+device's time (``gpu_ms``) tell whether host or device is the limit.
 
 The share of the limit is the rate of the work that no exact step can do without (:func:`step_flops`), over the rate of
 a large matrix product in the same type, measured in the same run. Left out: TRL (``benchmarks.peers.train`` has it on a
@@ -15,7 +22,6 @@ Unverified on hardware.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from pathlib import Path
@@ -26,6 +32,7 @@ import torch
 from benchmarks.cuda.data import Example, config_of
 from benchmarks.cuda.worker import Row
 from benchmarks.peers import frameworks
+from benchmarks.peers import job as jobs
 from lit_lora import LoRAConfig, inject_lora, load_base_model, save_adapter
 
 R, LORA_ALPHA = 8, 16
@@ -35,8 +42,12 @@ RATIO_BARS = {"smollm2-135m": 3.0, "tinyllama-1.1b": 2.0, "llama-2-7b": 1.5}
 """Model -> how many times PEFT + Trainer at its defaults lit_lora should be."""
 QLORA_BAR = 0.9
 """Share of LoRA's speed that QLoRA should keep at 8k tokens a step."""
-FRAMEWORKS = ["lit_lora", "compiled", "liger", "peft", "peft_liger", "peft_tuned"]
-NEED_CUDA = {"liger", "peft_liger", "peft_tuned"}
+FRAMEWORKS = [
+    "lit_lora", "peft", "lit_lora_bf16", "liger", "liger_bf16", "peft_without_cudnn", "peft_liger", "compiled",
+    "peft_tuned",
+]  # fmt: skip
+"""In the order of a round: what a budget that ends must not lose comes first."""
+NEED_CUDA = {"liger", "liger_bf16", "peft_without_cudnn", "peft_liger", "peft_tuned"}
 COMPILING = {"compiled", "peft_tuned"}
 
 
@@ -80,7 +91,7 @@ def framework(settings: Row) -> Row:
     """Run one framework, or the parity gate, on a job."""
     job = settings["job"]
     job["threads"] = torch.get_num_threads()
-    frameworks.STARTED_S = time.time()  # imports were made ahead
+    jobs.STARTED_S = time.time()  # imports were made ahead
     result = frameworks.FRAMEWORKS[settings["framework"]](job)
     if settings["framework"] == "parity":
         difference = result["gradient_difference"]
@@ -126,6 +137,5 @@ def step_flops(job: Row, batch: list[Example]) -> int:
 
 
 def _counted_batches(job: Row) -> list[list[Example]]:
-    made: list[Example] = [(ids, mask) for ids, mask in json.loads(Path(job["examples"]).read_text())]
-    size = job["batch_size"]
-    return [made[start : start + size] for start in range(job["warm_up"] * size, len(made), size)]
+    made, size = jobs.counted(job), job["batch_size"]
+    return [made[start : start + size] for start in range(0, len(made), size)]

@@ -33,7 +33,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.cuda import plan as cuda_plan
@@ -44,7 +46,7 @@ from benchmarks.cuda.worker import Measurement, Outcome, Row, Worker
 from lit_lora.base.load import ARCHITECTURES
 
 PARTS = ("correctness", "memory", "speed")
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 OUT_OF_TIME = "not run: out of time"
 SHORTEST_S = 5.0
 """With less time than this left, nothing is started."""
@@ -56,7 +58,15 @@ Estimates = dict[str, Callable[[], Outcome]]
 class Suite:
     """Runs measurements one after another until the time is up."""
 
-    def __init__(self, folder: Path, budget_s: float, *, num_ready: int, start: Callable[..., Worker] = Worker) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        budget_s: float,
+        *,
+        num_ready: int,
+        start: Callable[..., Worker] = Worker,
+        also_import: Sequence[str] = (),
+    ) -> None:
         """Nothing runs yet.
 
         Args:
@@ -64,11 +74,13 @@ class Suite:
             budget_s: from now on.
             num_ready: workers that get ready together.
             start: makes a worker.
+            also_import: what workers import beside the usual while they get ready; it may start CUDA.
         """
         self._folder = folder
         self._deadline_s = time.monotonic() + budget_s
         self._num_ready = num_ready
         self._start = start
+        self._also_import: dict[str, Any] = {"also_import": also_import} if also_import else {}
         self._ready: list[Worker] = []
         self._num_started = 0
         self._background = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4))
@@ -86,7 +98,7 @@ class Suite:
             num_to_come: so many will follow, this one included.
         """
         if not self._ready and self.left_s > SHORTEST_S:
-            self._ready = [self._worker() for _ in range(max(1, min(self._num_ready, num_to_come)))]
+            self._ready = [self._worker(**self._also_import) for _ in range(max(1, min(self._num_ready, num_to_come)))]
             for worker in self._ready:
                 worker.wait_ready(max(self.left_s, 0.0))
         if self.left_s < SHORTEST_S:
@@ -112,7 +124,7 @@ class Suite:
             worker.stop()
         self._ready = []
 
-    def _worker(self, **options: bool) -> Worker:
+    def _worker(self, **options: Any) -> Worker:
         self._num_started += 1
         return self._start(self._folder, self._num_started, **options)
 
@@ -124,7 +136,14 @@ class Suite:
         return outcome
 
 
-def run_part(suite: Suite, part: str, plan: Sequence[Measurement], tell: Tell, estimates: Estimates) -> list[Row]:
+def run_part(
+    suite: Suite,
+    part: str,
+    plan: Sequence[Measurement],
+    tell: Tell,
+    estimates: Estimates,
+    tell_log: Callable[[str, str], None] = lambda name, log: None,
+) -> list[Row]:
     """Run a plan; every measurement of it gets a row.
 
     Args:
@@ -133,6 +152,7 @@ def run_part(suite: Suite, part: str, plan: Sequence[Measurement], tell: Tell, e
         plan: in order.
         tell: gets the part and its rows so far, after each.
         estimates: by the key of the measurement that each belongs to; waited for when it is its turn.
+        tell_log: gets the key and the output of each that failed.
     """
     rows: list[Row] = []
     outcomes: dict[str, str] = {}
@@ -147,7 +167,9 @@ def run_part(suite: Suite, part: str, plan: Sequence[Measurement], tell: Tell, e
         outcomes[measurement.key] = outcome.status
         seconds = round(outcome.seconds, 1) if outcome.seconds else None
         rows.append({**measurement.row, "status": outcome.status, **outcome.values, "took_s": seconds})
-        print(f"[{suite.left_s:4.0f} s left] {part}: {measurement.name}: {outcome.status}", flush=True)
+        print(f"[{suite.left_s:4.0f} s left] {part}: {measurement.key}: {outcome.status[:120]}", flush=True)
+        if outcome.log:
+            tell_log(measurement.key, outcome.log)
         tell(part, rows)
     return rows
 
@@ -173,20 +195,24 @@ def main(arguments: Sequence[str] | None = None, start: Callable[..., Worker] = 
     if args.device == "cpu" and not args.output:
         raise SystemExit("--device cpu measures no GPU: set --output to a folder that is not the results of one")
     command = shlex.join(["python", "-m", "benchmarks.cuda.suite", *given])
+    gone_s = time.time() - psutil.Process().create_time() if arguments is None else 0.0
+    trainers = ("transformers.trainer",) if args.parts == ["speed"] else ()
     with tempfile.TemporaryDirectory() as folder:
-        suite = Suite(Path(folder), args.budget_s, num_ready=args.ready, start=start)
+        suite = Suite(Path(folder), args.budget_s - gone_s, num_ready=args.ready, start=start, also_import=trainers)
         try:
             rows = _measure(suite, args, Path(folder), output, command)
         finally:
             suite.close()
-    print("\n" + cuda_report.table(_summary(rows), ["part", "name", "model", "status", "result"]))
+    print("\n" + cuda_report.table(_summary(rows), ["name", "model", "status", "result"]))
+    for part, found in rows.items():
+        print("".join(f"\n{note}" for note in cuda_plan.verdicts(part, found)))
     return int(any(cuda_plan.is_bad(row) for part in rows.values() for row in part))
 
 
 def _measure(suite: Suite, args: argparse.Namespace, folder: Path, output: Path, command: str) -> dict[str, list[Row]]:
-    facts = suite.run(Measurement("", "facts", "facts", {"device": args.device}))
-    if "error" in facts.status:
-        print(f"device and versions: {facts.status}")
+    facts = suite.run(Measurement("", "facts", "facts", {"device": args.device}), num_to_come=args.ready)
+    if facts.status != "measured":
+        print(f"device and versions: {facts.status}\n{facts.log}")
     top = cuda_report.header(facts.values or {"versions": cuda_report.versions()}, command)
     finished: dict[str, list[Row]] = {}
     plans = {part: cuda_plan.PLANS[part](args, folder) for part in PARTS if part in args.parts}
@@ -202,12 +228,23 @@ def _measure(suite: Suite, args: argparse.Namespace, folder: Path, output: Path,
             name = "_".join(filter(None, (part, args.name)))
             cuda_report.write(output, name, finished[part], top, cuda_plan.notes(part, finished[part], args))
 
-        run_part(suite, part, plan, tell, estimates if part == "memory" else {})
+        def tell_log(key: str, log: str, part: str = part) -> None:
+            output.mkdir(parents=True, exist_ok=True)
+            with (output / f"cuda_{'_'.join(filter(None, ('log', args.name)))}.txt").open(
+                "a", encoding="utf-8"
+            ) as file:
+                file.write(f"===== {part}: {key}\n{log}\n")
+
+        run_part(suite, part, plan, tell, estimates if part == "memory" else {}, tell_log)
     return finished
 
 
 def _summary(rows: dict[str, list[Row]]) -> list[Row]:
-    return [{**row, "part": part, "result": cuda_plan.result(row)} for part, found in rows.items() for row in found]
+    return [
+        {**row, "status": row["status"][:100], "result": cuda_plan.result(row)}
+        for found in rows.values()
+        for row in found
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -215,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", default=list(ARCHITECTURES), help=f"or {TINY}, to try the suite out")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="seconds for everything")
+    parser.add_argument("--budget-s", type=float, default=540.0, help="seconds for everything, the start included")
     parser.add_argument("--output", help="folder for the results; benchmarks/results by default, on CUDA")
     parser.add_argument(
         "--name", default="", help="goes into the file names, so that calls for parts stand side by side"

@@ -9,6 +9,7 @@ most measurements, so a few workers get ready together; while one measures, the 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from lit_lora.files.environment import ALLOCATION_VARIABLES
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[2]
+GOOD = ("measured", "passed")
+LOG_LENGTH = 6000
+"""Of what a process printed, so many characters are kept, the last ones."""
 MEASURES: dict[str, str] = {
     "facts": "benchmarks.cuda.report",
     "gpu_tests": "benchmarks.cuda.correctness",
@@ -78,12 +82,14 @@ class Outcome:
     """"measured", or why there is nothing."""
     values: Row = field(default_factory=dict)
     seconds: float = 0.0
+    log: str = ""
+    """What the process printed, if it did not measure or a check failed."""
 
 
 class Worker:
     """A process that waits for one measurement."""
 
-    def __init__(self, folder: Path, number: int, *, hide_cuda: bool = False) -> None:
+    def __init__(self, folder: Path, number: int, *, hide_cuda: bool = False, also_import: Sequence[str] = ()) -> None:
         self._job = folder / f"job_{number}.json"
         self._log = folder / f"job_{number}.log"
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -94,8 +100,9 @@ class Worker:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "benchmarks.cuda.worker"], cwd=ROOT, env=environment, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
+                [sys.executable, "-W", "ignore", "-m", "benchmarks.cuda.worker", *also_import], cwd=ROOT,
+                env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                start_new_session=True,
             )  # fmt: skip
 
     def wait_ready(self, limit_s: float) -> None:
@@ -111,18 +118,22 @@ class Worker:
         try:
             self._process.communicate(f"{self._job}\n", timeout=limit_s)
         except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGUSR1)  # it says where it is
+            time.sleep(0.5)
             self.stop()
-            return Outcome(f"stopped after {limit_s:.0f} s", seconds=time.monotonic() - start_s)
+            return Outcome(f"stopped after {limit_s:.0f} s", {}, time.monotonic() - start_s, self._end_of_log())
         except BrokenPipeError:
             self._process.wait()
         seconds = time.monotonic() - start_s
         self.stop()
         result = self._job.with_suffix(".result.json")
         if not result.is_file():
-            lines = self._log.read_text(errors="replace").strip().splitlines() or ["no message"]
-            return Outcome(f"error: the process ended with code {self._process.returncode}: {lines[-1]}", {}, seconds)
+            lines = self._end_of_log().strip().splitlines() or ["no message"]
+            status = f"error: the process ended with code {self._process.returncode}: {lines[-1]}"
+            return Outcome(status, {}, seconds, self._end_of_log())
         found = json.loads(result.read_text())
-        return Outcome(found["status"], found["values"], seconds)
+        log = "" if found["status"] in GOOD else self._end_of_log()
+        return Outcome(found["status"], found["values"], seconds, log)
 
     def stop(self) -> None:
         """End the process and what it started."""
@@ -134,6 +145,9 @@ class Worker:
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
+
+    def _end_of_log(self) -> str:
+        return self._log.read_text(errors="replace")[-LOG_LENGTH:]
 
 
 def perform(name: str, settings: Row) -> Outcome:
@@ -147,6 +161,7 @@ def perform(name: str, settings: Row) -> Outcome:
         values = measure(settings)
         status = values.pop("status", "measured")
     except torch.OutOfMemoryError:
+        traceback.print_exc()
         status = "out of memory"
     except Exception as error:
         traceback.print_exc()
@@ -160,7 +175,8 @@ def _python_path() -> list[str]:
 
 def main() -> None:
     os.environ.update(ALLOCATION_VARIABLES)  # what the command line does
-    for name in ("torch", "lightning", "transformers", "lit_lora"):  # nothing that starts CUDA
+    faulthandler.register(signal.SIGUSR1)
+    for name in ("torch", "lightning", "transformers", "lit_lora", *sys.argv[1:]):  # the first start no CUDA
         importlib.import_module(name)
     importlib.import_module("transformers.models.llama.modeling_llama")
     print("ready", flush=True)

@@ -8,73 +8,28 @@ A job runs on the CPU in float32 unless it says ``device`` and ``dtype``; that p
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import resource
 import sys
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from benchmarks.peers.step_clock import StepClock
-
-Job = dict[str, Any]
-STARTED_S = psutil.Process().create_time()
-
-
-def _examples(job: Job) -> list[tuple[list[int], list[bool]]]:
-    return [(ids, mask) for ids, mask in json.loads(Path(job["examples"]).read_text())]
-
-
-def _counts(job: Job) -> dict[str, int]:
-    """Real and supervised tokens of the counted steps; the same for every framework."""
-    counted = _examples(job)[job["batch_size"] * _warm_up(job) :]
-    return {
-        "num_tokens": sum(len(ids) for ids, _ in counted),
-        "num_target_tokens": sum(sum(mask) for _, mask in counted),
-    }
-
-
-def _result(job: Job, ends_s: list[float], losses: list[float]) -> dict[str, Any]:
-    result = {
-        **_counts(job),
-        "step_times_s": [b - a for a, b in itertools.pairwise(ends_s[_warm_up(job) - 1 :])],
-        "time_to_first_step_s": ends_s[0] - STARTED_S,
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "mean_loss": sum(losses) / len(losses),
-    }
-    if _device(job) == "cuda":
-        import torch
-
-        result["peak_allocated_mb"] = torch.cuda.max_memory_allocated() / 1e6
-        result["peak_reserved_mb"] = torch.cuda.memory_reserved() / 1e6  # never given back, so its highest
-    return result
-
-
-def _device(job: Job) -> str:
-    return job.get("device", "cpu")
-
-
-def _warm_up(job: Job) -> int:
-    return job.get("warm_up", 1)
-
-
-def _clock(job: Job) -> StepClock:
-    return StepClock(on_cuda=_device(job) == "cuda", warm_up=_warm_up(job))
-
+from benchmarks.peers.job import Job, clock_of, device_of, examples_of, num_steps, result_of
+from benchmarks.peers.limit import limit
 
 # ---------------------------------------------------------------------- lit_lora
 
 
 def lit_lora(
-    job: Job, *, huge_pages: bool = True, onednn: bool = True, packing: bool = True, **step: Any
+    job: Job,
+    *,
+    huge_pages: bool = True,
+    onednn: bool = True,
+    packing: bool = True,
+    precision: Any = "32-true",
+    **step: Any,
 ) -> dict[str, Any]:
     from lit_lora.files.environment import ALLOCATION_VARIABLES
 
@@ -107,7 +62,7 @@ def lit_lora(
             state = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
             load_adapter_state_dict(self.model, state)
 
-    clock = _clock(job)
+    clock = clock_of(job)
 
     class Clock(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
@@ -115,7 +70,7 @@ def lit_lora(
 
     examples = [
         TokenizedExample(i, np.array(ids, dtype=np.int32), np.array(mask))
-        for i, (ids, mask) in enumerate(_examples(job))
+        for i, (ids, mask) in enumerate(examples_of(job))
     ]
     module = FromAdapter(
         job["base"],
@@ -126,14 +81,14 @@ def lit_lora(
     )
     memory = MemoryProfiler()
     trainer = L.Trainer(
-        accelerator="gpu" if clock.on_cuda else "cpu", devices=1, max_steps=job["steps"], gradient_clip_val=1.0,
-        logger=False, enable_checkpointing=False,
+        accelerator="gpu" if clock.on_cuda else "cpu", devices=1, max_steps=num_steps(job), gradient_clip_val=1.0,
+        precision=precision, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=Path(job["adapter"]).parent,
         callbacks=[GradientNormLogger(), memory, GradientFlowAssertion(), ThroughputLogger(), Clock()],
     )  # fmt: skip
     collate = collate_packed if packing else collate_padded
     trainer.fit(module, DataLoader(examples, batch_size=job["batch_size"], collate_fn=collate))
-    result = _result(job, clock.ends_s(), module.flush_metrics().losses)
+    result = result_of(job, clock, module.flush_metrics().losses)
     if clock.on_cuda:
         result["peak_allocated_mb"] = memory.peak_mib * 1.048576  # it resets the allocator's own peak at every phase
     return result
@@ -151,7 +106,9 @@ def _peft_model(job: Job, attention: str = "sdpa") -> Any:
     torch.set_num_threads(job["threads"])
     if job["base"].startswith(RANDOM):
         assert not job["quantized"], "PEFT's side of a quantized base is read from a folder"
-        model = load_base_model(job["base"], dtype=job.get("dtype", "float32"), device=_device(job))
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        model = load_base_model(job["base"], dtype=job.get("dtype", "float32"), device=device_of(job))
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)  # attention is PEFT's and torch's choice, not what lit_lora sets
         model.set_attn_implementation(attention)
         return PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -169,7 +126,7 @@ def _peft_model(job: Job, attention: str = "sdpa") -> Any:
 def _rows(job: Job) -> list[dict[str, list[int]]]:
     return [
         {"input_ids": ids, "labels": [t if keep else -100 for t, keep in zip(ids, mask, strict=True)]}
-        for ids, mask in _examples(job)
+        for ids, mask in examples_of(job)
     ]
 
 
@@ -177,14 +134,14 @@ def _arguments(job: Job) -> dict[str, Any]:
     return {
         "output_dir": str(Path(job["adapter"]).parent / "trainer"),
         "per_device_train_batch_size": job["batch_size"],
-        "max_steps": job["steps"],
+        "max_steps": num_steps(job),
         "learning_rate": job["learning_rate"],
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,
-        "logging_steps": 1 if _device(job) == "cpu" else job["steps"],  # each reading waits for the device
+        "logging_steps": 1 if device_of(job) == "cpu" else num_steps(job),  # each reading waits for the device
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": _device(job) == "cpu",
+        "use_cpu": device_of(job) == "cpu",
         "disable_tqdm": True,
     }
 
@@ -193,7 +150,7 @@ def _train(job: Job, make_trainer: Callable[..., Any]) -> dict[str, Any]:
     from torch.utils.data import SequentialSampler
     from transformers import TrainerCallback
 
-    clock = _clock(job)
+    clock = clock_of(job)
     losses: list[float] = []
 
     class Clock(TrainerCallback):
@@ -207,7 +164,7 @@ def _train(job: Job, make_trainer: Callable[..., Any]) -> dict[str, Any]:
     trainer = make_trainer(Clock())
     trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
     trainer.train()
-    return _result(job, clock.ends_s(), losses)
+    return result_of(job, clock, losses)
 
 
 def peft(job: Job, **options: Any) -> dict[str, Any]:
@@ -218,7 +175,7 @@ def peft(job: Job, **options: Any) -> dict[str, Any]:
 
     attention = "sdpa"
     collator: Any = DataCollatorForSeq2Seq(load_tokenizer(job.get("tokenizer", job["base"])), padding=True)
-    if options and _device(job) == "cuda" and find_spec("flash_attn") is not None:
+    if options and device_of(job) == "cuda" and find_spec("flash_attn") is not None:
         attention, collator = "flash_attention_2", DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     model = _peft_model(job, attention)
     arguments = TrainingArguments(**{**_arguments(job), **options})
@@ -231,6 +188,12 @@ def peft(job: Job, **options: Any) -> dict[str, Any]:
     return {**result, "attention": attention}
 
 
+def peft_without_cudnn(job: Job) -> dict[str, Any]:
+    """As :func:`peft`, without cuDNN's attention, which torch prefers on some devices and plans anew for each shape."""
+    os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"] = "1"  # torch reads it at the process's first attention
+    return peft(job)
+
+
 def trl(job: Job, **options: Any) -> dict[str, Any]:
     """TRL's SFTTrainer, at its defaults (activation checkpointing on)."""
     from datasets import Dataset
@@ -239,7 +202,7 @@ def trl(job: Job, **options: Any) -> dict[str, Any]:
     from lit_lora import load_tokenizer
 
     model = _peft_model(job)
-    rows = [{"input_ids": ids, "completion_mask": [int(m) for m in mask]} for ids, mask in _examples(job)]
+    rows = [{"input_ids": ids, "completion_mask": [int(m) for m in mask]} for ids, mask in examples_of(job)]
     arguments = {**_arguments(job), "bf16": False, "max_length": None, "completion_only_loss": True, **options}
     return _train(
         job,
@@ -250,7 +213,7 @@ def trl(job: Job, **options: Any) -> dict[str, Any]:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------- parity and the limit
+# ---------------------------------------------------------------------- parity
 
 
 def parity(job: Job) -> dict[str, Any]:
@@ -265,12 +228,12 @@ def parity(job: Job) -> dict[str, Any]:
     from lit_lora.language_model.forward import language_model_loss
     from lit_lora.language_model.trial import choose_path
 
-    first = _examples(job)[: job["batch_size"]]
+    first = examples_of(job)[: job["batch_size"]]
     model = load_base_model(
         job["base"], dtype="float32", quantization=QuantizationConfig() if job["quantized"] else None
     )
     load_adapter(model, job["adapter"], trainable=True)
-    device = torch.device(_device(job))
+    device = torch.device(device_of(job))
     model.to(device)
     batch = collate_packed(
         [TokenizedExample(i, np.array(x, dtype=np.int32), np.array(m)) for i, (x, m) in enumerate(first)]
@@ -302,67 +265,10 @@ def parity(job: Job) -> dict[str, Any]:
     return {"gradient_difference": difference, "largest_gradient": largest}
 
 
-def limit(job: Job, *, onednn: bool = True) -> dict[str, Any]:
-    """The products that no exact step can do without, alone, in the job's shapes.
-
-    Base forward and input gradient, the adapters' six narrow products, the head at supervised positions in both
-    directions, and attention per example in both directions. No other work. Each by the fastest kernel that is known
-    here: the ones that lit_lora uses, or, without oneDNN, those of any torch program.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    import torch
-    from torch import nn
-
-    from lit_lora import load_base_model
-    from lit_lora.kernels.products import linear, matmul
-    from lit_lora.language_model.attention import SeqLens, packed_attention_forward
-
-    torch.set_num_threads(job["threads"])
-    torch.backends.mkldnn.enabled = onednn
-    model = load_base_model(job["base"], dtype="float32")
-    config = model.config
-    layers = [[m.weight.detach() for m in layer.modules() if isinstance(m, nn.Linear)] for layer in model.model.layers]
-    head = model.get_output_embeddings().weight.detach()
-    examples, size = _examples(job), job["batch_size"]
-    ends_s, attention_s = [], []
-    widths = {n for weights in layers for w in weights for n in w.shape}
-    for start in range(0, len(examples), size):
-        batch = examples[start : start + size]
-        lengths = [max(i for i, keep in enumerate(mask) if keep) + 1 for _, mask in batch]
-        x = {n: torch.randn(sum(lengths), n) for n in widths}
-        down = torch.randn(sum(lengths), 8)
-        hidden = torch.randn(sum(sum(mask) for _, mask in batch), config.hidden_size)
-        query, key, value = (
-            torch.randn(1, num_heads, sum(lengths), config.head_dim, requires_grad=True)
-            for num_heads in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        )
-        attention_s.append(0.0)
-        for weights in layers:
-            for weight in weights:
-                out, inner = weight.shape
-                a, b = weight[:8], weight[:, :8].contiguous()
-                linear(x[inner], weight)
-                matmul(x[out], weight)
-                for left, right in ((x[inner], a.t()), (down, b.t()), (x[out], b), (down, a)):
-                    matmul(left, right)
-                matmul(down.t(), x[inner])
-                matmul(down.t(), x[out])
-            began_s = time.time()
-            attended, _ = packed_attention_forward(
-                nn.Module(), query, key, value, None, cu_seq_lens_q=torch.zeros(1), seq_lens=SeqLens(lengths)
-            )
-            attended.backward(attended.detach())
-            attention_s[-1] += time.time() - began_s
-        for row in range(0, len(hidden), 512):
-            for block in head.split(4096):
-                matmul(linear(hidden[row : row + 512], block), block)
-        ends_s.append(time.time())
-    return {**_result(job, ends_s, [0.0]), "attention_s": attention_s[_warm_up(job) :]}
-
-
 FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "lit_lora": lit_lora,
     "peft": peft,
+    "peft_without_cudnn": peft_without_cudnn,
     "peft_liger": lambda job: peft(job, bf16=True, logging_nan_inf_filter=False, use_liger_kernel=True),
     "peft_tuned": lambda job: peft(
         job, bf16=True, logging_nan_inf_filter=False, use_liger_kernel=True, torch_compile=True
@@ -379,6 +285,8 @@ FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "no_mlp_recompute": lambda job: lit_lora(job, recompute_mlp=False),
     "compiled": lambda job: lit_lora(job, compile_layers=True),
     "liger": lambda job: lit_lora(job, liger=True),
+    "lit_lora_bf16": lambda job: lit_lora(job, precision="bf16-mixed"),
+    "liger_bf16": lambda job: lit_lora(job, liger=True, precision="bf16-mixed"),
     "no_huge_pages": lambda job: lit_lora(job, huge_pages=False),
     "no_onednn": lambda job: lit_lora(job, onednn=False),
     "checkpointing": lambda job: lit_lora(job, recompute=True),
