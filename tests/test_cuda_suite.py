@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import os
+import shlex
+import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.cuda import correctness
 from benchmarks.cuda import plan as cuda_plan
 from benchmarks.cuda import suite as cuda_suite
 from benchmarks.cuda import worker as cuda_worker
@@ -17,7 +22,7 @@ from benchmarks.cuda.data import TINY, base_of, config_of, natural
 from benchmarks.cuda.memory import GRANULARITY, _step_fits, confirm, longest_fitting
 from benchmarks.cuda.speed import step_flops
 from benchmarks.cuda.worker import Measurement, Outcome, Row, Worker
-from benchmarks.peers.step_clock import StepClock
+from benchmarks.peers.step_clock import StepClock, tally
 from lit_lora.adapters import functional
 
 pytest.importorskip("peft")
@@ -31,7 +36,7 @@ class InProcess:
 
     lock = threading.Lock()  # the estimate, made beside the rest, selects attention for the whole process
 
-    def __init__(self, folder: Path, number: int, *, hide_cuda: bool = False) -> None: ...
+    def __init__(self, folder: Path, number: int, **_: Any) -> None: ...
 
     def wait_ready(self, limit_s: float) -> None: ...
 
@@ -130,6 +135,102 @@ def test_a_wrong_gradient_fails_its_checks_and_stops_the_speed_part(
     assert speed["parity with PEFT"] == "failed"
     assert speed["lit_lora"] == speed["peft"] == "not run: parity with PEFT: failed"
     assert not any(row.get("tokens_per_s") for row in table(tmp_path, "speed"))
+    assert run(tmp_path, "--parts", "speed", "--anyway", "--frameworks", "lit_lora") == 1
+    speed = statuses(tmp_path, "speed")
+    assert (speed["parity with PEFT"], speed["lit_lora"]) == ("failed", "measured")
+
+
+def failing(status: str, *, unless: tuple[str, ...] = ()) -> Any:
+    """Workers whose measurements come to nothing, apart from those named."""
+
+    class Failing(InProcess):
+        def run(self, measurement: Measurement, limit_s: float) -> Outcome:
+            if measurement.measure in unless:
+                return super().run(measurement, limit_s)
+            return Outcome(status, {}, 1.0, "the last words")
+
+    return Failing
+
+
+@pytest.mark.parametrize("status", ["error: OSError: no", "out of memory", "stopped after 9 s", "failed"])
+@pytest.mark.parametrize("unless", [(), ("initial_adapter", "facts", "longest_context"), ("estimates", "peaks")])
+def test_whatever_fails_every_row_is_there_with_its_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str, unless: tuple[str, ...]
+) -> None:
+    command = ["--device", "cpu", "--models", TINY, "--output", str(tmp_path), "--steps", "1", "--rounds", "1"]
+    assert cuda_suite.main([*command, "--context-gb", "0.02", "--name", "n"], start=failing(status, unless=unless)) == 1
+    told = capsys.readouterr().out.splitlines()
+    for part, num_rows in {"correctness": 7, "memory": 3, "speed": 16}.items():
+        rows = table(tmp_path, f"{part}_n")
+        assert len(rows) == num_rows
+        allowed = ("not run: ", "needs CUDA", status, "passed", "measured")
+        assert all(row["status"].startswith(allowed) for row in rows)
+        for row in rows:
+            assert any(line.startswith(f"| {row['name']} |") and row["status"][:100] in line for line in told)
+    assert "the last words" in (tmp_path / "cuda_log_n.txt").read_text()
+
+
+def test_the_table_says_what_a_context_reached_when_its_estimate_failed() -> None:
+    row: Row = {"name": "longest context", "limit_gb": 8, "reached_tokens": 512, "status": "measured"}
+    assert cuda_plan.result(row) == "512 tokens in 8 GB, estimated not"
+
+
+def test_a_profiled_step_is_told_apart_and_not_timed(tmp_path: Path) -> None:
+    class Range:
+        def __init__(self, us: float) -> None:
+            self.us = us
+
+        def elapsed_us(self) -> float:
+            return self.us
+
+    def event(name: str, device: str, us: float = 0.0) -> Any:
+        return SimpleNamespace(name=name, device_type=SimpleNamespace(name=device), time_range=Range(us))
+
+    found = tally(
+        [
+            *(event(name, "CUDA", us) for name, us in (("gemm", 100.0), ("gemm", 300.0), ("add", 500.0))),
+            *(event(name, "CUDA", 1.0) for name in ("Memcpy HtoD (Pageable -> Device)", "Memset (Device)")),
+            *(event(f"cuda{name}", "CPU") for name in ("LaunchKernel", "StreamSynchronize", "DeviceSynchronize")),
+        ]
+    )
+    assert found == {
+        "launches": 3, "copies": 2, "waits": 1, "gpu_ms": pytest.approx(0.902),
+        "longest_kernels": "0.50 ms add; 0.40 ms gemm",
+    }  # fmt: skip
+    clock = StepClock(on_cuda=False, profile_after=2)
+    clock.end()
+    clock.end()
+    torch.ones(2) + 1
+    clock.end()
+    assert len(clock.ends_s()) == 2
+    assert clock.profiled["launches"] == 0
+
+
+def test_gpu_tests_are_collected_from_the_files_that_hold_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return SimpleNamespace(returncode=0, stdout="7 passed in 1.00s", stderr="")
+
+    monkeypatch.setattr(correctness.subprocess, "run", run)
+    assert correctness.gpu_tests({})["status"] == "passed"
+    files = [Path(argument).name for argument in commands[0] if argument.endswith(".py")]
+    assert {"test_throughput.py", "test_gradient_norm.py", "test_memory_profiler.py"} <= set(files)
+    assert "test_fetch.py" not in files
+
+
+@pytest.mark.parametrize("call", ["small", "checks", "7b"])
+def test_the_calls_are_ones_that_the_suite_takes(call: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": "echo"}
+    script = cuda_suite.RESULTS.parent / "cuda" / "calls.sh"
+    told = subprocess.run([script, call, tmp_path], env=environment, capture_output=True, text=True, check=True).stdout
+    program, *arguments = shlex.split(told)
+    assert (program, arguments[0]) == ("-m", "benchmarks.cuda.suite")
+    args = cuda_suite._parser().parse_args(arguments[1:])
+    assert args.budget_s + 30 < 600
+    assert Path(args.output) == tmp_path
+    assert set(args.models) <= {TINY, *cuda_suite.ARCHITECTURES}
 
 
 def test_a_process_that_fails_is_told_and_does_not_stop_the_next(tmp_path: Path) -> None:

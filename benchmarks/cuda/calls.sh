@@ -8,10 +8,10 @@ set -euo pipefail
 call=$1 folder=$(realpath -m "$2")
 cd "$(dirname "$0")/../.."
 case $call in
-small) what=(--parts speed --models smollm2-135m tinyllama-1.1b --rounds 2) ;;
+small) what=(--parts speed --anyway --models smollm2-135m tinyllama-1.1b --rounds 2) ;;
 checks) what=(--parts correctness memory --context-gb 12 24) ;;
 7b)
-    what=(--parts speed --models llama-2-7b --rounds 2)
+    what=(--parts speed --anyway --models llama-2-7b --rounds 2)
     what+=(--frameworks lit_lora peft lit_lora_bf16 liger liger_bf16 peft_without_cudnn peft_liger)
     ;;
 *) echo "$call: small, checks or 7b" >&2; exit 2 ;;

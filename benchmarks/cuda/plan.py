@@ -18,6 +18,8 @@ from benchmarks.memory_table import DQ
 __all__ = ["CONTEXT_LIMITS_GB", "PLANS"]
 
 NEEDS_CUDA = "needs CUDA"
+NOT_RUN = "not run: "
+PROFILER = "profiler of torch"
 CONTEXT_MODEL = "llama-2-7b"
 CONTEXT_SECONDS = 90.0
 LONG_STEP = (512,) * 16
@@ -106,16 +108,18 @@ def speed(args: argparse.Namespace, folder: Path) -> Plan:
         "speed", "parity with PEFT", "framework", {"framework": "parity", "job": job}, requires=(adapter.key,)
     )
     plan = [adapter, parity, Measurement("speed", "matrix products", "products", {"device": device})]
+    plan.append(Measurement("speed", PROFILER, "profiler", {"device": device}))
+    gate = () if args.anyway else (parity.key,)
     needed: dict[str, tuple[str, ...]] = {}
     for model in args.models:
         base, own = base_of(model, folder), _made(folder / model)
         first = Measurement(
             "speed", "initial adapter", "initial_adapter",
             {"base": base, "adapter": str(own / "adapter"), "device": device}, labels={"model": model},
-            requires=(parity.key,),
+            requires=gate,
         )  # fmt: skip
         plan.append(first)
-        needed[model] = (parity.key, first.key)
+        needed[model] = (*gate, first.key)
     # In a round what compiles comes last: it takes longest, and a budget that ends loses it first.
     for round_number, late in [(number, late) for number in range(args.rounds) for late in (False, True)]:
         for model in args.models:
@@ -156,8 +160,14 @@ def why_not(measurement: Measurement, outcomes: Mapping[str, str]) -> str:
     for key in measurement.requires:
         if outcomes[key] not in GOOD:
             late = "out of time" if "out of time" in outcomes[key] else f"{key}: {outcomes[key]}"
-            return f"not run: {late}"
+            return outcomes[key] if outcomes[key].startswith(NOT_RUN) else f"{NOT_RUN}{late}"
     return ""
+
+
+def adjust(measurement: Measurement, outcomes: Mapping[str, str]) -> None:
+    """Ask for no profiled step where the profiler has failed: it would take the speed along."""
+    if measurement.settings.get("job", {}).get("profile"):
+        measurement.settings["job"]["profile"] = outcomes[PROFILER] in GOOD
 
 
 def complete(measurement: Measurement, outcome: Outcome) -> None:

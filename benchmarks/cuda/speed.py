@@ -33,6 +33,7 @@ from benchmarks.cuda.data import Example, config_of
 from benchmarks.cuda.worker import Row
 from benchmarks.peers import frameworks
 from benchmarks.peers import job as jobs
+from benchmarks.peers.step_clock import StepClock
 from lit_lora import LoRAConfig, inject_lora, load_base_model, save_adapter
 
 R, LORA_ALPHA = 8, 16
@@ -85,6 +86,16 @@ def products(settings: Row) -> Row:
         seconds.append(time.perf_counter() - start_s)
     rate = 2 * size**3 / statistics.median(seconds[3:]) / 1e12
     return {"tflops": rate, "detail": f"{size} x {size} x {size}, {str(dtype).removeprefix('torch.')}"}
+
+
+def profiler(settings: Row) -> Row:
+    """Whether torch's profiler works on the device, and sees a product; where it crashes no other measurement does."""
+    clock = StepClock(on_cuda=settings["device"] == "cuda", profile_after=1)
+    left = torch.ones(64, 64, device=settings["device"])
+    clock.end()
+    left @ left
+    clock.end()
+    return {"launches": clock.profiled["launches"]}
 
 
 def framework(settings: Row) -> Row:

@@ -161,6 +161,7 @@ def run_part(
         if reason:
             outcome = Outcome(reason)
         else:
+            cuda_plan.adjust(measurement, outcomes)
             if measurement.key in estimates:
                 cuda_plan.complete(measurement, estimates[measurement.key]())
             outcome = suite.run(measurement, num_to_come=len(plan) - index)
@@ -262,6 +263,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context-gb", type=float, nargs="+", default=list(cuda_plan.CONTEXT_LIMITS_GB),
                         help="memory to find the longest context for")  # fmt: skip
     parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS, help="of the speed part")
+    parser.add_argument(
+        "--anyway", action="store_true", help="measure speed though parity with PEFT fails; exits with 1"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="of the speed part")
     parser.add_argument("--steps", type=int, default=16, help="counted steps of a speed measurement")
     parser.add_argument("--batch-size", type=int, default=8, help="examples a step, in the speed part")

@@ -43,6 +43,7 @@ MEASURES: dict[str, str] = {
     "longest_context": "benchmarks.cuda.memory",
     "initial_adapter": "benchmarks.cuda.speed",
     "products": "benchmarks.cuda.speed",
+    "profiler": "benchmarks.cuda.speed",
     "framework": "benchmarks.cuda.speed",
 }
 """Function that measures -> where it is; it takes the job's settings and gives what it measured."""
@@ -175,6 +176,7 @@ def _python_path() -> list[str]:
 
 def main() -> None:
     os.environ.update(ALLOCATION_VARIABLES)  # what the command line does
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     for name in ("torch", "lightning", "transformers", "lit_lora", *sys.argv[1:]):  # the first start no CUDA
         importlib.import_module(name)
