@@ -120,14 +120,16 @@ def speed(args: argparse.Namespace, folder: Path) -> Plan:
         )  # fmt: skip
         plan.append(first)
         needed[model] = (*gate, first.key)
-    # In a round what compiles comes last: it takes longest, and a budget that ends loses it first.
-    for round_number, late in [(number, late) for number in range(args.rounds) for late in (False, True)]:
+    # In a round what compiles comes last, one after another: it takes longest, and a budget that ends loses it first.
+    compiling = [[name] for name in args.frameworks if name in COMPILING]
+    together = [name for name in args.frameworks if name not in COMPILING]
+    for round_number, names in [(number, names) for number in range(args.rounds) for names in (together, *compiling)]:
         for model in args.models:
             base, own = base_of(model, folder), _made(folder / model)
             jobs = {name: job_of(base, own, name, device=device, **fields) for name, fields in _workloads(args, model)}
             for name, job in jobs.items():
                 _write(Path(job["examples"]), _examples(name, job, config_of(base).vocab_size, model))
-            for name, workload, quantized in _runs(args.frameworks, late=late):
+            for name, workload, quantized in _runs(names):
                 labels = {"model": model, "workload": workload, "base": "NF4" if quantized else "16 or 32 bits"}
                 plan.append(
                     Measurement(
@@ -338,10 +340,10 @@ def _workloads(args: argparse.Namespace, model: str) -> list[tuple[str, Row]]:
     ]
 
 
-def _runs(frameworks: Sequence[str], *, late: bool) -> list[tuple[str, str, bool]]:
-    """Framework, workload and whether the base is quantized, of one model in one round."""
-    natural = [(name, "natural", False) for name in frameworks if (name in COMPILING) == late]
-    if late:
+def _runs(frameworks: Sequence[str]) -> list[tuple[str, str, bool]]:
+    """Framework, workload and whether the base is quantized, of one model in one round; dense batches once a round."""
+    natural = [(name, "natural", False) for name in frameworks]
+    if COMPILING & set(frameworks):
         return natural
     return [*natural[:2], ("lit_lora", "dense", False), ("lit_lora", "dense", True), *natural[2:]]
 

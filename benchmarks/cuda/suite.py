@@ -1,6 +1,6 @@
-"""One call for a machine with a GPU: correctness, then memory, then speed, in under ten minutes and without a network.
+"""For a machine with a GPU: correctness, memory and speed, within a budget of time and without a network.
 
-    python -m benchmarks.cuda.suite                                          # everything, in 540 s
+    benchmarks/cuda/calls.sh small|checks|7b FOLDER                          # everything, in three calls of 520 s
     python -m benchmarks.cuda.suite --parts speed --models smollm2-135m --rounds 5 --name smollm2
     python -m benchmarks.cuda.suite --device cpu --models tiny --output out  # tries the suite out, measures nothing
 
@@ -8,14 +8,16 @@
 
 Models have random weights, data is random tokens of natural lengths (``data.py``). Each measurement is a process
 of its own with a time limit (``worker.py``), so one that fails, hangs or runs out of memory is a row that says so,
-and the next one runs. What the budget has no time for is a row too: "not run: out of time".
+and the next one runs; the end of what it printed goes to ``cuda_log.txt``, one that was stopped says where it was.
+What the budget has no time for is a row too: "not run: out of time".
 
 - *correctness* (``correctness.py``): tests marked ``gpu``; gradients in float32 and bfloat16 against float64 on
   the CPU; NF4 decoded bit for bit; packed equals unpacked; the memory estimate against the allocator.
 - *memory* (``memory.py``): measured peaks of LoRA and QLoRA next to estimate and bound; the longest context that a
   7B QLoRA reaches in 8, 12, 16 and 24 GB. Estimates are traced beside the correctness checks, with the GPU hidden.
 - *speed* (``speed.py``): against PEFT with transformers' Trainer, once gradients equal PEFT's. One round of
-  everything comes before the second, so that a short budget costs rounds and not rows.
+  everything comes before the second, so that a short budget costs rounds and not rows. ``--anyway`` measures though
+  gradients differ.
 
 Results go to ``benchmarks/results/cuda_{correctness,memory,speed}.csv`` and ``.md`` after every measurement. Exits with
 1 if a check failed, a bound was not held or a measurement ended in an error. Left out: whole-step CUDA graphs, which
