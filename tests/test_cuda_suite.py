@@ -197,7 +197,7 @@ def test_a_profiled_step_is_told_apart_and_not_timed(tmp_path: Path) -> None:
         "launches": 3, "copies": 2, "waits": 1, "gpu_ms": pytest.approx(0.902),
         "longest_kernels": "0.50 ms add; 0.40 ms gemm",
     }  # fmt: skip
-    clock = StepClock(on_cuda=False, profile_after=2)
+    clock = StepClock(on_cuda=False, last=2, profile=True)
     clock.end()
     clock.end()
     torch.ones(2) + 1

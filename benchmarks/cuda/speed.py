@@ -90,7 +90,7 @@ def products(settings: Row) -> Row:
 
 def profiler(settings: Row) -> Row:
     """Whether torch's profiler works on the device, and sees a product; where it crashes no other measurement does."""
-    clock = StepClock(on_cuda=settings["device"] == "cuda", profile_after=1)
+    clock = StepClock(on_cuda=settings["device"] == "cuda", last=1, profile=True)
     left = torch.ones(64, 64, device=settings["device"])
     clock.end()
     left @ left

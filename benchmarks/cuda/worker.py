@@ -130,7 +130,8 @@ class Worker:
         result = self._job.with_suffix(".result.json")
         if not result.is_file():
             lines = self._end_of_log().strip().splitlines() or ["no message"]
-            status = f"error: the process ended with code {self._process.returncode}: {lines[-1]}"
+            last_words = next((line for line in lines if line.startswith("Fatal Python error")), lines[-1])[:300]
+            status = f"error: the process ended with code {self._process.returncode}: {last_words}"
             return Outcome(status, {}, seconds, self._end_of_log())
         found = json.loads(result.read_text())
         log = "" if found["status"] in GOOD else self._end_of_log()

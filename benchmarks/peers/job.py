@@ -53,7 +53,7 @@ def result_of(job: Job, clock: StepClock, losses: list[float]) -> dict[str, Any]
         import torch
 
         result["peak_allocated_mb"] = torch.cuda.max_memory_allocated() / 1e6
-        result["peak_reserved_mb"] = torch.cuda.memory_reserved() / 1e6  # never given back, so its highest
+        result["peak_reserved_mb"] = clock.reserved_bytes / 1e6  # while it trains none is given back
     return result
 
 
@@ -66,5 +66,5 @@ def warm_up_of(job: Job) -> int:
 
 
 def clock_of(job: Job) -> StepClock:
-    profiled = job["steps"] if job.get("profile") else None
-    return StepClock(on_cuda=device_of(job) == "cuda", warm_up=warm_up_of(job), profile_after=profiled)
+    on_cuda = device_of(job) == "cuda"
+    return StepClock(on_cuda=on_cuda, warm_up=warm_up_of(job), last=job["steps"], profile=bool(job.get("profile")))

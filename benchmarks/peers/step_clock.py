@@ -18,19 +18,22 @@ NUM_LARGEST = 12
 class StepClock:
     """Collects the ends of steps."""
 
-    def __init__(self, *, on_cuda: bool, warm_up: int = 1, profile_after: int | None = None) -> None:
+    def __init__(self, *, on_cuda: bool, warm_up: int = 1, last: int | None = None, profile: bool = False) -> None:
         """Nothing has ended yet.
 
         Args:
             on_cuda: steps run on the current CUDA device.
             warm_up: after so many steps the host waits for the device, so that none of their work is counted.
-            profile_after: the step after so many runs under torch's profiler, and is not timed.
+            last: so many steps are timed, the warm-up included; then the memory that is reserved is read.
+            profile: the step after the last one runs under torch's profiler.
         """
         self.on_cuda = on_cuda
         self.profiled: dict[str, Any] = {}
         """What the profiled step did: kernels, copies, waits and the device's time; empty without one."""
         self._warm_up = warm_up
-        self._profile_after = profile_after
+        self._last = last
+        self._profile = profile
+        self.reserved_bytes = 0
         self._profiler: Any = None
         self._ends: list[Any] = []
         self._first_end_s = 0.0
@@ -50,8 +53,8 @@ class StepClock:
             if len(self._ends) in (1, self._warm_up):
                 torch.cuda.synchronize()
             self._first_end_s = self._first_end_s or time.time()
-        if len(self._ends) == self._profile_after:
-            self._start_profiling()
+        if len(self._ends) == self._last:
+            self._after_last()
 
     def ends_s(self) -> list[float]:
         """The ends so far, on the host's clock; on CUDA counted from the first by the device."""
@@ -60,12 +63,15 @@ class StepClock:
         self._ends[-1].synchronize()
         return [self._first_end_s + self._ends[0].elapsed_time(end) / 1000 for end in self._ends]
 
-    def _start_profiling(self) -> None:
+    def _after_last(self) -> None:
         import torch
         from torch.profiler import ProfilerActivity, profile
 
         if self.on_cuda:
             torch.cuda.synchronize()
+            self.reserved_bytes = torch.cuda.memory_reserved()
+        if not self._profile:
+            return
         activity = ProfilerActivity.CUDA if self.on_cuda else ProfilerActivity.CPU
         self._profiler = profile(activities=[activity], acc_events=True)
         self._profiler.start()
@@ -78,7 +84,6 @@ class StepClock:
         self._profiler.stop()
         self.profiled = tally(self._profiler.events())
         self._profiler = None
-        self._profile_after = None
 
 
 def tally(events: Iterable[Any]) -> dict[str, Any]:
