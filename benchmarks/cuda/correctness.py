@@ -11,12 +11,14 @@ Unverified on hardware.
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from benchmarks.cuda.data import examples
 from benchmarks.cuda.worker import ROOT, Row
@@ -27,7 +29,6 @@ from lit_lora.base.quantize import quantized_layer
 from lit_lora.base.quantized_forward import prepare_base_layer
 from lit_lora.config import QuantizationConfig
 from lit_lora.data.packing import collate_packed, collate_padded
-from lit_lora.language_model import attention
 from lit_lora.language_model.forward import ForwardPath, language_model_loss
 from lit_lora.language_model.trial import choose_path
 from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
@@ -92,21 +93,21 @@ def packed_equals_unpacked(settings: Row) -> Row:
     on_cuda = settings["device"] == "cuda"
     dtype = "bfloat16" if on_cuda else "float32"
     calls = 0
-    patched: Any = attention
-    kernel = patched._varlen
+    kernel = varlen.varlen_attn
 
-    def counted(*args: Any) -> Tensor:
+    @functools.wraps(kernel)
+    def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        return kernel(*args)
+        return kernel(*args, **kwargs)
 
     model = _model(settings, dtype)
     exact = _plain_gradients(model, settings, "float64", "cpu")
-    patched._varlen = counted
+    varlen.varlen_attn = counted
     try:
         packed, _ = _fast_gradients(model, settings)
     finally:
-        patched._varlen = kernel
+        varlen.varlen_attn = kernel
     how = f"variable-length attention, {calls} calls" if on_cuda else "a CPU's kernel: variable-length needs CUDA"
     assert (calls > 0) == on_cuda, f"{calls} calls of variable-length attention on {settings['device']}"
     model.set_attn_implementation("sdpa")
