@@ -209,11 +209,13 @@ def test_a_profiled_step_is_told_apart_and_not_timed(tmp_path: Path) -> None:
 def test_gpu_tests_are_collected_from_the_files_that_hold_them(monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
-    def run(command: list[str], **_: Any) -> Any:
-        commands.append(command)
-        return SimpleNamespace(returncode=0, stdout="7 passed in 1.00s", stderr="")
+    started = subprocess.Popen
 
-    monkeypatch.setattr(correctness.subprocess, "run", run)
+    def run(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        return started(["echo", "7 passed in 1.00s"], **options)
+
+    monkeypatch.setattr(correctness.subprocess, "Popen", run)
     assert correctness.gpu_tests({})["status"] == "passed"
     files = [Path(argument).name for argument in commands[0] if argument.endswith(".py")]
     assert {"test_throughput.py", "test_gradient_norm.py", "test_memory_profiler.py"} <= set(files)

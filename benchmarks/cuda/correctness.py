@@ -50,13 +50,15 @@ def gpu_tests(settings: Row) -> Row:
     Only the files that hold such tests are collected: others may import what a machine with a GPU does not have.
     """
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
-    options = ["-m", "gpu", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    options = ["-m", "gpu", "-v", "-ra", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     command = [sys.executable, "-m", "pytest", *options, *files]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    print(finished.stdout, finished.stderr, file=sys.stderr)
-    lines = (finished.stdout.strip() or finished.stderr.strip()).splitlines()
+    lines = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout or ():
+            print(line, end="", file=sys.stderr, flush=True)  # tells how far they came if they are stopped
+            lines.append(line.rstrip())
     last = lines[-1] if lines else "no output"
-    passed = finished.returncode == 0 and " passed" in last and " skipped" not in last
+    passed = process.returncode == 0 and " passed" in last and " skipped" not in last
     unmet = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
     return {
         "status": _verdict(passed),
