@@ -15,6 +15,9 @@ from typing import Any
 
 from lit_lora.files.atomic import atomic_write
 
+FILE_NAME = "metrics.jsonl"
+"""Of the record, in the folder of a run."""
+
 
 @dataclass(frozen=True)
 class StepMetrics:

@@ -20,11 +20,11 @@ from lit_lora.base.base_hash import base_hash
 from lit_lora.callbacks import HFAdapterExport, Verdict
 from lit_lora.callbacks._support.trainer import why_past_its_end
 from lit_lora.callbacks.verdict import Check, NotProvedError
-from lit_lora.runs.outcome import Outcome, read_outcome
 from lit_lora.files.atomic import atomic_write, make_folder, remove_partial_files
 from lit_lora.files.csv_log import PatientCSVLogger
+from lit_lora.metrics import FILE_NAME
 from lit_lora.module import LoRALightningModule
-from lit_lora.training.metrics_record import FILE_NAME
+from lit_lora.runs.outcome import Outcome, read_outcome
 
 RECORD = "record"
 """Name of the verdict on a record that is not whole."""
@@ -190,7 +190,9 @@ def _lost(module: LoRALightningModule, num_steps: int) -> list[Verdict]:
     recorded = len(module.training_metrics.steps)
     if recorded >= num_steps:
         return []
-    detail = f"{FILE_NAME} holds {recorded} of {num_steps} steps: the earlier ones were not there when the run was resumed"
+    detail = (
+        f"{FILE_NAME} holds {recorded} of {num_steps} steps: the earlier ones were not there when the run was resumed"
+    )
     return [Verdict(RECORD, None, detail)]
 
 

@@ -13,9 +13,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_lora.files.append_log import AppendLog, Mark, read_to_mark, with_set_aside
-from lit_lora.metrics import TrainingMetrics
-
-FILE_NAME = "metrics.jsonl"
+from lit_lora.metrics import FILE_NAME, TrainingMetrics
 
 
 class MetricsRecord:

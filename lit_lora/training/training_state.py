@@ -2,8 +2,9 @@
 
 Lightning keeps the optimizer, the schedule, callbacks and its counters. Here come the random state of every rank, the
 gradients and sums of an unfinished accumulation window, how far the record of the metrics had come, who base and
-adapters are, so that a checkpoint of another model is refused instead of loaded, and all settings, so that none changes unsaid. Lightning's
-counters are made to agree with the data's position, which also moves a run between numbers of processes.
+adapters are, so that a checkpoint of another model is refused instead of loaded, and all settings, so that none changes
+unsaid. Lightning's counters are made to agree with the data's position, which also moves a run between numbers of
+processes.
 """
 
 from __future__ import annotations
