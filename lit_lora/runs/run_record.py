@@ -135,7 +135,7 @@ class RunRecord(L.Callback):
         print(outcome)
         if trainer.fast_dev_run or outcome.no_step_left:  # type: ignore[attr-defined]
             return outcome
-        failures = [] if outcome == earlier else self._write(trainer, outcome)
+        failures = [] if outcome == earlier else self._write(trainer, outcome, measured=earlier is None)
         if failures:
             raise OSError(f"the record of the run could not be written: {'; '.join(failures)}")
         print(f"  {'run folder':<16}{folder}")
@@ -163,11 +163,11 @@ class RunRecord(L.Callback):
             **measured,
         )
 
-    def _write(self, trainer: L.Trainer, outcome: Outcome) -> list[str]:
-        """Write all of the record; what could not be written."""
+    def _write(self, trainer: L.Trainer, outcome: Outcome, *, measured: bool) -> list[str]:
+        """Write all of the record, of the metrics too where there may be new ones; what could not be written."""
         module = trainer.lightning_module
         failures = []
-        if isinstance(module, LoRALightningModule):
+        if measured and isinstance(module, LoRALightningModule):
             self.save(trainer, module)
             failures.append(module.metrics_record.failure)
         for log in trainer.loggers:

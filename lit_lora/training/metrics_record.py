@@ -74,8 +74,10 @@ class MetricsRecord:
             ValueError: for a file that is not as it was, or a state that is none.
         """
         kinds = {"num_bytes": int, "sha256": str, "folder": str, "unsaved": str}
-        if wrong := [name for name, kind in kinds.items() if type(state.get(name)) is not kind]:
-            raise ValueError(f"the checkpoint's record lacks {', '.join(wrong)}: it is not as lit_lora writes it")
+        wrong = [name for name, kind in kinds.items() if type(state.get(name)) is not kind]
+        if wrong or state["num_bytes"] < 0:
+            what = ", ".join(wrong) or "a length"
+            raise ValueError(f"the checkpoint's record lacks {what}: it is not as lit_lora writes it")
         places = [*folders, *([Path(state["folder"])] if state["folder"] else [])]
         files = [file for place in places for file in with_set_aside(place / FILE_NAME)]
         try:
