@@ -99,8 +99,6 @@ def _results(folder: Path) -> str:
     verdicts = folder / "verdict.json"
     if verdicts.is_file():
         content = json.loads(verdicts.read_text(encoding="utf-8"))["verdicts"]
-        parts = [
-            *parts,
-            *(f"{v['name']}: {v['detail']}" for v in content if v["passed"] is False or v["name"] == "memory"),
-        ]
+        told = [verdict for verdict in content if verdict["passed"] is False or verdict["name"] == "memory"]
+        parts = [*parts, *(f"{verdict['name']}: {verdict['detail']}" for verdict in told)]
     return "; ".join(parts) or "stopped before it wrote anything"
