@@ -1,13 +1,11 @@
 """What a training step and a whole run measured, and the assertion that a run converged.
 
-Plain Python numbers only, so that the record goes into JSON, CSV and a checkpoint as it is. Nothing here imports torch:
-other projects and quick command-line verbs read a finished run with this file alone.
+Plain Python numbers only, one JSON object a line, so that a file of them can grow with the run. Nothing here imports
+torch: other projects and quick command-line verbs read a run with this file alone, a run that is still going on too.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.files.atomic import atomic_write
+
+FILE_NAME = "metrics.jsonl"
+"""Of the record, in the folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,11 @@ class StepMetrics:
 
 @dataclass
 class TrainingMetrics:
-    """The record of a run: one :class:`StepMetrics` a step, and totals."""
+    """The record of a run: one :class:`StepMetrics` a step, and the validations."""
 
     steps: list[StepMetrics] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
     """One entry a validation run: ``step`` and what was logged (``val_loss``, ``val_perplexity``, ...)."""
-    peak_memory_mib: float = 0.0
-    """Highest memory seen in the run: CUDA allocated, or the process's resident memory on a CPU."""
 
     @property
     def losses(self) -> list[float]:
@@ -70,55 +69,55 @@ class TrainingMetrics:
         seconds = sum(step.step_time_s for step in timed)
         return sum(step.num_tokens for step in timed) / seconds if seconds > 0 else 0.0
 
-    def state_dict(self) -> dict[str, object]:
-        """As plain types that JSON has."""
-        state = asdict(self)
-        for step in state["steps"]:
-            step["loss"] = None if math.isnan(step["loss"]) and not step["num_target_tokens"] else step["loss"]
-        return state
+    def to_jsonl(self, *, after_steps: int = 0, after_validations: int = 0) -> str:
+        """One JSON object a line, in the order in which they were measured.
+
+        Args:
+            after_steps: leave out so many of the first steps.
+            after_validations: leave out so many of the first validations.
+        """
+        entries = [asdict(step) for step in self.steps[after_steps:]]
+        for entry in entries:
+            entry["loss"] = None if math.isnan(entry["loss"]) and not entry["num_target_tokens"] else entry["loss"]
+        entries = sorted([*entries, *self.validation[after_validations:]], key=lambda entry: entry["step"])
+        return "".join(json.dumps(entry) + "\n" for entry in entries)
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> TrainingMetrics:
-        """The inverse of :meth:`state_dict`.
+    def from_jsonl(cls, text: str) -> TrainingMetrics:
+        """The inverse of :meth:`to_jsonl`. A last line without an end was being written, and does not count.
 
         Raises:
             ValueError: naming fields that are missing or unknown, as those of another version may be, or no numbers.
         """
-        _check_fields("the metrics", state, cls)
-        for step in state["steps"]:
-            _check_fields("a step's metrics", step, StepMetrics)
-            without_loss = step["loss"] is None and step["num_target_tokens"] == 0
-            _check_numbers("a step's metrics", {**step, "loss": 0.0} if without_loss else step)
-        for entry in state["validation"]:
-            _check_numbers("a validation's metrics", entry)
-            if missing := {"step", "val_loss"} - entry.keys():
-                raise ValueError(f"a validation's metrics lack {' and '.join(sorted(missing))}")
-        _check_numbers("the metrics", {"peak_memory_mib": state["peak_memory_mib"]})
-        return cls(
-            steps=[
-                StepMetrics(**{**step, "loss": math.nan if step["loss"] is None else step["loss"]})
-                for step in state["steps"]
-            ],
-            validation=[dict(entry) for entry in state["validation"]],
-            peak_memory_mib=float(state["peak_memory_mib"]),
-        )
+        metrics = cls()
+        for number, line in enumerate(text.split("\n")[:-1], start=1):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} of the metrics is no JSON object: {line!r:.80}") from error
+            if isinstance(entry, dict) and "val_loss" in entry:
+                _check_numbers("a validation's metrics", entry)
+                if "step" not in entry:
+                    raise ValueError("a validation's metrics lack step")
+                metrics.validation.append(entry)
+                continue
+            _check_fields("a step's metrics", entry)
+            without_loss = entry["loss"] is None and entry["num_target_tokens"] == 0
+            entry["loss"] = math.nan if without_loss else entry["loss"]
+            _check_numbers("a step's metrics", entry)
+            metrics.steps.append(StepMetrics(**entry))
+        return metrics
 
     def save(self, path: str | Path) -> None:
-        """Write all as JSON to ``path`` and the steps as CSV beside it; each file is replaced whole."""
+        """Write all as JSON lines; the file is replaced whole."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = json.dumps(self.state_dict(), indent=1) + "\n"
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, [f.name for f in fields(StepMetrics)])
-        writer.writeheader()
-        writer.writerows(asdict(step) for step in self.steps)
-        atomic_write(path, lambda file: file.write(record.encode()))
-        atomic_write(path.with_suffix(".csv"), lambda file: file.write(table.getvalue().encode()))
+        atomic_write(path, lambda file: file.write(self.to_jsonl().encode()))
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingMetrics:
-        """Read what :meth:`save` wrote as JSON."""
-        return cls.from_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read the ``metrics.jsonl`` of a run, or what :meth:`save` wrote."""
+        return cls.from_jsonl(Path(path).read_text(encoding="utf-8"))
 
 
 def window_means(losses: Sequence[float], window: int) -> tuple[float, float]:
@@ -163,8 +162,8 @@ def assert_loss_convergence(losses: Sequence[float], min_decrease: float = 0.3, 
     return decrease
 
 
-def _check_fields(what: str, content: Any, kind: type[StepMetrics] | type[TrainingMetrics]) -> None:
-    known = {field.name for field in fields(kind)}
+def _check_fields(what: str, content: Any) -> None:
+    known = {field.name for field in fields(StepMetrics)}
     given = set(content) if isinstance(content, Mapping) else set()
     problems = [f"missing {', '.join(sorted(known - given))}"] if known - given else []
     problems += [f"unknown {', '.join(sorted(map(str, given - known)))}"] if given - known else []
@@ -173,8 +172,6 @@ def _check_fields(what: str, content: Any, kind: type[StepMetrics] | type[Traini
 
 
 def _check_numbers(what: str, content: Mapping[str, Any]) -> None:
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{what} are {content!r:.80}, expected numbers by name")
     for name, value in content.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{what} hold {value!r:.80} for {name}, expected a number")

@@ -31,7 +31,6 @@ from lit_lora.language_model.forward import ForwardPath, language_model_loss, wi
 from lit_lora.language_model.generation import answer
 from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import ActivationBudget
-from lit_lora.metrics import TrainingMetrics
 from lit_lora.rewrites import compilation
 from lit_lora.training import hyperparameters, training_record, training_state
 from lit_lora.training.optimization import Optimization
@@ -147,8 +146,11 @@ class LoRALightningModule(TokenLossModule):
             ValueError: naming the setting, and what to set instead.
         """
         check_built(self.trainer)
+        if self.trainer.state.fn != "fit":
+            return []
+        self.metrics_record.keep_in(None)  # the folder of an earlier fit is not that of this one
         own = type(self).configure_optimizers is LoRALightningModule.configure_optimizers
-        return self._optimization.try_out(self.trainer) if own and self.trainer.state.fn == "fit" else []
+        return self._optimization.try_out(self.trainer) if own else []
 
     def setup(self, stage: str) -> None:
         """Check what callbacks wait for: the data is there, and nothing else is loaded yet.
@@ -275,10 +277,11 @@ class LoRALightningModule(TokenLossModule):
         """
         state, self._differences = training_state.check(checkpoint, self._identity, self.trainable_parameters())
         self._resume_state = state
-        self._recorder.metrics = TrainingMetrics.from_state_dict(state["metrics"])
         self.setting_changes = list(state["changes"])
         if self._trainer is not None:  # without one, nothing is continued
             training_state.align(checkpoint, self.trainer)
+            if self.trainer.state.fn == "fit":
+                training_state.restore_record(state, self.trainer, self.metrics_record)
             training_record.check_tokenizer(self.trainer, training_record.saved(state))
         elif self.model is not None:
             trained_on.complete(self.model, training_record.saved(state))

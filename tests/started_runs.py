@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_lora.__main__ import main
+from lit_lora.metrics import TrainingMetrics
 from tests.chat_tokenizers import VOCAB_SIZE, chat_tokenizer
 from tests.tiny import config
 
@@ -57,4 +58,4 @@ def fit(base: str, data: str, run: Path, *, max_steps: int, **options: object) -
 
 
 def validation_loss(run: Path) -> float:
-    return json.loads((run / "metrics.json").read_text())["validation"][-1]["val_loss"]
+    return TrainingMetrics.load(run / "metrics.jsonl").validation[-1]["val_loss"]

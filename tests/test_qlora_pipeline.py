@@ -45,9 +45,9 @@ def test_train_checkpoint_resume_generate_merge_and_load_with_transformers(real_
         "--model.optimization.learning_rate", 2e-3, "--model.optimization.lr_schedule", "constant",
     ]  # fmt: skip
     _lit_lora(*options, "--trainer.max_steps", 5)
-    first = TrainingMetrics.load(run / "metrics.json")
+    first = TrainingMetrics.load(run / "metrics.jsonl")
     _lit_lora(*options, "--trainer.max_steps", 9, "--ckpt_path", "last")
-    metrics = TrainingMetrics.load(run / "metrics.json")
+    metrics = TrainingMetrics.load(run / "metrics.jsonl")
     assert [step.step for step in metrics.steps] == list(range(1, 10))
     assert metrics.losses[:5] == first.losses
     assert metrics.losses[-1] < 0.6 * metrics.losses[0]

@@ -44,7 +44,7 @@ def _fit(config: str, gsm8k: Path, folder: Path, *overrides: object) -> tuple[Tr
     )  # fmt: skip
     assert "adapter" in process.stdout
     verdicts = {entry["name"]: entry for entry in json.loads((folder / "verdict.json").read_text())["verdicts"]}
-    return TrainingMetrics.load(folder / "metrics.json"), verdicts
+    return TrainingMetrics.load(folder / "metrics.jsonl"), verdicts
 
 
 @pytest.mark.parametrize("config", CONFIGS)

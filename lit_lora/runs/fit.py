@@ -1,5 +1,7 @@
 """A run that proves itself: the Trainer's parts that ``lit-lora fit`` and a script have in common.
 
+Example::
+
     outcome = lit_lora.fit(LoRALightningModule("smollm2-135m-instruct"), SFTDataModule("my.jsonl"), max_steps=100)
 """
 
@@ -79,8 +81,8 @@ def fit(
         trainer: settings of Lightning's Trainer: ``max_steps``, ``gradient_clip_val``, ...
 
     Returns:
-        What the run has to say of itself: ``result`` is "proved", "not proved" or "not judged". It is printed, too. None
-        in the processes that the first one has started.
+        What the run has to say of itself: ``result`` is "proved", "not proved" or "not judged". It is printed, too.
+        None in the processes that the first one has started.
 
     Raises:
         ValueError: for settings, data or a checkpoint that no run can go well with.

@@ -17,17 +17,21 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_lora.base.base_hash import base_hash
-from lit_lora.callbacks import HFAdapterExport, MemoryProfiler, Verdict
+from lit_lora.callbacks import HFAdapterExport, Verdict
 from lit_lora.callbacks._support.trainer import why_past_its_end
 from lit_lora.callbacks.verdict import Check, NotProvedError
-from lit_lora.runs.outcome import Outcome, read_outcome
 from lit_lora.files.atomic import atomic_write, make_folder, remove_partial_files
 from lit_lora.files.csv_log import PatientCSVLogger
+from lit_lora.metrics import FILE_NAME
 from lit_lora.module import LoRALightningModule
+from lit_lora.runs.outcome import Outcome, read_outcome
+
+RECORD = "record"
+"""Name of the verdict on a record that is not whole."""
 
 
 class RunRecord(L.Callback):
-    """Shows the adapters at the start; keeps ``metrics.json`` and ``metrics.csv`` up to date; prints the verdict.
+    """Shows the adapters at the start; keeps the metrics in ``metrics.jsonl``; prints the verdict.
 
     What a finished run has said of itself stays: resumed without a step left to take, it says the same again.
 
@@ -39,13 +43,11 @@ class RunRecord(L.Callback):
     def __init__(self, *, is_over: bool = False) -> None:
         super().__init__()
         self.is_over = is_over
-        self.failure: str | None = None
-        """Why the newest metrics are not on disk; None if they are."""
         self._started = self._ended = self._stopped_early = False
 
     @rank_zero_only
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the run folder, and remove what a killed process left half-written in it.
+        """Make the run folder, remove what a killed process left half-written in it, and let the metrics be kept there.
 
         Raises:
             OSError: if it cannot be made or written to.
@@ -56,6 +58,8 @@ class RunRecord(L.Callback):
         make_folder(folder, option="trainer.default_root_dir")
         for place in (folder, *folder.glob("logs/version_*")):
             remove_partial_files(place)
+        if isinstance(pl_module, LoRALightningModule):
+            pl_module.metrics_record.keep_in(folder)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print which layers have adapters, on which base."""
@@ -110,25 +114,8 @@ class RunRecord(L.Callback):
     @rank_zero_only
     def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the metrics so far; a failed write is a warning, the first of several in a row."""
-        if not isinstance(pl_module, LoRALightningModule) or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        metrics = pl_module.flush_metrics()
-        profilers = [c for c in trainer.callbacks if isinstance(c, MemoryProfiler)]  # type: ignore[attr-defined]
-        if profilers:
-            metrics.peak_memory_mib = max(profiler.peak_mib for profiler in profilers)
-        if not metrics.steps:
-            return
-        try:
-            metrics.save(Path(trainer.default_root_dir) / "metrics.json")
-        except OSError as error:
-            if self.failure is None:
-                rank_zero_warn(
-                    f"The record of step {trainer.global_step} was not written: {error}. Training goes on and tries "
-                    "again at the next save."
-                )
-            self.failure = str(error)
-        else:
-            self.failure = None
+        if isinstance(pl_module, LoRALightningModule) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            pl_module.save_metrics()
 
     def finished(self, trainer: L.Trainer) -> Outcome | None:
         """What the run had said of itself when it came to this very step, if the last fit took no further one."""
@@ -148,7 +135,7 @@ class RunRecord(L.Callback):
         print(outcome)
         if trainer.fast_dev_run or outcome.no_step_left:  # type: ignore[attr-defined]
             return outcome
-        failures = [] if outcome == earlier else self._write(trainer, outcome)
+        failures = [] if outcome == earlier else self._write(trainer, outcome, measured=earlier is None)
         if failures:
             raise OSError(f"the record of the run could not be written: {'; '.join(failures)}")
         print(f"  {'run folder':<16}{folder}")
@@ -156,38 +143,57 @@ class RunRecord(L.Callback):
 
     def _outcome(self, trainer: L.Trainer, earlier: Outcome | None) -> Outcome:
         verdicts = [check.verdict or Verdict(check.name, None, "not judged") for check in _checks(trainer)]
+        module = trainer.lightning_module
+        ours = module if isinstance(module, LoRALightningModule) else None
+        measured = _measured(ours) if ours is not None else {}
+        lost = _lost(ours, trainer.global_step) if ours is not None else []
         if earlier is not None:
-            # Its adapter may have gone since, or have been written only now: that is the one thing to look at again.
+            # Its adapter may have gone since, or have been written only now, and so may its record have: that is what
+            # to look at again.
             exports = {check.name: check.verdict for check in _checks(trainer) if isinstance(check, HFAdapterExport)}
             found = [(verdict, exports.get(verdict.name) or verdict) for verdict in earlier.verdicts]
-            return replace(earlier, verdicts=[was if was.passed == now.passed else now for was, now in found])
-        module = trainer.lightning_module
+            kept = [was if was.passed == now.passed else now for was, now in found if was.name != RECORD]
+            return replace(earlier, verdicts=[*kept, *lost])
         return Outcome(
             step=trainer.global_step,
-            verdicts=verdicts,
+            verdicts=[*verdicts, *lost],
             finished=self._ended or not self._started,
             stopped_early=self._stopped_early,
             no_step_left="" if self._started else why_past_its_end(trainer),
-            **(_measured(module) if isinstance(module, LoRALightningModule) else {}),
+            **measured,
         )
 
-    def _write(self, trainer: L.Trainer, outcome: Outcome) -> list[str]:
-        """Write all of the record; what could not be written."""
-        if self.failure is not None or not self._started:
-            self.save(trainer, trainer.lightning_module)
-        logs = [logger for logger in trainer.loggers if isinstance(logger, PatientCSVLogger)]
-        for log in logs:
-            log.save()
-        failures = [failure for failure in (self.failure, *(log.failure for log in logs)) if failure is not None]
+    def _write(self, trainer: L.Trainer, outcome: Outcome, *, measured: bool) -> list[str]:
+        """Write all of the record, of the metrics too where there may be new ones; what could not be written."""
+        module = trainer.lightning_module
+        failures = []
+        if measured and isinstance(module, LoRALightningModule):
+            self.save(trainer, module)
+            failures.append(module.metrics_record.failure)
+        for log in trainer.loggers:
+            if isinstance(log, PatientCSVLogger):
+                log.save()
+                failures.append(log.failure)
         try:
             outcome.save(Path(trainer.default_root_dir))
         except OSError as error:
             failures.append(str(error))
-        return failures
+        return [failure for failure in failures if failure is not None]
 
 
 def _checks(trainer: L.Trainer) -> list[Check]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Check)]  # type: ignore[attr-defined]
+
+
+def _lost(module: LoRALightningModule, num_steps: int) -> list[Verdict]:
+    """Says of a run whose record was not there when it was resumed that its metrics cannot be looked at as a whole."""
+    recorded = len(module.training_metrics.steps)
+    if recorded >= num_steps:
+        return []
+    detail = (
+        f"{FILE_NAME} holds {recorded} of {num_steps} steps: the earlier ones were not there when the run was resumed"
+    )
+    return [Verdict(RECORD, None, detail)]
 
 
 def _measured(module: LoRALightningModule) -> dict[str, Any]:
@@ -196,7 +202,7 @@ def _measured(module: LoRALightningModule) -> dict[str, Any]:
     lines = []
     if steps := [step for step in metrics.steps if step.num_target_tokens]:
         first, last = steps[0], steps[-1]
-        lines.append(f"  {'loss':<16}{first.loss:.3f} -> {last.loss:.3f} in {metrics.steps[-1].step} steps")
+        lines.append(f"  {'loss':<16}{first.loss:.3f} -> {last.loss:.3f} in {len(metrics.steps)} steps")
     for entry in metrics.validation[-1:]:
         start = f"{metrics.validation[0]['val_loss']:.3f} -> " if len(metrics.validation) > 1 else ""
         accuracy = f", token accuracy {entry['val_token_accuracy']:.1%}" if "val_token_accuracy" in entry else ""

@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from lit_lora.metrics import FILE_NAME, TrainingMetrics
+
 
 class Tier(NamedTuple):
     """One run."""
@@ -91,15 +93,12 @@ def why_not(tier: Tier, max_minutes: float) -> str:
 def _results(folder: Path) -> str:
     """Loss and verdicts of a run, as far as it wrote them."""
     parts: Sequence[str] = []
-    metrics = folder / "metrics.json"
-    if metrics.is_file():
-        content = json.loads(metrics.read_text(encoding="utf-8"))
-        steps = content["steps"]
-        if steps:
-            parts = [f"loss {steps[0]['loss']:.2f} -> {steps[-1]['loss']:.2f} in {len(steps)} steps"]
-        parts = [*parts, f"peak {content['peak_memory_mib']:.0f} MiB"]
+    record = folder / FILE_NAME
+    if record.is_file() and (steps := TrainingMetrics.load(record).steps):
+        parts = [f"loss {steps[0].loss:.2f} -> {steps[-1].loss:.2f} in {len(steps)} steps"]
     verdicts = folder / "verdict.json"
     if verdicts.is_file():
         content = json.loads(verdicts.read_text(encoding="utf-8"))["verdicts"]
-        parts = [*parts, *(f"{v['name']}: {v['detail']}" for v in content if v["passed"] is False)]
+        told = [verdict for verdict in content if verdict["passed"] is False or verdict["name"] == "memory"]
+        parts = [*parts, *(f"{verdict['name']}: {verdict['detail']}" for verdict in told)]
     return "; ".join(parts) or "stopped before it wrote anything"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_lora.metrics import StepMetrics, TrainingMetrics
+from lit_lora.training.metrics_record import MetricsRecord
 
 
 class LossOutput(NamedTuple):
@@ -67,7 +68,7 @@ class StepRecorder:
     """Turns finished windows into the :class:`TrainingMetrics` of the run."""
 
     def __init__(self) -> None:
-        self.metrics = TrainingMetrics()
+        self.record = MetricsRecord()
         self.window = StepWindow()
         self.totals: Tensor | None = None
         """Of the step that is being taken, over all ranks: loss sum, targets, tokens; ``(3,)`` float64."""
@@ -116,6 +117,11 @@ class StepRecorder:
         self.window = StepWindow()
 
     @property
+    def metrics(self) -> TrainingMetrics:
+        """The record of the run up to the last :meth:`flush`."""
+        return self.record.metrics
+
+    @property
     def num_pending(self) -> int:
         """Steps that are not in :attr:`metrics` yet."""
         return len(self._pending)
@@ -136,6 +142,16 @@ class StepRecorder:
                 )
                 self.metrics.steps.append(step)
         return self.metrics
+
+    def save(self) -> None:
+        """Bring the record, and its file where there is one, up to the last step. Waits for the device."""
+        self.flush()
+        self.record.save()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the record, up to the last step. Waits for the device."""
+        self.flush()
+        return self.record.state_dict()
 
 
 class EvaluationMeans(nn.Module):

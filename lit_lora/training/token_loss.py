@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.metrics import TrainingMetrics
+from lit_lora.training.metrics_record import MetricsRecord
 from lit_lora.training.optimizer_trial import EVALUATED_AGAIN
 from lit_lora.training.step_metrics import EvaluationMeans, LossOutput, StepRecorder
 from lit_lora.training.training_point import TrainingPoint
@@ -124,6 +125,15 @@ class TokenLossModule(L.LightningModule):
     def flush_metrics(self) -> TrainingMetrics:
         """Bring ``training_metrics`` up to the last step, and return it. Waits for the device."""
         return self._recorder.flush()
+
+    def save_metrics(self) -> None:
+        """Bring the file of the record, where there is one, up to the last step. Waits for the device."""
+        self._recorder.save()
+
+    @property
+    def metrics_record(self) -> MetricsRecord:
+        """Where ``training_metrics`` are kept."""
+        return self._recorder.record
 
     # ------------------------------------------------------------------ validation and test
 

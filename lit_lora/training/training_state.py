@@ -1,15 +1,17 @@
 """The state of a run beside Lightning's own: what an exact continuation needs, and what it belongs to.
 
 Lightning keeps the optimizer, the schedule, callbacks and its counters. Here come the random state of every rank, the
-gradients and sums of an unfinished accumulation window, the metrics so far, who base and adapters are, so that a
-checkpoint of another model is refused instead of loaded, and all settings, so that none changes unsaid. Lightning's
-counters are made to agree with the data's position, which also moves a run between numbers of processes.
+gradients and sums of an unfinished accumulation window, how far the record of the metrics had come, who base and
+adapters are, so that a checkpoint of another model is refused instead of loaded, and all settings, so that none changes
+unsaid. Lightning's counters are made to agree with the data's position, which also moves a run between numbers of
+processes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +25,14 @@ from lit_lora.base.base_hash import base_hash, short
 from lit_lora.data.resume import align_loop_progress, data_state
 from lit_lora.files.checkpoint import rng_state, set_rng_state
 from lit_lora.training import optimization, resume_settings
+from lit_lora.training.metrics_record import MetricsRecord
 from lit_lora.training.resume_settings import Difference
 from lit_lora.training.step_metrics import StepRecorder, StepWindow
 
 KEY = "lit_lora"
 """Where all of this lies in a checkpoint."""
 
-FORMAT = 1
+FORMAT = 2
 """Of what :func:`collect` returns; to be raised when it changes."""
 
 
@@ -54,7 +57,7 @@ def collect(trainer: Trainer, identity: Identity, recorder: StepRecorder, parame
     Args:
         trainer: between two batches.
         identity: the model.
-        recorder: sums of the unfinished window, and the metrics so far.
+        recorder: sums of the unfinished window, and the metrics so far, whose record is brought up to date.
         parameters: those that train, by name.
 
     Raises:
@@ -85,7 +88,7 @@ def collect(trainer: Trainer, identity: Identity, recorder: StepRecorder, parame
         "settings": identity.settings,
         "trainer": resume_settings.trainer_settings(trainer),
         "ranks": ranks,
-        "metrics": recorder.flush().state_dict(),
+        "record": recorder.state_dict() if trainer.is_global_zero else {},  # what other processes collect is not saved
     }
 
 
@@ -104,7 +107,7 @@ def read(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             f"this is lit_lora {lit_lora.__version__}, which reads format {FORMAT}: take the version that wrote it"
         )
     kinds = {"base": str, "base_hash": str, "adapters": dict, "settings": dict, "trainer": dict, "ranks": list}
-    kinds |= {"metrics": dict, "optimizer": dict, "changes": list}
+    kinds |= {"record": dict, "optimizer": dict, "changes": list}
     wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
     if wrong:
         raise ValueError(f"the checkpoint lacks {', '.join(wrong)}: it is not as lit_lora {state['version']} writes it")
@@ -164,6 +167,16 @@ def _dtype_of(model: nn.Module) -> str | None:
     frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
     dtype = next(frozen, None)
     return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def restore_record(state: Mapping[str, Any], trainer: Trainer, record: MetricsRecord) -> None:
+    """Go on with the metrics of the run that a checkpoint is of: from its folder, or from that of the checkpoint.
+
+    Raises:
+        ValueError: if they are not those that it was saved with.
+    """
+    home = Path(str(trainer.ckpt_path)).absolute().parent
+    record.load_state_dict(state["record"], [Path(trainer.default_root_dir), home.parent, home])
 
 
 def align(checkpoint: dict[str, Any], trainer: Trainer) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from lit_lora.__main__ import main
 from lit_lora.files.checkpoint import newest_checkpoint
+from lit_lora.metrics import TrainingMetrics
 from tests.tiny import config
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
@@ -83,14 +84,14 @@ def test_a_mistake_gets_a_line_with_a_suggestion(command, capsys, arguments, mes
 def test_fit_writes_a_run_folder_and_never_into_an_earlier_one(command, fit, tmp_path, capsys):
     command("fit", *fit)
     run = tmp_path / "runs" / "tiny"
-    for name in ("config.yaml", "metrics.json", "metrics.csv", "verdict.json"):
+    for name in ("config.yaml", "metrics.jsonl", "verdict.json"):
         assert (run / name).is_file(), name
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     assert list((run / "checkpoints").glob("*.ckpt"))
     assert "run folder" in capsys.readouterr().out
-    before = (run / "metrics.json").read_bytes()
+    before = (run / "metrics.jsonl").read_bytes()
     command("fit", *fit)
-    assert (run / "metrics.json").read_bytes() == before
+    assert (run / "metrics.jsonl").read_bytes() == before
     assert (tmp_path / "runs" / "tiny-2" / "verdict.json").is_file()
 
 
@@ -127,10 +128,7 @@ def test_the_written_config_reproduces_the_run(command, fit, tmp_path):
     again = tmp_path / "runs" / "again"
     written = tmp_path / "runs" / "tiny" / "config.yaml"
     command("fit", "--config", written, "--trainer.default_root_dir", again)
-    losses = [
-        [step["loss"] for step in json.loads((folder / "metrics.json").read_text())["steps"]]
-        for folder in (tmp_path / "runs" / "tiny", again)
-    ]
+    losses = [TrainingMetrics.load(folder / "metrics.jsonl").losses for folder in (tmp_path / "runs" / "tiny", again)]
     assert losses[0] == losses[1]
 
 

@@ -17,6 +17,7 @@ from lit_lora.data.tokenize import format_prompt
 from lit_lora.data.turn_end import TurnEnd
 from lit_lora.evaluation.load import load
 from lit_lora.language_model.generation import complete
+from lit_lora.metrics import TrainingMetrics
 from tests.chat_tokenizers import CHATML, KINDS, TOKENS, chat_tokenizer, save_chat_tokenizer
 from tests.started_runs import ANSWERS, fit, lit_lora, make_base, questions, validation_loss, write_rows
 
@@ -355,7 +356,7 @@ def test_evaluate_measures_the_loss_that_validation_did(settings, place, tmp_pat
     adapter = fit(str(place / "base"), data, tmp_path / "run", max_steps=4, **options)
     lit_lora("evaluate", data, adapter, max_new_tokens=1, output=tmp_path / "scores.json")
     losses = json.loads((tmp_path / "scores.json").read_text())["mean_loss"]
-    validation = json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"]
+    validation = TrainingMetrics.load(tmp_path / "run" / "metrics.jsonl").validation
     tolerance = 2e-3 if "16" in str(settings) else 1e-5
     assert losses["after"] == pytest.approx(validation[-1]["val_loss"], rel=tolerance)
     assert losses["before"] == pytest.approx(validation[0]["val_loss"], rel=tolerance)

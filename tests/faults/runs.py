@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from lit_lora.files.checkpoint import newest_checkpoint, read_checkpoint
+from lit_lora.metrics import TrainingMetrics
 
 STEPS = 24
 LIMIT_S = 120.0
@@ -205,10 +206,10 @@ class Project:
     def record(self, name: str) -> Any:
         """What the only finished run wrote down beside its checkpoints."""
         (folder,) = self.finished(name)
-        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics = TrainingMetrics.load(folder / "metrics.jsonl")
         with (folder / "logs" / "version_0" / "metrics.csv").open(newline="") as file:
             rows = [(row["step"], row["train_loss"], row["val_loss"]) for row in csv.DictReader(file)]
-        return [{**step, "step_time_s": 0} for step in metrics["steps"]], metrics["validation"], rows
+        return [replace(step, step_time_s=0) for step in metrics.steps], metrics.validation, rows
 
     def leftovers(self, name: str) -> list[str]:
         """Temporary files in the folders of finished runs."""

@@ -210,27 +210,26 @@ STEP = {"step": 1, "loss": 1.0, "loss_scale": 1.0, "grad_norm": 1.0, "param_norm
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("line", "message"),
     [
-        ({"steps": [{**STEP, "learning_rate": "nonsense"}]}, "hold 'nonsense' for learning_rate, expected a number"),
-        ({"steps": [{**STEP, "grad_norm": None}]}, "hold None for grad_norm"),
-        ({"validation": [{"step": 1, "val_loss": "x"}]}, "hold 'x' for val_loss"),
-        ({"validation": [1]}, "expected numbers by name"),
-        ({"validation": [{"val_loss": 1.0}]}, "lack step"),
-        ({"validation": [{"step": 1}]}, "lack val_loss"),
-        ({"steps": [{**STEP, "loss": None}]}, "hold None for loss"),
-        ({"peak_memory_mib": None}, "hold None for peak_memory_mib"),
+        ({**STEP, "learning_rate": "nonsense"}, "hold 'nonsense' for learning_rate, expected a number"),
+        ({**STEP, "grad_norm": None}, "hold None for grad_norm"),
+        ({**STEP, "loss": None}, "hold None for loss"),
+        ({"step": 1, "val_loss": "x"}, "hold 'x' for val_loss"),
+        ({"val_loss": 1.0}, "lack step"),
+        ({"step": 1}, "missing grad_norm, learning_rate, loss"),
+        (1, "missing grad_norm"),
+        ([STEP], "missing grad_norm"),
+        ("[" * 100_000, "line 4 of the metrics is no JSON object"),
+        ("{", "line 4 of the metrics is no JSON object"),
     ],
 )
-def test_metrics_that_are_no_numbers_are_refused(changes: dict[str, Any], message: str) -> None:
-    sound = {
-        "steps": [STEP, {**STEP, "loss": None, "num_target_tokens": 0}],
-        "validation": [{"step": 1, "val_loss": 1}],
-        "peak_memory_mib": 1,
-    }
-    assert TrainingMetrics.from_state_dict(sound).steps[0].loss == 1.0
+def test_metrics_that_are_no_numbers_are_refused(line: Any, message: str) -> None:
+    lines = [STEP, {**STEP, "loss": None, "num_target_tokens": 0}, {"step": 1, "val_loss": 1}]
+    sound = "".join(json.dumps(entry) + "\n" for entry in lines)
+    assert TrainingMetrics.from_jsonl(sound).steps[0].loss == 1.0
     with pytest.raises(ValueError, match="metrics") as caught:
-        TrainingMetrics.from_state_dict({**sound, **changes})
+        TrainingMetrics.from_jsonl(sound + (line if isinstance(line, str) else json.dumps(line)) + "\n")
     assert message in str(caught.value)
 
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lit_lora.files.checkpoint import read_checkpoint
+from lit_lora.metrics import TrainingMetrics
 from tests.command_line import lit_lora
 from tests.faults.runs import same
 from tests.matrix.pairwise import pairs_of, pairwise
@@ -71,7 +73,7 @@ def state_at_the_end(run: Path) -> dict[str, Any]:
     """What has to be the same after a kill."""
     content = read_checkpoint(max((run / "checkpoints").glob("step=*.ckpt")))
     kept = {key: content[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
-    steps = [{**step, "step_time_s": 0} for step in json.loads((run / "metrics.json").read_text())["steps"]]
+    steps = [replace(step, step_time_s=0) for step in TrainingMetrics.load(run / "metrics.jsonl").steps]
     return {**kept, "point": content["lit_lora"]["training_point"], "steps": steps, "adapter": adapter(run)}
 
 
@@ -87,11 +89,11 @@ def test_a_row_works(ended, case):
     folder = run.folder / "whole"
     assert re.search(r"^lit_lora: proved$", run.log(), re.MULTILINE), run.log()[-2000:]
     assert "frozen tensors bit-identical" in run.log()
-    steps = json.loads((folder / "metrics.json").read_text())["steps"]
-    assert all(math.isfinite(step["loss"]) and step["loss"] > 0 for step in steps)
+    steps = TrainingMetrics.load(folder / "metrics.jsonl").steps
+    assert all(math.isfinite(step.loss) and step.loss > 0 for step in steps)
     expected = math.ceil(8 / int(row["accumulation"])) * 2 if row["end"] == "max_epochs" else 6
     assert row["end"] == "max_time" or len(steps) == expected
-    assert row["schedule"] not in ("cosine", "linear") or steps[-1]["learning_rate"] < 0.5 * steps[1]["learning_rate"]
+    assert row["schedule"] not in ("cosine", "linear") or steps[-1].learning_rate < 0.5 * steps[1].learning_rate
     assert list(folder.glob("checkpoints/step=*.ckpt")) or row["checkpoints"] == "off"
     hparams = len(list(folder.rglob("hparams.yaml")))
     assert hparams == {"ours": 1, "none": 0, "two of Lightning's": 2}[row["logger"]]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from lit_lora.__main__ import main
+from lit_lora.metrics import TrainingMetrics
 from tests.tiny import config
 
 NUM_ROWS = 40
@@ -89,6 +90,10 @@ class Stranger:
     def record(self, name: str, run: str = "run") -> Any:
         """A JSON file of a run."""
         return json.loads((self.folder / run / name).read_text())
+
+    def metrics(self, run: str = "run") -> TrainingMetrics:
+        """The metrics of a run."""
+        return TrainingMetrics.load(self.folder / run / "metrics.jsonl")
 
     def contents(self, run: str = "run") -> dict[str, bytes]:
         """All files of a run."""

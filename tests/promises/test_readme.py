@@ -52,14 +52,22 @@ def test_a_run_says_what_the_first_paragraph_lists(stranger):
 def test_the_run_folder_holds_what_is_listed(stranger):
     stranger.fit(data__validation_fraction=0.2, trainer__val_check_interval=2)
     table = (PROJECT / "docs/runs.md").read_text().split("## The verdict")[0]
-    listed = {name.rstrip("/") for name in re.findall(r"`([\w./-]+)`", table)} - {"config.1.yaml", "hparams.yaml"}
+    listed = {name.rstrip("/") for name in re.findall(r"`([\w./-]+)`", table)} - {
+        "config.1.yaml",
+        "metrics.1.jsonl",
+        "hparams.yaml",
+    }
     listed = {name for name in listed if "/" not in name and not name.startswith(("-", "trainer", "lit"))}
     there = {path.name for path in (stranger.folder / "run").iterdir() if not path.name.startswith(".")}
     assert there == listed
-    for step in stranger.record("metrics.json")["steps"]:
+    lines = (stranger.folder / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [entry for entry in map(json.loads, lines) if "val_loss" not in entry]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    for step in steps:
         assert {"loss", "loss_scale", "grad_norm", "param_norm", "learning_rate", "step_time_s", "num_tokens"} <= set(
             step
         )
+    assert [entry["step"] for entry in map(json.loads, lines)] == [0, 1, 2, 2, 3, 4, 4]
 
 
 def test_a_run_goes_on_bit_for_bit_from_another_folder(stranger, monkeypatch):
@@ -86,9 +94,7 @@ def test_a_runs_own_config_is_the_run_again(stranger):
     stranger.fit()
     again = stranger.run("fit", "--config", "run/config.yaml", "--trainer.default_root_dir", "again")
     assert again.code == 0, again.err
-    assert [s["loss"] for s in stranger.record("metrics.json", "again")["steps"]] == [
-        s["loss"] for s in stranger.record("metrics.json")["steps"]
-    ]
+    assert stranger.metrics("again").losses == stranger.metrics().losses
     first, second = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("run", "again"))
     assert all(first[name].equal(second[name]) for name in first)
 

@@ -18,11 +18,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 
 
 def losses(stranger, run: str = "run") -> list[float]:
-    return [step["loss"] for step in stranger.record("metrics.json", run)["steps"]]
+    return stranger.metrics(run).losses
 
 
 def rates(stranger, run: str = "run") -> list[float]:
-    return [step["learning_rate"] for step in stranger.record("metrics.json", run)["steps"]]
+    return [step.learning_rate for step in stranger.metrics(run).steps]
 
 
 ROWS = [{"prompt": f"ask {i}", "completion": f"tell {i}", "other": f"else {i}", "text": f"all {i}"} for i in range(40)]
@@ -274,8 +274,11 @@ def edited(path: Path, change) -> None:
 
 
 EDITS = {
-    "a field more in its metrics": lambda c: c["lit_lora"]["metrics"]["steps"][0].update(mood=1.0),
-    "a field less in its metrics": lambda c: c["lit_lora"]["metrics"]["steps"][0].pop("loss"),
+    "a field more in its metrics": lambda c: c["lit_lora"]["record"].update(unsaved='{"step": 5, "mood": 1.0}\n'),
+    "no end of its record": lambda c: c["lit_lora"]["record"].pop("num_bytes"),
+    "another kind of record": lambda c: c["lit_lora"]["record"].update(sha256=None),
+    "no record": lambda c: c["lit_lora"].pop("record"),
+    "all of its metrics, as format 1 had them": lambda c: c["lit_lora"].update(format=1, metrics={"steps": []}),
     "another format": lambda c: c["lit_lora"].update(format=99, version="9.9"),
     "no format": lambda c: c["lit_lora"].pop("format"),
     "no random state": lambda c: c["lit_lora"].pop("ranks"),

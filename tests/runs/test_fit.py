@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,9 +45,7 @@ OPTIONS = [
 
 
 def test_it_does_what_the_command_line_does(project):
-    outcome = lit_lora.fit(
-        *parts(), "script", max_steps=30, callbacks=[ConvergenceAssertion(0.1)], **QUIET
-    )
+    outcome = lit_lora.fit(*parts(), "script", max_steps=30, callbacks=[ConvergenceAssertion(0.1)], **QUIET)
     assert outcome.result == "proved"
     main(["fit", *OPTIONS, "--trainer.max_steps=30", "--trainer.default_root_dir=cli"])
     files = [{str(p.relative_to(run)) for p in Path(run).rglob("*") if p.is_file()} for run in ("script", "cli")]
@@ -54,7 +53,7 @@ def test_it_does_what_the_command_line_does(project):
     said = [json.loads(Path(run, "verdict.json").read_text()) for run in ("script", "cli")]
     assert said[0]["result"] == said[1]["result"] == "proved"
     assert {v["name"] for v in said[0]["verdicts"]} == {v["name"] for v in said[1]["verdicts"]}
-    losses = [[s["loss"] for s in json.loads(Path(run, "metrics.json").read_text())["steps"]] for run in ("script", "cli")]
+    losses = [lit_lora.TrainingMetrics.load(f"{run}/metrics.jsonl").losses for run in ("script", "cli")]
     assert losses[0] == losses[1]
     script, cli = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("script", "cli"))
     assert all(script[name].equal(cli[name]) for name in script)
@@ -90,9 +89,12 @@ def test_two_processes_run_it_from_a_script(project):
     )
     root = Path(lit_lora.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "train.py"], capture_output=True, text=True, env={**__import__("os").environ, "PYTHONPATH": str(root)},
+        [sys.executable, "train.py"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)},
         timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(line for line in done.stdout.splitlines() if line.startswith("outcome")) == ["outcome 4", "outcome None"]
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("outcome")) == [
+        "outcome 4",
+        "outcome None",
+    ]
     assert not Path("run-2").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_lora import QuantizationConfig
+from lit_lora import QuantizationConfig, TrainingMetrics
 from lit_lora.__main__ import main
 from lit_lora.interchange.adapter_folder import trained_quantization
 from tests.tiny import config
@@ -58,7 +58,7 @@ def fit(tmp_path, monkeypatch):
 )
 def test_a_refused_resume_leaves_config_and_verdicts_of_the_run_and_no_advice(changed, fit, capfd):
     fit()
-    kept = [Path("run") / name for name in ("config.yaml", "convergence.json", "metrics.json", "verdict.json")]
+    kept = [Path("run") / name for name in ("config.yaml", "convergence.json", "metrics.jsonl", "verdict.json")]
     before = [path.read_bytes() for path in kept]
     capfd.readouterr()
     with pytest.raises(SystemExit):
@@ -87,7 +87,7 @@ def test_a_resume_that_is_accepted_keeps_the_earlier_config_beside_its_own(fit):
 
 def test_last_passes_over_a_damaged_checkpoint_and_says_so(fit, capfd):
     def losses() -> list[float]:
-        return [step["loss"] for step in json.loads(Path("run/metrics.json").read_text())["steps"]]
+        return TrainingMetrics.load("run/metrics.jsonl").losses
 
     every_step = {"checkpoint__every_n_steps": 1, "trainer__max_steps": 4}
     fit(**every_step)

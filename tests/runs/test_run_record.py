@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 
-from lit_lora import LoRAConfig, LoRALightningModule, SFTDataModule
+from lit_lora import LoRAConfig, LoRALightningModule, SFTDataModule, TrainingMetrics
 from lit_lora.callbacks import ConvergenceAssertion, TrainingCheckpoint
 from lit_lora.files.checkpoint import AtomicCheckpointIO
 from lit_lora.files.csv_log import PatientCSVLogger
@@ -81,13 +81,12 @@ def folder_back(folder):
 
 
 def record_of(folder):
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = TrainingMetrics.load(folder / "metrics.jsonl")
     (log,) = folder.glob("logs/*/metrics.csv")
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    losses = [step["loss"] for step in metrics["steps"]]
     logged = [float(row["train_loss"]) for row in rows if row["train_loss"]]
-    return losses, logged, [entry["val_loss"] for entry in metrics["validation"]], set(rows[0])
+    return metrics.losses, logged, [entry["val_loss"] for entry in metrics.validation], set(rows[0])
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint of step")
@@ -96,7 +95,7 @@ def test_a_record_that_fails_for_a_while_is_complete_in_the_end(fit, tmp_path, l
     expected = fit("whole")
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / ".metrics.json.x.partial").touch()
+    (folder / ".metrics.jsonl.x.partial").touch()
     actions = {lost_at: lambda: folder_lost(folder), STEPS - 2: lambda: folder_back(folder)}
     with pytest.warns(UserWarning, match="not written") as caught:
         weights = fit("run", At(actions))
@@ -149,7 +148,7 @@ def test_a_record_that_cannot_be_written_in_the_end_is_an_error(fit, tmp_path, m
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lit_lora.metrics.atomic_write", fail)
+    monkeypatch.setattr("lit_lora.files.append_log.atomic_write", fail)
     with pytest.raises(OSError, match=r"record of the run could not be written: .*No space left"):
         fit("run")
     assert (tmp_path / "run" / "verdict.json").is_file()

@@ -93,7 +93,7 @@ def _fit(number: int, folder: Path) -> tuple[TrainingMetrics, dict[str, bool | N
     verdicts = {
         entry["name"]: entry["passed"] for entry in json.loads((folder / "verdict.json").read_text())["verdicts"]
     }
-    return TrainingMetrics.load(folder / "metrics.json"), verdicts
+    return TrainingMetrics.load(folder / "metrics.jsonl"), verdicts
 
 
 @pytest.mark.real_model

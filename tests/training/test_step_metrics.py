@@ -56,9 +56,10 @@ def test_steps_without_a_target_are_recorded_without_a_loss_and_not_judged(fit, 
     assert all(math.isnan(step.loss) for step in metrics.steps[4:])
     assert convergence.losses == pytest.approx(metrics.losses)
     assert convergence.verdict.passed
-    metrics.save(tmp_path / "metrics.json")
-    json.loads((tmp_path / "metrics.json").read_text(), parse_constant=strict)
-    assert TrainingMetrics.load(tmp_path / "metrics.json").losses == metrics.losses
+    metrics.save(tmp_path / "metrics.jsonl")
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=strict)
+    assert TrainingMetrics.load(tmp_path / "metrics.jsonl").losses == metrics.losses
 
 
 def test_a_run_without_any_target_is_not_judged(fit):
@@ -70,13 +71,12 @@ def test_a_run_without_any_target_is_not_judged(fit):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state["steps"][0].update(mood=1), "a step's metrics .* unknown mood"),
-        (lambda state: state["steps"][0].pop("loss"), "a step's metrics .* missing loss"),
-        (lambda state: state.pop("validation"), "the metrics .* missing validation"),
+        (lambda step: step.update(mood=1), "a step's metrics .* unknown mood"),
+        (lambda step: step.pop("loss"), "a step's metrics .* missing loss"),
     ],
 )
 def test_metrics_of_another_version_are_named_as_such(fit, change, message):
-    state = fit(batches(1, 0)).flush_metrics().state_dict()
-    change(state)
+    step = json.loads(fit(batches(1, 0)).flush_metrics().to_jsonl())
+    change(step)
     with pytest.raises(ValueError, match=message):
-        TrainingMetrics.from_state_dict(state)
+        TrainingMetrics.from_jsonl(json.dumps(step) + "\n")
