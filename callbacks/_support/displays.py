@@ -123,6 +123,7 @@ class _Above:
         self._name = name
         self._bar = bar
         self._waiting = ""
+        self._in_a_line = False
         self.stream: TextIO = getattr(sys, name)
         self._handlers = _handlers(self.stream)  # before anyone can ask for the name
         setattr(sys, name, self)
@@ -133,19 +134,23 @@ class _Above:
         """Write whole lines; the rest waits for its end, or for a flush."""
         lines, newline, self._waiting = (self._waiting + text).rpartition("\n")
         if newline:
-            self._bar.clear()
-            self.stream.write(lines + newline)
-            self.stream.flush()
+            self._put(lines + newline)
             self._bar.refresh()
         return len(text)
 
     def flush(self) -> None:
         """Write what waits: a prompt of a debugger is no whole line."""
         if self._waiting:
-            self._bar.clear()
-            self.stream.write(self._waiting)
+            self._put(self._waiting)
             self._waiting = ""
         self.stream.flush()
+
+    def _put(self, text: str) -> None:
+        if not self._in_a_line:
+            self._bar.clear()
+        self.stream.write(text)
+        self.stream.flush()
+        self._in_a_line = not text.endswith("\n")
 
     def give_back(self) -> None:
         """Put the stream back in its place, unless someone else has taken that."""
@@ -168,7 +173,7 @@ def _handlers(stream: TextIO) -> list[logging.StreamHandler[Any]]:
     """Log handlers that write to the stream: they hold it, whatever ``sys.stderr`` is."""
     known = [logging.root, *logging.root.manager.loggerDict.values()]
     handlers = [handler for logger in known if isinstance(logger, logging.Logger) for handler in logger.handlers]
-    return [h for h in handlers if isinstance(h, logging.StreamHandler) and h.stream is stream]
+    return [h for h in handlers if isinstance(h, logging.StreamHandler) and vars(h).get("stream") is stream]
 
 
 def _columns(terminal: TextIO) -> int:
