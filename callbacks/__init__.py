@@ -19,6 +19,7 @@ _PUBLIC = {
     "MemoryProfiler": "memory_profiler",
     "NonFiniteError": "gradient_norm",
     "RankMonitor": "rank_monitor",
+    "StepProgress": "step_progress",
     "ThroughputLogger": "throughput",
     "TrainingCheckpoint": "training_checkpoint",
     "Verdict": "verdict",
@@ -34,6 +35,7 @@ __all__ = [
     "MemoryProfiler",
     "NonFiniteError",
     "RankMonitor",
+    "StepProgress",
     "ThroughputLogger",
     "TrainingCheckpoint",
     "Verdict",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from lit_lora.callbacks.gradient_norm import GradientNormLogger, NonFiniteError
     from lit_lora.callbacks.memory_profiler import MemoryBudgetExceeded, MemoryProfiler
     from lit_lora.callbacks.rank_monitor import RankMonitor
+    from lit_lora.callbacks.step_progress import StepProgress
     from lit_lora.callbacks.throughput import ThroughputLogger
     from lit_lora.callbacks.training_checkpoint import TrainingCheckpoint
     from lit_lora.callbacks.verdict import Verdict

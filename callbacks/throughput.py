@@ -8,18 +8,13 @@ whose time is left out).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 
+from lit_lora.callbacks._support.batch_counts import Count, count
 from lit_lora.callbacks._support.trainer import is_logging_step, is_reading_step, log_metrics
-
-_IGNORED_LABEL = -100  # transformers' convention
-
-Count = int | Tensor
 
 
 class ThroughputLogger(pl.Callback):
@@ -68,7 +63,7 @@ class ThroughputLogger(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch; log after a step."""
-        self._counts = [total + new for total, new in zip(self._counts, _count(batch), strict=True)]
+        self._counts = [total + new for total, new in zip(self._counts, count(batch), strict=True)]
         step = trainer.global_step
         if step == self._last_step:
             return
@@ -157,32 +152,3 @@ class ThroughputLogger(pl.Callback):
         self.num_target_tokens += targets
         self.num_samples += samples
         return tokens, targets, samples
-
-
-def _count(batch: Any) -> tuple[Count, Count, Count]:
-    """Tokens, supervised tokens and samples of a batch; zero for what it does not tell."""
-    samples = _batch_size(batch)
-    if not isinstance(batch, Mapping):
-        return 0, 0, samples
-    tokens: Count = 0
-    if "num_tokens" in batch:
-        tokens = batch["num_tokens"]
-    elif isinstance(batch.get("attention_mask"), Tensor):
-        tokens = batch["attention_mask"].sum()
-    elif isinstance(batch.get("input_ids"), Tensor):
-        tokens = batch["input_ids"].numel()
-    targets: Count = 0
-    if isinstance(batch.get("target_positions"), Tensor):
-        targets = batch["target_positions"].numel()
-    elif isinstance(batch.get("labels"), Tensor) and batch["labels"].dim() == 2:
-        targets = (batch["labels"][:, 1:] != _IGNORED_LABEL).sum()  # transformers shifts: no target for the first token
-    if isinstance(batch.get("example_ids"), Tensor):
-        samples = batch["example_ids"].numel()
-    return tokens, targets, samples
-
-
-def _batch_size(batch: Any) -> int:
-    if isinstance(batch, Tensor):
-        return batch.size(0) if batch.dim() else 1
-    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((size for size in map(_batch_size, entries) if size), 0)

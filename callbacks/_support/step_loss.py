@@ -11,6 +11,7 @@ there. Where the module logs ``train_targets``, how many targets a step learned 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -26,9 +27,10 @@ class StepLoss:
 
     Args:
         monitor: name of the logged metric to prefer; None to use the returned loss only.
+        keep: steps to keep until they are drained, the newest; None for all.
     """
 
-    def __init__(self, monitor: str | None) -> None:
+    def __init__(self, monitor: str | None, *, keep: int | None = None) -> None:
         self.monitor = monitor
         self.source: Literal["monitor", "output"] | None = None
         self.restarted = False
@@ -36,7 +38,7 @@ class StepLoss:
         self._num_recorded = 0
         self._last_step = 0
         self._micro_losses: list[Tensor] = []
-        self._pending: list[tuple[int, Tensor]] = []
+        self._pending: deque[tuple[int, Tensor]] = deque(maxlen=keep)
         """Step, and on the device its loss and its number of targets, ``(2,)``."""
 
     def start(self, trainer: pl.Trainer) -> None:

@@ -8,8 +8,9 @@ then the one from the command line holds, before that of a config file of the us
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +110,12 @@ def in_order(arguments: Sequence[str]) -> list[str]:
         parts = [n for n, other in enumerate(others) if option.key and other.setting.startswith(f"{option.key}.")]
         others.insert(parts[0] if parts else len(others), option)
     return [token for option in [*configs, *others] for token in option.tokens]
+
+
+def with_flag_values(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
+    """``--compare`` alone means ``--compare true``."""
+    values = ("true", "false", "yes", "no")
+    return [f"{a}=true" if a in flags and b not in values else a for a, b in itertools.pairwise([*arguments, ""])]
 
 
 def without_contradictions(

@@ -34,6 +34,7 @@ _SECTIONS = (
     ("At what cost (model.step)", "model.step."),
     ("Data", "data."),
     ("Trainer, the most used settings", "trainer."),
+    ("Output", "quiet"),
 )
 
 

@@ -7,12 +7,11 @@ new run never writes into the folder of an earlier one: it takes the next free n
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_lora.cli.command_line import in_order, without_contradictions
+from lit_lora.cli.command_line import in_order, with_flag_values, without_contradictions
 from lit_lora.cli.config_check import DATA_KEYS, parser_of, problems_in, problems_of
 from lit_lora.cli.help import asked_part, show_help
 from lit_lora.cli.parse_errors import reason
@@ -35,12 +34,11 @@ from lit_lora.files.checkpoint import read_checkpoint
 from lit_lora.files.shipped import shipped
 from lit_lora.module import LoRALightningModule
 from lit_lora.runs.config_file import ConfigFile
-from lit_lora.runs.fit import CALLBACKS, TRAINER_DEFAULTS, concluded, is_over, wired
+from lit_lora.runs.fit import CALLBACKS, TRAINER_DEFAULTS, as_shown, concluded, is_over, left_out, wired
 from lit_lora.runs.outcome import Outcome
-from lit_lora.runs.run_folder import (
-    RunFolder,
-)
+from lit_lora.runs.run_folder import RunFolder
 from lit_lora.runs.run_record import PredictionWriter, RunRecord
+from lit_lora.runs.said import readable
 from lit_lora.runs.start import CHECKPOINT_VARIABLE, choose_start, one_run
 from lit_lora.training.trainer_settings import check_trainer, missing_end
 from lit_lora.wording import for_command_line
@@ -53,6 +51,8 @@ PARTS: dict[str, Callable[..., Any]] = {
 }
 """What checks the values of a config, by key."""
 
+QUIET = "print the verdict only; warnings and errors are shown in any case."
+
 
 def run(arguments: Sequence[str]) -> None:
     """Parse a command line, verb first, and run it.
@@ -64,7 +64,6 @@ def run(arguments: Sequence[str]) -> None:
         NotProvedError: for a check that ended the run.
         SystemExit: with a code of its own for a run that failed a check.
     """
-    _leave_out_noise()
     sys.argv = [sys.argv[0], *arguments]  # Lightning starts other ranks with this script
     with one_run():
         try:
@@ -119,11 +118,12 @@ class LoRACLI(LightningCLI):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Run the command line; see :func:`run`."""
         self.run_folder: RunFolder | None = None
-        try:
-            super().__init__(*args, **kwargs)
-        finally:
-            if self.run_folder is not None:
-                self.run_folder.release()
+        with ExitStack() as self._said:
+            try:
+                super().__init__(*args, **kwargs)
+            finally:
+                if self.run_folder is not None:
+                    self.run_folder.release()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -132,7 +132,8 @@ class LoRACLI(LightningCLI):
         return {sys.argv[1]: verbs[sys.argv[1]]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give every proving callback its key."""
+        """Give every proving callback its key, and the run itself what is no setting of a part of it."""
+        parser.add_argument("--quiet", type=bool, default=False, help=QUIET)
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
 
@@ -143,15 +144,16 @@ class LoRACLI(LightningCLI):
             show_help(parser_of(parser, verb), verb, part)
         unreadable: list[str] = []
         try:
-            rest = in_order(rest)
+            rest = in_order(with_flag_values(rest, {"--quiet"}))
             sys.argv[2:], notices = without_contradictions(rest, known_settings(parser_of(parser, verb)), unreadable)
         except ValueError as error:
             refuse([str(error)])
         if unreadable:
             refuse(problems_in(parser, sys.argv[1:], PARTS))
+        super().parse_arguments(parser, args)
+        self._said.enter_context(readable(quiet=self.config[self.config["subcommand"]].quiet))
         for notice in notices:
             rank_zero_info(notice)
-        super().parse_arguments(parser, args)
         self.check_config(self.config[self.config["subcommand"]], parser)
 
     def check_config(self, config: Any, parser: LightningArgumentParser) -> None:
@@ -196,16 +198,17 @@ class LoRACLI(LightningCLI):
         """Add the record of the run, a logger into its folder, and atomic checkpoints."""
         settings, fits = self._get(self.config_init, "trainer"), self.subcommand == "fit"
         config = self.config[self.subcommand]
+        shown = as_shown(vars(settings), [], quiet=config.quiet)
         self.config_file = ConfigFile(self._resolved)
         checkpoint = config.ckpt_path if fits else None
         self.record = RunRecord(is_over=is_over(checkpoint, config.trainer.default_root_dir, self.config_file))
         extra: list[Callback] = [self.record, self.config_file] if fits else []
         if self.subcommand == "predict":
             extra.append(PredictionWriter())
-        for name, value in wired(vars(settings), extra, logger=fits).items():
+        for key in left_out(shown):
+            self._parser(self.subcommand).callback_keys.remove(key)
+        for name, value in wired(shown, extra, logger=fits).items():
             settings[name] = value
-        if settings.get("enable_checkpointing") is False:
-            self._parser(self.subcommand).callback_keys.remove("checkpoint")
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -213,8 +216,9 @@ class LoRACLI(LightningCLI):
         self.outcome = concluded(self.trainer, self.model, self.datamodule, self.record, self.config_file)
 
     def _resolved(self) -> dict[str, Any]:
+        """The settings of the run; that it was quiet is none of them."""
         self._dump_config()
-        return self.config_dump
+        return {name: value for name, value in self.config_dump.items() if name != "quiet"}
 
 
 class _Parsed(Exception):
@@ -256,10 +260,3 @@ def _is_of_loading(error: Exception) -> bool:
 
 # The default of an argument of `lightning.pytorch.callbacks.Timer`. YAML has no text for an enumeration of strings.
 yaml.SafeDumper.add_representer(Interval, lambda dumper, value: dumper.represent_str(value.value))
-
-
-def _leave_out_noise() -> None:
-    """Lightning's advertisements, and two remarks that it makes about itself, say nothing about the run."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(("💡", "`weights_only`")))
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)

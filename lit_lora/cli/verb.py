@@ -6,14 +6,13 @@ A required parameter can be given by its place or by its name, ``--adapter runs/
 from __future__ import annotations
 
 import inspect
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
 
-from lit_lora.cli.command_line import in_order, options, settings
+from lit_lora.cli.command_line import in_order, options, settings, with_flag_values
 from lit_lora.cli.parse_errors import reason
 from lit_lora.cli.setting_check import look_at_each, refuse
 from lit_lora.files import strict_yaml
@@ -27,7 +26,8 @@ def call(function: Callable[..., Any], arguments: Sequence[str]) -> None:
         SystemExit: after naming what is wrong with them.
     """
     verb = function.__name__
-    given = in_order(_by_place(function, _with_flag_values(function, arguments)))
+    flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
+    given = in_order(_by_place(function, with_flag_values(arguments, flags)))
     unreadable: list[str] = []
     known = set(inspect.signature(function).parameters)
     if list(settings(given, known, unreadable)) and unreadable:
@@ -52,13 +52,6 @@ def call(function: Callable[..., Any], arguments: Sequence[str]) -> None:
             parser_mode=strict_yaml.install(),
             allow_abbrev=False,
         )
-
-
-def _with_flag_values(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
-    """``--compare`` alone means ``--compare true``."""
-    flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
-    values = ("true", "false", "yes", "no")
-    return [f"{a}=true" if a in flags and b not in values else a for a, b in itertools.pairwise([*arguments, ""])]
 
 
 def _by_place(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:

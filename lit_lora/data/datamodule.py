@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -198,8 +199,7 @@ class SFTDataModule(pl.LightningDataModule):
             self._fingerprint = self._take_fingerprint()
             num_validation = 0 if self.validation_data is None else len(self.validation_data)
             self.summary = summarize(train, self.tokenizer, self.batch_settings, num_validation=num_validation)
-            if self._rank == 0:
-                print(self.summary)
+            rank_zero_info(str(self.summary))
             if self.trainer is not None:
                 check_limits(
                     self.trainer, lambda: self._num_batches(train), lambda: self._num_batches(self.validation_data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lit_lora.data.dataset import (
@@ -109,7 +109,7 @@ def _tokenize(
         done = start + len(batch)
         if time.monotonic() - shown > PROGRESS_EVERY_S:
             shown = time.monotonic()
-            print(f"tokenizing {source}: {done:,} of {len(examples.items):,} examples", file=sys.stderr)
+            rank_zero_info(f"tokenizing {source}: {done:,} of {len(examples.items):,} examples")
     _check_problems(examples, settings)
     kept = [example for example in encoded if any(example.mask)]
     if not kept:

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 
 from lit_lora.callbacks import (
@@ -23,6 +24,7 @@ from lit_lora.callbacks import (
     HFAdapterExport,
     MemoryProfiler,
     RankMonitor,
+    StepProgress,
     ThroughputLogger,
     TrainingCheckpoint,
 )
@@ -34,6 +36,7 @@ from lit_lora.module import LoRALightningModule
 from lit_lora.runs.config_file import ConfigFile
 from lit_lora.runs.outcome import Outcome, read_outcome
 from lit_lora.runs.run_record import RunRecord
+from lit_lora.runs.said import readable
 from lit_lora.runs.start import choose_start, one_run
 from lit_lora.training.hyperparameters import KnowsSettings, plain
 
@@ -43,10 +46,11 @@ CALLBACKS: dict[str, type[Callback]] = {
     "convergence": ConvergenceAssertion,
     "gradient_flow": GradientFlowAssertion,
     "throughput": ThroughputLogger,
+    "progress": StepProgress,
     "export": HFAdapterExport,
     "checkpoint": TrainingCheckpoint,
 }
-"""What watches, proves and saves a run, by its key on the command line."""
+"""What watches, proves, saves and shows a run, by its key on the command line."""
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/run",
@@ -67,6 +71,7 @@ def fit(
     resume: str | None = None,
     callbacks: Sequence[Callback] = (),
     seed: int = 42,
+    quiet: bool = False,
     **trainer: Any,
 ) -> Outcome | None:
     """Fine-tune from a script, with all that ``lit-lora fit`` does: record, checks, verdict, export, exact resume.
@@ -78,6 +83,7 @@ def fit(
         resume: a checkpoint, a folder of them, or "last"; None starts a new run.
         callbacks: in place of the ones of their class that are there anyway (``ConvergenceAssertion(0.5)``), or more.
         seed: of adapters, dropout and whatever else draws random numbers.
+        quiet: print the verdict only; warnings and errors are shown in any case.
         trainer: settings of Lightning's Trainer: ``max_steps``, ``gradient_clip_val``, ...
 
     Returns:
@@ -93,7 +99,7 @@ def fit(
     settings = {**TRAINER_DEFAULTS, **trainer}
     checkpoints = next((c for c in callbacks if isinstance(c, TrainingCheckpoint)), None)
     ends = {name: settings.get(name) for name in ("max_steps", "max_epochs")}
-    with one_run():
+    with one_run(), readable(quiet=quiet):
         start = choose_start(
             folder,
             resume,
@@ -106,11 +112,11 @@ def fit(
             kinds = tuple(type(callback) for callback in callbacks)
             config = ConfigFile(lambda: _settings(module, data, settings, seed))
             record = RunRecord(is_over=is_over(start.checkpoint, start.folder, config))
-            standard = [kind() for kind in CALLBACKS.values() if kind not in kinds]
-            if not settings["enable_checkpointing"]:
-                standard = [callback for callback in standard if not isinstance(callback, TrainingCheckpoint)]
             settings["default_root_dir"] = start.folder
-            built = Trainer(**wired(settings, [*standard, *callbacks, record, config]))
+            shown = as_shown(settings, callbacks, quiet=quiet)
+            out = left_out(shown, callbacks)
+            standard = [kind() for key, kind in CALLBACKS.items() if kind not in kinds and key not in out]
+            built = Trainer(**wired(shown, [*standard, *callbacks, record, config]))
             built.fit(module, datamodule=data, ckpt_path=start.checkpoint)
             return concluded(built, module, data, record, config)
         finally:
@@ -133,6 +139,37 @@ def wired(settings: Mapping[str, Any], callbacks: Sequence[Callback], *, logger:
     found["plugins"] = [*_listed(found.get("plugins")), AtomicCheckpointIO()]
     found["callbacks"] = [*_listed(found.get("callbacks")), RankMonitor(), *callbacks]
     return found
+
+
+def as_shown(settings: Mapping[str, Any], callbacks: Sequence[Callback], *, quiet: bool) -> dict[str, Any]:
+    """Settings of a Trainer, of a quiet one without a progress bar.
+
+    Raises:
+        ValueError: for a progress bar that a quiet run was given.
+    """
+    if not quiet:
+        return dict(settings)
+    if bars := _progress_bars(settings, callbacks):
+        raise ValueError(f"a quiet run shows no progress, and was given {type(bars[0]).__name__}: leave one of them out")
+    return {**settings, "enable_progress_bar": False}
+
+
+def left_out(settings: Mapping[str, Any], callbacks: Sequence[Callback] = ()) -> set[str]:
+    """Keys of :data:`CALLBACKS` that these settings of a Trainer leave no place for.
+
+    Args:
+        settings: of the Trainer.
+        callbacks: beside its own. Lightning takes one progress bar: the user's.
+    """
+    switched_off = settings.get("enable_progress_bar") is False or settings.get("barebones")
+    return {
+        *(["checkpoint"] if settings.get("enable_checkpointing") is False else []),
+        *(["progress"] if switched_off or _progress_bars(settings, callbacks) else []),
+    }
+
+
+def _progress_bars(settings: Mapping[str, Any], callbacks: Sequence[Callback]) -> list[Any]:
+    return [callback for callback in (*_listed(settings.get("callbacks")), *callbacks) if isinstance(callback, ProgressBar)]
 
 
 def is_over(checkpoint: str | None, folder: str, config: ConfigFile) -> bool:

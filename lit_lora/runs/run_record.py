@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lit_lora.base.base_hash import base_hash
 from lit_lora.callbacks import HFAdapterExport, Verdict
@@ -62,13 +63,14 @@ class RunRecord(L.Callback):
             pl_module.metrics_record.keep_in(folder)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print which layers have adapters, on which base."""
+        """Say which layers have adapters, on which base, and what they are trained on."""
         self._started = self._ended = False
         trainer.should_stop = trainer.should_stop or self.is_over
         if trainer.is_global_zero and isinstance(pl_module, LoRALightningModule) and pl_module.injection_report:
-            print(pl_module.injection_report.table())
             assert pl_module.model is not None
-            print(f"base:      {base_hash(pl_module.model)}")
+            rank_zero_info(pl_module.injection_report.table())
+            rank_zero_info(f"base:      {base_hash(pl_module.model)}")
+            rank_zero_info(f"device:    {_device(trainer)}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on there is something to record."""
@@ -179,6 +181,12 @@ class RunRecord(L.Callback):
         except OSError as error:
             failures.append(str(error))
         return [failure for failure in failures if failure is not None]
+
+
+def _device(trainer: L.Trainer) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name if trainer.world_size == 1 else f"{name}, {trainer.world_size} processes"
 
 
 def _checks(trainer: L.Trainer) -> list[Check]:

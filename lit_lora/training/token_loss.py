@@ -101,7 +101,8 @@ class TokenLossModule(L.LightningModule):
         self._recorder.measure(gradients, [p.detach() for p in parameters], self.device)
         if self.trainer.barebones:  # which has no place to log to
             return
-        self.log("train_loss", self._recorder.loss, prog_bar=True, rank_zero_only=True)
+        # Not for Lightning's progress bars: for those it reads the value from the device in every step.
+        self.log("train_loss", self._recorder.loss, rank_zero_only=True)
         # 0 where callbacks have dropped the gradients, as of a step that is not finite: nothing was learned from it.
         self.log("train_targets", self._recorder.num_targets * bool(gradients), rank_zero_only=True)
 

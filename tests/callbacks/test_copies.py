@@ -10,7 +10,13 @@ import pytest
 from plain_projects import AdapterModel, PlainModel
 
 import lit_lora.callbacks
-from lit_lora.callbacks import GradientFlowAssertion, GradientNormLogger, HFAdapterExport, TrainingCheckpoint
+from lit_lora.callbacks import (
+    GradientFlowAssertion,
+    GradientNormLogger,
+    HFAdapterExport,
+    StepProgress,
+    TrainingCheckpoint,
+)
 from lit_lora.runs.run_record import PredictionWriter, RunRecord
 
 PUBLIC = [getattr(lit_lora.callbacks, name) for name in lit_lora.callbacks.__all__]
@@ -28,7 +34,8 @@ def test_all_of_them_are_tried():
 def test_a_copy_of_a_callback_works_and_can_be_copied_after_a_run(make_trainer, kind, how):
     callback = COPIES[how](kind(**SETTINGS.get(kind.__name__, {})))
     if kind is not HFAdapterExport:  # it refuses a model that has no adapters
-        make_trainer(callback, enable_checkpointing=kind is TrainingCheckpoint).fit(PlainModel())
+        needed = {"enable_checkpointing": kind is TrainingCheckpoint, "enable_progress_bar": kind is StepProgress}
+        make_trainer(callback, **needed).fit(PlainModel())
     assert COPIES[how](callback).state_dict() == callback.state_dict()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def test_both_processes_decide_alike(tmp_path):
     assert [verdict[:2] for verdict in first["verdicts"]] == [verdict[:2] for verdict in second["verdicts"]]
     assert all(passed for _, passed, *_ in first["verdicts"][1:])
     assert first["verdicts"][0] == second["verdicts"][0]  # the same means over both
+    assert re.findall(r"^step (\d)/6, loss", done.stdout, re.MULTILINE) == ["1", "6"]  # of one process
     assert first["best"] == second["best"] == [1.0, 6]  # as the first process sees it
     assert first["skipped"] == second["skipped"] == 1
     assert first["tokens"] == second["tokens"] == 4 * 2 * 128

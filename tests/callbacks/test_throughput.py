@@ -9,7 +9,7 @@ import torch
 from plain_projects import AdapterModel, PlainModel
 
 from lit_lora.callbacks import ThroughputLogger
-from lit_lora.callbacks.throughput import _count
+from lit_lora.callbacks._support.batch_counts import count
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 LABELS = torch.tensor([[5, -100, 7], [5, 6, -100]])
@@ -31,7 +31,7 @@ PACKED = {"num_tokens": 4, "target_positions": torch.arange(3), "example_ids": t
     ],
 )
 def test_counts(batch, expected):
-    assert tuple(int(count) for count in _count(batch)) == expected
+    assert tuple(int(number) for number in count(batch)) == expected
 
 
 class Slow(AdapterModel):
@@ -91,7 +91,7 @@ def test_totals_outlive_a_resume(make_trainer, tmp_path):
 def test_cuda_waits_on_logging_steps_only(make_trainer, logger):
     torch.cuda.set_sync_debug_mode("error")  # any hidden wait in between raises; synchronize() itself does not
     try:
-        counts = _count({"attention_mask": torch.ones(2, 3, device="cuda")})
+        counts = count({"attention_mask": torch.ones(2, 3, device="cuda")})
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert int(counts[0]) == 6

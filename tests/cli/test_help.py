@@ -73,3 +73,8 @@ def test_a_part_that_is_not_there_is_named(capsys):
         main(["fit", "--help.convergance"])
     assert caught.value.code == 2
     assert "no part 'convergance'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_the_first_page_says_how_to_silence_a_run(shown, verb):
+    assert re.search(r"^  --quiet  true\|false \(false\)\n        print the verdict only", shown(verb, "--help"), re.M)
