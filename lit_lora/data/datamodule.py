@@ -218,9 +218,14 @@ class SFTDataModule(pl.LightningDataModule):
             self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
     def train_dataloader(self) -> DataLoader:
-        """Micro-batches of this rank, from the place where a loaded checkpoint stopped."""
+        """Micro-batches of this rank, from the place where a loaded checkpoint stopped.
+
+        Raises:
+            ValueError: if a checkpoint was loaded and held no place in data of this class.
+        """
         assert self.train_data is not None, "setup() comes before train_dataloader()"
         if self._train_sampler is None:
+            self._check_resumed()
             resume_from = None
             if self._loaded_state is not None:
                 resume_from = (self._loaded_state["epoch"], self.rank_batches_consumed(self._world_size))
@@ -361,6 +366,18 @@ class SFTDataModule(pl.LightningDataModule):
             raise ValueError(
                 f"the data is divided among the {self._world_size} ranks by SFTDataModule: "
                 f"set {setting('trainer.use_distributed_sampler', False)} for the Trainer"
+            )
+
+    def _check_resumed(self) -> None:
+        if self.trainer is None or self.trainer.state.fn != "fit" or self.trainer.ckpt_path is None:
+            return
+        if self._loaded_state is None:
+            name = type(self).__qualname__
+            raise ValueError(
+                f"{self.trainer.ckpt_path} holds no position in the data of {name}, so training would start from their "
+                f"beginning, unsaid: resume with the data that the run had. If {name} is only another name of its "
+                "class, call lit_lora.data.resume.align_loop_progress in the module's on_load_checkpoint, as "
+                "LoRALightningModule does"
             )
 
     def _settings_of(self, source: str) -> SourceSettings:

@@ -7,25 +7,56 @@ middle. The data counts global micro-batches. After a checkpoint is loaded, the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 
+@runtime_checkable
+class KnowsPosition(Protocol):
+    """A data module whose state is a position: ``SFTDataModule``, and what is derived from it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a position, or refuse one that means something else with these data."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a position in the data means."""
+        ...
+
+
 def data_state(checkpoint: Mapping[str, Any], trainer: Trainer) -> Mapping[str, Any] | None:
-    """The state of ``SFTDataModule``, or a class of its kind, in a checkpoint; None if there is none for these data."""
-    found = {
+    """The position in a checkpoint that this run's data can continue from; None if there is none.
+
+    Lightning keeps it under the name of the data module's class, which may be another by now: a class is renamed,
+    derived from, moved into a function. What the position means is not in that name but in its fingerprint, which
+    ``load_state_dict`` compares.
+
+    Raises:
+        ValueError: if there is a position, and these data know none.
+    """
+    found = _positions(checkpoint)
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
+    if isinstance(datamodule, KnowsPosition):
+        return found.get(_key(datamodule), next(iter(found.values()), None))
+    if found:
+        raise ValueError(
+            f"the checkpoint holds a position in the data of {next(iter(found))}, and this run's data come from "
+            f"{'a plain loader' if datamodule is None else _key(datamodule)}, which cannot continue there: resume with "
+            "the data that the run had, or start a new run"
+        )
+    return None
+
+
+def _positions(checkpoint: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {
         name: state for name, state in checkpoint.items() if isinstance(state, Mapping) and "micro_batches" in state
     }
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
-    own = type(datamodule).__qualname__  # as Lightning names it
-    if found and own not in found:
-        rank_zero_warn(
-            f"the checkpoint's position in the data is that of {', '.join(found)}, and this run's data come from "
-            f"{own if datamodule is not None else 'a plain loader'}: they start from their beginning"
-        )
-    return found.get(own)
+
+
+def _key(datamodule: Any) -> str:
+    """As Lightning names it in a checkpoint."""
+    return type(datamodule).__qualname__
 
 
 def rank_batches_consumed(state: Mapping[str, Any], world_size: int) -> int:
@@ -80,7 +111,7 @@ def _names(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
 
 
 def align_loop_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Set the loop counters of a loaded checkpoint to the data's position, in place.
+    """Set the loop counters of a loaded checkpoint to the data's position, in place, and have Lightning find that.
 
     For ``LightningModule.on_load_checkpoint``. Does nothing to a checkpoint without data state. Needed to resume with
     another number of ranks, at the exact end of an epoch under ``max_steps``, and in an epoch that was stopped early.
@@ -90,11 +121,14 @@ def align_loop_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         trainer: with the data module.
 
     Raises:
-        ValueError: see :func:`rank_batches_consumed`.
+        ValueError: see :func:`data_state` and :func:`rank_batches_consumed`.
     """
+    if trainer.state.fn != "fit":
+        return
     state = data_state(checkpoint, trainer)
     if state is None or "loops" not in checkpoint:
         return
+    checkpoint[_key(trainer.datamodule)] = state  # type: ignore[attr-defined]  # where Lightning will look for it
     loops = checkpoint["loops"]["fit_loop"]
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
     epoch, consumed = state["epoch"], rank_batches_consumed(state, trainer.world_size)
