@@ -69,7 +69,7 @@ class LoRALightningModule(TokenLossModule):
             quantization: how to quantize the frozen base; None for full precision.
             dtype: of the base's weights; auto is bfloat16 on CUDA and float32 on a CPU.
             revision: branch, tag or commit of the base on the Hub.
-            trust_remote_code: run code that comes with the base.
+            trust_remote_code: run code that comes with the base or the tokenizer.
             optimization: learning rate, its schedule, weight decay.
             step: how a step is computed: what is recomputed, compiled, fused.
             optimizer: replaces the built-in AdamW; gets adapter parameters only.

@@ -182,6 +182,7 @@ SYNONYMS: dict[str, Meaning] = {
     "base_model_name_or_path": _to(_BASE),
     "checkpoint_dir": _to(_BASE),
     "model_revision": _to("model.revision"),
+    "trust_remote_code": _to("model.trust_remote_code", "for the base and the tokenizer"),
     "tokenizer_name": _to("data.tokenizer"),
     "tokenizer_name_or_path": _to("data.tokenizer"),
     "tokenizer_path": _to("data.tokenizer"),

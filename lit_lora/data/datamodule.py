@@ -60,7 +60,6 @@ class SFTDataModule(pl.LightningDataModule):
         on_bad_rows: "error" to refuse data with bad rows, "drop" to go on without them.
         cache_dir: folder for tokenized data; by default ``$LIT_LORA_CACHE/tokenized`` or
             ``~/.cache/lit_lora/tokenized``.
-        trust_remote_code: run code that comes with the tokenizer.
     """
 
     def __init__(
@@ -84,7 +83,6 @@ class SFTDataModule(pl.LightningDataModule):
         limit: int | None = None,
         on_bad_rows: Literal["error", "drop"] = "error",
         cache_dir: str | Path | None = None,
-        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= validation_fraction < 1:
@@ -112,7 +110,6 @@ class SFTDataModule(pl.LightningDataModule):
         )
         self.packing = packing
         self.num_workers = num_workers
-        self.trust_remote_code = trust_remote_code
         self.cache_dir = cache_folder("tokenized") if cache_dir is None else Path(cache_dir).expanduser()
         self.train_data: TokenizedDataset | None = None
         self.validation_data: TokenizedDataset | None = None
@@ -128,7 +125,7 @@ class SFTDataModule(pl.LightningDataModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use.
+        """The tokenizer, loaded on first use; code that comes with it runs where the module says ``trust_remote_code``.
 
         Raises:
             ValueError: if none was given and the module does not say which base model it trains.
@@ -137,15 +134,17 @@ class SFTDataModule(pl.LightningDataModule):
             from lit_lora.base.load import load_tokenizer
 
             name, revision = self._tokenizer, None
+            module = self.trainer.lightning_module if self.trainer is not None else None
             if name is None:
-                module = self.trainer.lightning_module if self.trainer is not None else None
                 name, revision = getattr(module, "base", None), getattr(module, "revision", None)
             if not isinstance(name, str):
                 raise ValueError(
                     "no tokenizer: the module has no attribute 'base' with the model's name; "
                     f"set {setting('data.tokenizer')} to a name, a folder, or 'bytes'"
                 )
-            self._tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=self.trust_remote_code)
+            self._tokenizer = load_tokenizer(
+                name, revision=revision, trust_remote_code=getattr(module, "trust_remote_code", False)
+            )
             self._tokenizer_name = name
         return self._tokenizer
 

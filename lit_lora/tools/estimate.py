@@ -82,11 +82,8 @@ def given_batch(lengths: Sequence[int]) -> LargestBatches:
 
 def largest_batches(config: Any) -> LargestBatches:
     """Those of the run's own plan over its data; where that cannot be read, the largest that the settings allow."""
-    data = dict(config.data)
-    if data["tokenizer"] is None:
-        data["tokenizer"] = config.model.base
     try:
-        examples = _training_data(data)
+        examples = _training_data(config)
     except (OSError, ValueError) as error:
         batch = Batch(tuple(_largest_allowed(config.data)), 1.0)
         reason = str(error).splitlines()[0].removesuffix(":")
@@ -95,9 +92,15 @@ def largest_batches(config: Any) -> LargestBatches:
     return _largest_planned(*examples, config)
 
 
-def _training_data(data: dict[str, Any]) -> tuple[Any, Any]:
+def _training_data(config: Any) -> tuple[Any, Any]:
+    from lit_lora.base.load import load_tokenizer
     from lit_lora.data.datamodule import SFTDataModule
 
+    data, model = dict(config.data), config.model
+    name, revision = data["tokenizer"], None
+    if name is None:
+        name, revision = model.base, model.revision
+    data["tokenizer"] = load_tokenizer(name, revision=revision, trust_remote_code=model.trust_remote_code)
     module = SFTDataModule(**data)
     module.setup("validate")  # what fit does, without a summary of it
     assert module.train_data is not None

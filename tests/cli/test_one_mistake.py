@@ -67,6 +67,10 @@ MISTAKES = [
     ([*SHIPPED, "--trainer.max-steps", "3"], "no setting 'trainer.max-steps', did you mean 'trainer.max_steps'?"),
     ([*SHIPPED, "--seed_everything", "-1"], "seed_everything: must be from 0 to"),
     ([*SHIPPED, "--lr", "1e-4"], "no setting 'lr': here it is 'model.optimization.learning_rate'"),
+    (
+        [*SHIPPED, "--data.trust_remote_code", "true"],
+        "no setting 'data.trust_remote_code': here it is 'model.trust_remote_code' (for the base and the tokenizer)",
+    ),
     ([*SHIPPED, "--conf", "x.yaml"], "no setting 'conf', did you mean 'config'?"),
     ([*SHIPPED, "--config", "lora_standad.yaml"], "no config file lora_standad.yaml: did you mean lora_standard.yaml?"),
     ([*SHIPPED, "more.jsonl"], "'more.jsonl' follows no --option: each takes one value"),

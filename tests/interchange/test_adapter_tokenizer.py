@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from lit_lora import LoRAConfig, inject_lora, load_base_model, load_tokenizer, save_adapter
+from lit_lora import (
+    LoRAConfig,
+    LoRALightningModule,
+    SFTDataModule,
+    inject_lora,
+    load_base_model,
+    load_tokenizer,
+    save_adapter,
+)
 from lit_lora.base.byte_tokenizer import CHAT_TEMPLATE
 from lit_lora.base.trained_on import note
+from lit_lora.cli.lightning_cli import parse_fit
 from lit_lora.data.data_record import data_record
 from lit_lora.data.prepare import SourceSettings
 from lit_lora.data.tokenize import format_prompt, format_text
 from lit_lora.data.turn_end import turn_end
 from lit_lora.evaluation.load import load
 from lit_lora.language_model.generation import stop_tokens
+from lit_lora.tools.estimate import largest_batches
 from tests.chat_tokenizers import EOS, chat_tokenizer
 from tests.started_runs import make_base
+from tests.sweep.configs import tiny_config
 from tests.tools.test_fetch import write_tiny_gguf
 
 CODE = """
@@ -75,6 +90,35 @@ def _with_code(folder: Path) -> Any:
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_tokenizer(str(folder))
     return load_tokenizer(str(folder), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("named", ["data.tokenizer", "model.base"])
+def test_one_setting_lets_the_code_of_a_tokenizer_run_for_data_and_estimate(named, tmp_path, monkeypatch):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    _with_code(folder)
+    (folder / "config.json").write_text(json.dumps(tiny_config("llama", vocab_size=260).to_dict()))
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")  # which neither of them reads
+    (tmp_path / "data.jsonl").write_text('{"prompt": "ab", "completion": "cd"}\n' * 4)
+    base = str(folder) if named == "model.base" else "random:tinyllama-1.1b"
+    given = {"model.base": base, "data.train": tmp_path / "data.jsonl", "data.cache_dir": tmp_path / "cache"}
+    given |= {} if named == "model.base" else {"data.tokenizer": folder}
+    monkeypatch.setattr(sys, "argv", ["lit-lora"])
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    for trust in (False, True):
+        settings = {**given, "model.trust_remote_code": trust}
+        config = parse_fit([part for name, value in settings.items() for part in (f"--{name}", str(value))])
+        data = SFTDataModule(**config.data)
+        trainer.strategy.connect(LoRALightningModule(base, trust_remote_code=trust))
+        data.trainer = trainer
+        origin = largest_batches(config).origin
+        if trust:
+            assert type(data.tokenizer).__name__ == "LetterTokenizer"
+            assert "of 4 examples" in origin
+        else:
+            assert "trust_remote_code" in origin
+            with pytest.raises(ValueError, match="trust_remote_code"):
+                _ = data.tokenizer
 
 
 KINDS = {
