@@ -1,4 +1,4 @@
-"""What tests of several folders share: the real model and real text (skipped where missing), an environment each."""
+"""What tests of several folders share: the real model (skipped where missing), the quickstart's data, an environment each."""
 
 from __future__ import annotations
 
@@ -47,9 +47,6 @@ def real_model() -> str:
 
 
 @pytest.fixture(scope="session")
-def gsm8k() -> Path:
-    """Grade-school maths problems: real text of natural lengths, kept beside the repository."""
-    path = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
-    if not path.is_file():
-        pytest.skip(f"no GSM8K at {path}")
-    return path
+def requests() -> Path:
+    """The quickstart's data: 1000 requests in plain English with their JSON."""
+    return Path(__file__).parents[1] / "configs" / "data" / "requests_train.jsonl"

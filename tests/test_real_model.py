@@ -1,4 +1,4 @@
-"""Fine-tuning the real SmolLM2-135M-Instruct on GSM8K through the command line, and its adapter in PEFT."""
+"""Fine-tuning the real SmolLM2-135M-Instruct on the quickstart's data through the command line, and its adapter in PEFT."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ CONFIGS = {
 }
 
 
-def _fit(config: str, gsm8k: Path, folder: Path, *overrides: object) -> tuple[TrainingMetrics, dict[str, dict]]:
+def _fit(config: str, requests: Path, folder: Path, *overrides: object) -> tuple[TrainingMetrics, dict[str, dict]]:
     process = lit_lora(
-        "fit", "--config", f"{config}.yaml", "--data.train", gsm8k, "--data.validation_fraction", 0.1,
+        "fit", "--config", f"{config}.yaml", "--data.train", requests, "--data.validation_fraction", 0.1,
         "--data.batch_size", 2, "--trainer.default_root_dir", folder, "--trainer.enable_progress_bar", "false",
         *overrides,
     )  # fmt: skip
@@ -48,9 +48,9 @@ def _fit(config: str, gsm8k: Path, folder: Path, *overrides: object) -> tuple[Tr
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_each_config_learns_and_proves_its_gradient_flow(config, real_model, gsm8k, tmp_path):
+def test_each_config_learns_and_proves_its_gradient_flow(config, real_model, requests, tmp_path):
     metrics, verdicts = _fit(
-        config, gsm8k, tmp_path / "run", "--data.limit", 60, "--trainer.max_steps", 10, "--convergence.window", 3,
+        config, requests, tmp_path / "run", "--data.limit", 60, "--trainer.max_steps", 10, "--convergence.window", 3,
         "--convergence.min_decrease", 0.05,
     )  # fmt: skip
     assert verdicts["gradient flow"]["passed"], verdicts
@@ -62,10 +62,10 @@ def test_each_config_learns_and_proves_its_gradient_flow(config, real_model, gsm
     assert sorted(adapter["target_modules"]) == sorted(CONFIGS[config])
 
 
-def test_a_hundred_steps_lower_the_loss_by_thirty_percent(real_model, gsm8k, tmp_path):
+def test_a_hundred_steps_lower_the_loss_by_thirty_percent(real_model, requests, tmp_path):
     """Mean of 5 steps at each end; learning rate 1e-3, cosine."""
     metrics, verdicts = _fit(
-        "lora_full_attention", gsm8k, tmp_path / "run", "--data.limit", 240, "--trainer.max_steps", 100,
+        "lora_full_attention", requests, tmp_path / "run", "--data.limit", 240, "--trainer.max_steps", 100,
         "--data.max_length", 192, "--model.lora.target_modules", "all-linear", "--convergence.window", 5,
         "--convergence.min_decrease", 0.3, "--convergence.on_failure", "raise",
     )  # fmt: skip
@@ -74,7 +74,7 @@ def test_a_hundred_steps_lower_the_loss_by_thirty_percent(real_model, gsm8k, tmp
     assert verdicts["gradient flow"]["passed"]
 
 
-def test_a_resumed_run_goes_on_falling_from_where_it_was(real_model, gsm8k, tmp_path):
+def test_a_resumed_run_goes_on_falling_from_where_it_was(real_model, requests, tmp_path):
     options = (
         "--data.limit",
         40,
@@ -85,9 +85,9 @@ def test_a_resumed_run_goes_on_falling_from_where_it_was(real_model, gsm8k, tmp_
         "--convergence.min_decrease",
         -1,
     )
-    first, _ = _fit("lora_standard", gsm8k, tmp_path / "run", *options, "--trainer.max_steps", 5)
+    first, _ = _fit("lora_standard", requests, tmp_path / "run", *options, "--trainer.max_steps", 5)
     both, verdicts = _fit(
-        "lora_standard", gsm8k, tmp_path / "run", *options, "--trainer.max_steps", 10, "--ckpt_path", "last"
+        "lora_standard", requests, tmp_path / "run", *options, "--trainer.max_steps", 10, "--ckpt_path", "last"
     )
     assert [step.step for step in both.steps] == list(range(1, 11))
     assert both.losses[:5] == first.losses
@@ -134,12 +134,12 @@ def token_ids(real_model):
     return load_tokenizer(real_model)("What is 17 times 3? Explain step by step.", return_tensors="pt").input_ids
 
 
-def test_peft_loads_the_adapter_with_equal_logits_and_gradients(trained, real_model, gsm8k, tmp_path):
+def test_peft_loads_the_adapter_with_equal_logits_and_gradients(trained, real_model, requests, tmp_path):
     from peft import PeftModel
 
     ours, folder = trained
     theirs = PeftModel.from_pretrained(_plain(real_model), folder, is_trainable=True)
-    data = tokenize_source(str(gsm8k), load_tokenizer(real_model), SourceSettings(limit=3), cache_dir=tmp_path)
+    data = tokenize_source(str(requests), load_tokenizer(real_model), SourceSettings(limit=3), cache_dir=tmp_path)
     examples = [data[index] for index in range(3)]
     batch = collate_packed(examples)
     loss = language_model_loss(ours, batch, choose_path(ours)).nll_sum / batch["target_ids"].numel()
@@ -194,9 +194,9 @@ def test_generate_streams_an_answer_with_and_without_the_adapter(trained, real_m
     assert len(process.stdout.split("--- with the adapter")[1].strip()) > 0
 
 
-def test_predict_writes_generations(real_model, gsm8k, tmp_path):
+def test_predict_writes_generations(real_model, requests, tmp_path):
     lit_lora(
-        "predict", "--config", "lora_minimal.yaml", "--data.train", gsm8k, "--data.limit", 4,
+        "predict", "--config", "lora_minimal.yaml", "--data.train", requests, "--data.limit", 4,
         "--data.validation_fraction", 0.5, "--trainer.default_root_dir", tmp_path, "--model.max_new_tokens", 6,
     )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]

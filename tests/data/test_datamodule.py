@@ -19,7 +19,6 @@ from lit_lora.data import prepare
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.data.sampler import split_indices
 
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 ROWS = [{"prompt": f"question {i}", "completion": "answer " * (1 + i % 4) + str(i)} for i in range(20)]
 
 
@@ -313,14 +312,13 @@ def test_loaders_leave_the_global_random_state_alone(file) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.skipif(not GSM8K.is_file(), reason=f"GSM8K is not at {GSM8K}")
-def test_real_questions(tmp_path) -> None:
+def test_every_token_of_a_longer_file_is_handed_out_once_within_the_limit(tmp_path, requests) -> None:
     data = SFTDataModule(
-        str(GSM8K), tokenizer="bytes", cache_dir=tmp_path, limit=300, max_tokens_per_batch=4096, max_length=2048
+        str(requests), tokenizer="bytes", cache_dir=tmp_path, limit=300, max_tokens_per_batch=4096, max_length=2048
     )
     data.setup("fit")
     assert len(data.train_data) == 300
     batches = list(data.train_dataloader())
     assert sum(batch["num_tokens"] for batch in batches) == len(data.train_data.ids)
     assert max(batch["num_tokens"] for batch in batches) <= 4096
-    assert "#### 72<eos>" in str(data.summary)
+    assert '"day":"wednesday"}' in str(data.summary)
