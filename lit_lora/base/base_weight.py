@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lit_lora.kernels.cuda_stand_ins import is_on_cuda
+
 # On import bitsandbytes 0.50 warns that it cannot load an optional kernel, which nothing here uses: an inference kernel
 # of lower precision.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
@@ -182,7 +184,7 @@ def _dequantize_4bit(codes: Tensor, state: Any) -> Tensor:
 
     Lookups can go when it has more: https://github.com/bitsandbytes-foundation/bitsandbytes/pull/2072.
     """
-    if codes.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if codes.device.type == "cpu" and not is_on_cuda(codes) and torch.backends.cpu.get_cpu_capability() != "AVX512":
         return look_up_4bit(codes, state)
     return bitsandbytes().functional.dequantize_4bit(codes, state)
 

@@ -33,6 +33,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from lit_lora.base.attention_choice import attention_implementation
 from lit_lora.kernels.blockwise_attention import blockwise_attention, is_faster
+from lit_lora.kernels.cuda_stand_ins import is_on_cuda
 
 IMPLEMENTATION = "lit_lora_packed"
 
@@ -124,10 +125,18 @@ def packed_attention_forward(
     plain = window is None and softcap is None and dropout == 0.0
     equal_widths = value.shape[-1] == query.shape[-1]
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and half and softcap is None and dropout == 0.0 and equal_widths:
+    on_cuda = is_on_cuda(query)
+    if on_cuda and half and softcap is None and dropout == 0.0 and equal_widths:
         return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
     exact = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(query.device.type)
-    if exact and equal_widths and plain and query.device.type == "cpu" and (shared_prefix or is_faster(longest)):
+    if (
+        exact
+        and equal_widths
+        and plain
+        and not on_cuda
+        and query.device.type == "cpu"
+        and (shared_prefix or is_faster(longest))
+    ):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return blockwise_attention(query, key, value, lengths, shared_prefix=shared_prefix, scaling=scaling), None
     return _per_example(query, key, value, lengths, shared_prefix, scaling, dropout, window, softcap), None

@@ -15,13 +15,13 @@ fake CPU tensors in the types and with the attention that CUDA would use; operat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_lora.base import base_weight
 from lit_lora.base.load import RANDOM, _architecture, resolve_base
@@ -29,7 +29,6 @@ from lit_lora.base.quantize import is_left_plain, quantize_
 from lit_lora.base.whole_model import readable
 from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig, parse_bytes
-from lit_lora.language_model import attention
 from lit_lora.language_model.forward import Batch, ForwardPath, language_model_loss, placeholder_batch
 from lit_lora.memory.cuda_allocator import CudaPeak, replay
 from lit_lora.memory.storage_tracker import WORKSPACE, Peak, StorageTracker
@@ -142,9 +141,11 @@ def trace(settings: StepSettings) -> MemoryEstimate:
     tracker = StorageTracker()
     device = settings.device if settings.device == "cpu" or torch.cuda.is_available() else "cpu"
     notes = []
-    if device != settings.device:
+    as_on_cuda = device != settings.device
+    if as_on_cuda:
         notes.append("traced without CUDA: operators chosen as on a CPU, types and attention as on CUDA")
-    with without_values("its step cannot be traced. Run a short fit instead, which reports its peak"), tracker:
+    purpose = "its step cannot be traced. Run a short fit instead, which reports its peak"
+    with without_values(purpose, as_on_cuda=as_on_cuda), tracker:
         model, load_peak = _load(settings, device, tracker)
         built = make_trainable(model, settings.lora, settings.step, packing=settings.packing, valueless=True)
         path = built.path
@@ -154,11 +155,8 @@ def trace(settings: StepSettings) -> MemoryEstimate:
         tracker.forget_the_dead()
         tracker.name_modules(model)
         batch = placeholder_batch(settings.lengths, packed=path.packed, device=device, supervised=settings.supervised)
-        with ExitStack() as stack:
-            if device != settings.device:
-                stack.enter_context(_as_on_cuda())
-            autocast = torch.autocast(device, getattr(torch, settings.autocast)) if settings.autocast else None
-            run_step(model, batch, path, tracker, autocast, settings.accumulate_grad_batches)
+        autocast = torch.autocast(device, getattr(torch, settings.autocast)) if settings.autocast else None
+        run_step(model, batch, path, tracker, autocast, settings.accumulate_grad_batches)
     phases = {"load": load_peak}
     phases.update({phase: tracker.peak(phase) for phase in PHASES[1:]})
     cuda = replay((event.key, event.num_bytes) for event in tracker.events)
@@ -243,26 +241,6 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
     loaded = tracker.alive_bytes
     where = "before the last weight is quantized" if at_once else "weights"
     return model, Peak(loaded + at_once, {"base": loaded, WORKSPACE: at_once}, where)
-
-
-@contextmanager
-def _as_on_cuda() -> Iterator[None]:
-    """Where our code asks for the device, it takes CUDA's way, for fake tensors that are not on it."""
-
-    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] != v.shape[-1]:
-            return attention.packed_attention_forward(module, q, k, v, mask, **kwargs)
-        longest = max(kwargs["seq_lens"].lengths)
-        return attention._varlen(q, k, v, kwargs["cu_seq_lens_q"], longest, kwargs.get("scaling"), None), None
-
-    on_cpu = base_weight._dequantize_4bit
-    AttentionInterface.register(attention.IMPLEMENTATION, attend)
-    base_weight._dequantize_4bit = lambda *args: base_weight.bitsandbytes().functional.dequantize_4bit(*args)
-    try:
-        yield
-    finally:
-        base_weight._dequantize_4bit = on_cpu
-        AttentionInterface.register(attention.IMPLEMENTATION, attention.packed_attention_forward)
 
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -65,27 +64,28 @@ class StorageTracker(TorchDispatchMode):
         self._phase = ""
         self._modules: list[str] = []
         self._module_of_node: dict[int, str] = {}
-        self._names: dict[int, str] = {}
+        self._named: dict[nn.Module, str] = {}
         self._handles: list[Any] = []
+        self._is_active = False
         if model is not None:
             self.name_modules(model)
 
     def name_modules(self, model: nn.Module) -> None:
         """Name places by the modules of ``model``."""
-        self._names = {id(module): name for name, module in model.named_modules()}
+        self._named = {module: name for name, module in model.named_modules()}
+        if self._is_active:
+            self._watch_modules()
 
     # ------------------------------------------------------------------ recording
 
     def __enter__(self) -> StorageTracker:
-        self._handles = [
-            register_module_forward_pre_hook(self._enter_module),
-            register_module_forward_hook(self._leave_module, always_call=True),
-        ]
+        self._is_active = True
+        self._watch_modules()
         return super().__enter__()
 
     def __exit__(self, *args: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._is_active = False
+        self._leave_modules_alone()
         super().__exit__(*args)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -174,8 +174,19 @@ class StorageTracker(TorchDispatchMode):
 
     # ------------------------------------------------------------------ names of places
 
+    def _watch_modules(self) -> None:
+        self._leave_modules_alone()
+        for module in self._named:
+            self._handles.append(module.register_forward_pre_hook(self._enter_module))
+            self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+
+    def _leave_modules_alone(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
     def _enter_module(self, module: nn.Module, _: Any) -> None:
-        self._modules.append(self._names.get(id(module), type(module).__name__))
+        self._modules.append(self._named[module])
 
     def _leave_module(self, module: nn.Module, *_: Any) -> None:
         if self._modules:

@@ -7,6 +7,7 @@ of rows, has no fake version in float32; one matrix for all rows needs the same 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,22 +17,30 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from lit_lora.base.whose_error import described, place, raised_here
+from lit_lora.kernels.cuda_stand_ins import CudaStandIns
 
 
 @contextmanager
-def without_values(purpose: str) -> Iterator[FakeTensorMode]:
-    """Tensors that are made within have no values.
+def without_values(purpose: str, *, as_on_cuda: bool = False) -> Iterator[FakeTensorMode]:
+    """Tensors that this thread makes within have no values.
 
     Args:
         purpose: for the error: what is not possible with a model that cannot run so, and what to do.
+        as_on_cuda: let them stand for tensors on CUDA where our code asks for the device.
 
     Raises:
         ValueError: if the model asks for a value, or for an operation that exists for real tensors only.
     """
+    kind = CudaStandIns if as_on_cuda else FakeTensorMode
+    thread = threading.get_ident()
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
     log = logging.getLogger("torch._subclasses.fake_tensor")  # prints a traceback of its own
-    was_disabled, log.disabled = log.disabled, True
+    log.addFilter(of_others)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _GroupedProducts():
+        with kind(allow_non_fake_inputs=True) as mode, _GroupedProducts():
             yield mode
     except Exception as error:
         if raised_here(error):
@@ -40,7 +49,7 @@ def without_values(purpose: str) -> Iterator[FakeTensorMode]:
             f"the model does not run on tensors without values ({described(error)}, in {place(error)}): {purpose}"
         ) from error
     finally:
-        log.disabled = was_disabled
+        log.removeFilter(of_others)
 
 
 class _GroupedProducts(TorchFunctionMode):
