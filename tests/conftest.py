@@ -1,4 +1,4 @@
-"""What tests of several folders share: the real model (skipped where missing), the quickstart's data, an environment each."""
+"""What tests of several folders share: the real model (skipped where missing), data, an environment each."""
 
 from __future__ import annotations
 

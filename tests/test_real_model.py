@@ -1,4 +1,4 @@
-"""Fine-tuning the real SmolLM2-135M-Instruct on the quickstart's data through the command line, and its adapter in PEFT."""
+"""Fine-tuning the real SmolLM2-135M-Instruct on the quickstart's data by the command line, and its adapter in PEFT."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def _cannot_be_quantized(name: str, module: nn.Module) -> str:
 
 
 def _fake_layer(weight: Tensor, quantization: QuantizationConfig) -> Any:
-    """A quantized layer whose tensors have sizes but no memory, to trace a step with; see ``memory/estimate.py``.
+    """A quantized layer whose tensors have sizes but no memory, to trace a step with; see ``memory/traced_step.py``.
 
     bitsandbytes' own functions make its tensors. Only its parameter classes are left out: a fake tensor can be no
     instance of them (0.50).

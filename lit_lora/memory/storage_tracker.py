@@ -2,7 +2,7 @@
 
 A ``TorchDispatchMode`` sees the tensors that operators return; a weak reference to each storage tells when it goes.
 Views share a storage, so they cost nothing; what an autograd graph, an optimizer or a cache keeps is alive. It works
-alike on real tensors, where it measures, and on fake ones, where it predicts (``estimate.py``).
+alike on real tensors, where it measures, and on fake ones, where it predicts (``traced_step.py``).
 
 Left out: memory that an operator takes and gives back inside its kernel, which no tensor shows.
 """
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,26 +67,26 @@ class StorageTracker(TorchDispatchMode):
         self._module_of_node: dict[int, str] = {}
         self._named: dict[nn.Module, str] = {}
         self._handles: list[Any] = []
-        self._is_active = False
         if model is not None:
             self.name_modules(model)
 
     def name_modules(self, model: nn.Module) -> None:
         """Name places by the modules of ``model``."""
         self._named = {module: name for name, module in model.named_modules()}
-        if self._is_active:
-            self._watch_modules()
 
     # ------------------------------------------------------------------ recording
 
     def __enter__(self) -> StorageTracker:
-        self._is_active = True
-        self._watch_modules()
+        # For the whole process, since hooks on a module would keep it from its faster forward; all others pass through.
+        self._handles = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ]
         return super().__enter__()
 
     def __exit__(self, *args: Any) -> None:
-        self._is_active = False
-        self._leave_modules_alone()
+        for handle in self._handles:
+            handle.remove()
         super().__exit__(*args)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -174,22 +175,12 @@ class StorageTracker(TorchDispatchMode):
 
     # ------------------------------------------------------------------ names of places
 
-    def _watch_modules(self) -> None:
-        self._leave_modules_alone()
-        for module in self._named:
-            self._handles.append(module.register_forward_pre_hook(self._enter_module))
-            self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
-
-    def _leave_modules_alone(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
     def _enter_module(self, module: nn.Module, _: Any) -> None:
-        self._modules.append(self._named[module])
+        if module in self._named:
+            self._modules.append(self._named[module])
 
     def _leave_module(self, module: nn.Module, *_: Any) -> None:
-        if self._modules:
+        if module in self._named and self._modules:
             self._modules.pop()
 
     def _where(self, func: Any) -> str:

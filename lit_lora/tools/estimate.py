@@ -25,7 +25,8 @@ def estimate(arguments: list[str]) -> None:
             parser.error(f"no option {flag}, did you mean {close[0]}?")
     from lit_lora.cli.lightning_cli import parse_fit
     from lit_lora.config import parse_bytes
-    from lit_lora.memory.estimate import suggest, trace
+    from lit_lora.memory.estimate import trace
+    from lit_lora.memory.suggest import suggest
 
     if options.fits is not None:
         parse_bytes(options.fits)
@@ -142,7 +143,7 @@ def step_settings(config: Any, batch: Batch, *, device: str | None = None) -> An
     import torch
 
     from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
-    from lit_lora.memory.estimate import StepSettings
+    from lit_lora.memory.traced_step import StepSettings
 
     model, trainer = config.model, config.trainer
     if device is None:

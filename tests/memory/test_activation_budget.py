@@ -16,8 +16,8 @@ from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.language_model.forward import ForwardPath, language_model_loss, placeholder_batch
 from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import budget_bytes, layers_to_checkpoint, measure_activations
-from lit_lora.memory.estimate import run_step
 from lit_lora.memory.storage_tracker import StorageTracker
+from lit_lora.memory.traced_step import run_step
 from lit_lora.module import LoRALightningModule
 from lit_lora.rewrites.recompute import checkpoint_layers
 from tests.tiny import config, language_model

@@ -17,8 +17,10 @@ from lit_lora.base.load import load_base_model
 from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig, parse_bytes
 from lit_lora.language_model.forward import Batch, placeholder_batch
-from lit_lora.memory.estimate import CATEGORIES, MemoryEstimate, StepSettings, estimate_memory, run_step, suggest, trace
+from lit_lora.memory.estimate import MemoryEstimate, estimate_memory, trace
 from lit_lora.memory.storage_tracker import StorageTracker
+from lit_lora.memory.suggest import suggest
+from lit_lora.memory.traced_step import CATEGORIES, StepSettings, run_step
 from lit_lora.module import LoRALightningModule
 from tests.tiny import config
 

@@ -1,0 +1,184 @@
+"""One training step on fake tensors: what it makes and drops, in order.
+
+The step that is traced is the step that trains: the model is built from its config, quantized, given adapters, run on
+a packed batch, differentiated and updated by the same functions, at its full size, on tensors that have shapes but no
+memory. A model of 7 billion parameters takes ten seconds on a CPU.
+
+A build of torch without CUDA cannot trace CUDA tensors through autograd. There the trace for ``device="cuda"`` runs on
+fake CPU tensors in the types and with the attention that CUDA would use; operators' own choices are a CPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lit_lora.base import base_weight
+from lit_lora.base.load import RANDOM, _architecture, resolve_base
+from lit_lora.base.quantize import is_left_plain, quantize_
+from lit_lora.base.whole_model import readable
+from lit_lora.build import make_trainable
+from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
+from lit_lora.language_model.forward import Batch, ForwardPath, language_model_loss, placeholder_batch
+from lit_lora.memory.storage_tracker import WORKSPACE, Peak, StorageTracker
+from lit_lora.memory.valueless import without_values
+
+PHASES = ("load", "forward", "backward", "optimizer")
+CATEGORIES = ("base", "adapters", "gradients", "optimizer", "activations", WORKSPACE)
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """All that decides how much memory a training step takes."""
+
+    base: str
+    lora: LoRAConfig
+    lengths: tuple[int, ...]
+    """Tokens of each example of a micro-batch."""
+    quantization: QuantizationConfig | None = None
+    dtype: str = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+    step: StepConfig = StepConfig()  # noqa: RUF009 (frozen)
+    packing: bool = True
+    supervised: float = 1.0
+    """Share of tokens that the loss counts."""
+    accumulate_grad_batches: int = 1
+    autocast: Literal["bfloat16", "float16"] | None = None
+    trust_remote_code: bool = False
+
+    def __str__(self) -> str:
+        base = "16- or 32-bit base" if self.quantization is None else f"{self.quantization.bits}-bit base"
+        count = self.step.recomputed_layers
+        recomputed = "all layers" if count is None else f"{count or 'no'} layers"
+        tokens = f"{len(self.lengths)} examples of up to {max(self.lengths)} tokens"
+        return f"{self.base} on {self.device}, {base}, rank {self.lora.r}, {tokens}, {recomputed} recomputed"
+
+
+class TracedStep(NamedTuple):
+    """What was seen of a step."""
+
+    tracker: StorageTracker
+    """Every storage, by phase."""
+    load: Peak
+    """The highest moment of loading."""
+    path: ForwardPath
+    """How the batch was run, as far as the model's structure tells."""
+    notes: tuple[str, ...]
+    """What the trace could not do."""
+
+
+def trace_step(settings: StepSettings) -> TracedStep:
+    """Trace one step with these settings.
+
+    Raises:
+        ValueError: for settings that the step itself would refuse.
+    """
+    if not settings.lengths or min(settings.lengths) < 2:
+        raise ValueError(f"examples need at least 2 tokens each, got lengths {settings.lengths}")
+    tracker = StorageTracker()
+    device = settings.device if settings.device == "cpu" or torch.cuda.is_available() else "cpu"
+    notes = []
+    as_on_cuda = device != settings.device
+    if as_on_cuda:
+        notes.append("traced without CUDA: operators chosen as on a CPU, types and attention as on CUDA")
+    purpose = "its step cannot be traced. Run a short fit instead, which reports its peak"
+    with without_values(purpose, as_on_cuda=as_on_cuda), tracker:
+        model, load_peak = _load(settings, device, tracker)
+        built = make_trainable(model, settings.lora, settings.step, packing=settings.packing, valueless=True)
+        path = built.path
+        assert path is not None
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        tracker.claim("adapters", trainable)
+        tracker.forget_the_dead()
+        tracker.name_modules(model)
+        batch = placeholder_batch(settings.lengths, packed=path.packed, device=device, supervised=settings.supervised)
+        autocast = torch.autocast(device, getattr(torch, settings.autocast)) if settings.autocast else None
+        run_step(model, batch, path, tracker, autocast, settings.accumulate_grad_batches)
+    return TracedStep(tracker, load_peak, path, tuple(notes))
+
+
+def run_step(
+    model: PreTrainedModel,
+    batch: Batch,
+    path: ForwardPath,
+    tracker: StorageTracker,
+    autocast: Any = None,
+    accumulate_grad_batches: int = 1,
+) -> None:
+    """Run a training step as ``LoRALightningModule`` under Lightning's Trainer does, not the first of the run.
+
+    The gradients of the step before are there until the forward pass is over, and the optimizer has its state.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    tracker.claim("gradients", _gradients(parameters))
+    with tracker.phase("optimizer"):
+        optimizer.step()
+    tracker.claim("optimizer", [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)])
+    with tracker.phase("forward"):
+        with autocast or ExitStack():
+            nll_sum = language_model_loss(model, batch, path).nll_sum
+        loss = nll_sum / 1024.0
+        del nll_sum
+    tracker.claim("activations")
+    if accumulate_grad_batches == 1:
+        optimizer.zero_grad()
+    with tracker.phase("backward"):
+        loss.backward()
+    tracker.claim("gradients", _gradients(parameters))
+    with tracker.phase("optimizer"):
+        torch._foreach_mul_(_gradients(parameters), 1.0)
+        torch._foreach_norm(_gradients(parameters))
+        optimizer.step()
+
+
+def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple[PreTrainedModel, Peak]:
+    """The base, and the peak of loading it: weights come one after the other, and are quantized as they come."""
+    name = settings.base.removeprefix(RANDOM)
+    if name == settings.base:
+        name, gguf_file = resolve_base(settings.base)
+        if gguf_file:
+            raise ValueError(f"a GGUF file holds no config to trace: name its architecture, as {RANDOM}llama-2-7b")
+    config = _architecture(name, None, settings.trust_remote_code)
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if settings.device == "cuda" else "float32"
+    with torch.device(device):
+        model = readable(
+            settings.base,
+            lambda: AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=settings.trust_remote_code
+            ),
+        )
+    at_once = 0
+    if settings.quantization is not None:
+        at_once = max(
+            (
+                module.weight.nbytes
+                for name, module in model.named_modules()
+                if base_weight.is_linear_like(module) and not is_left_plain(name, settings.quantization)
+            ),
+            default=0,
+        )
+        if settings.quantization.embedding_bits is not None:
+            ends = (model.get_input_embeddings(), model.get_output_embeddings())
+            at_once = sum({id(m.weight): m.weight.nbytes for m in ends if m is not None}.values())
+            del ends
+        quantize_(model, settings.quantization)
+    tracker.claim("base")
+    tracker.forget_the_dead()
+    loaded = tracker.alive_bytes
+    where = "before the last weight is quantized" if at_once else "weights"
+    return model, Peak(loaded + at_once, {"base": loaded, WORKSPACE: at_once}, where)
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
