@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lit_lora.base.trained_on import noted
-from lit_lora.callbacks._support.trainer import KnowsChanges, writes_files
+from lit_lora.callbacks._support.trainer import KnowsChanges, state_key, writes_files
 from lit_lora.callbacks.training_checkpoint import TrainingCheckpoint
 from lit_lora.callbacks.verdict import Check, Verdict
 from lit_lora.files.atomic import atomic_write, remove_partial_files
@@ -113,7 +113,7 @@ class HFAdapterExport(Check):
     @property
     def state_key(self) -> str:
         """Names what the state depends on."""
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode, model_attr=self.model_attr)
+        return state_key(self, monitor=self.monitor, mode=self.mode, model_attr=self.model_attr)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a run that would have nothing to export; remove what a killed process left half-written."""

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_lora.callbacks._support.step_loss import StepLoss
-from lit_lora.callbacks._support.trainer import is_reading_step, write_json, writes_files
+from lit_lora.callbacks._support.trainer import is_reading_step, state_key, write_json, writes_files
 from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 from lit_lora.metrics import window_means
 
@@ -89,7 +89,7 @@ class ConvergenceAssertion(Check):
     @property
     def state_key(self) -> str:
         """Names what is recorded; how it is judged may change when a run is resumed."""
-        return self._generate_state_key(monitor=self.monitor)
+        return state_key(self, monitor=self.monitor)
 
     @property
     def losses(self) -> list[float]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lit_lora.callbacks._support.checksum import checksums, frozen_tensors
 from lit_lora.callbacks._support.names import adapter_half, listed, module_path
-from lit_lora.callbacks._support.trainer import is_reading_step, norm_dtype
+from lit_lora.callbacks._support.trainer import is_reading_step, norm_dtype, state_key
 from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 
 Record = dict[str, tuple[int, int, str]]
@@ -87,7 +87,7 @@ class GradientFlowAssertion(Check):
     @property
     def state_key(self) -> str:
         """One for all settings: a resumed run may be judged by others."""
-        return self._generate_state_key()
+        return state_key(self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the checksums that the end is compared with, unless the state brought them."""

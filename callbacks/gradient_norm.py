@@ -34,6 +34,7 @@ from lit_lora.callbacks._support.trainer import (
     log_details,
     log_metrics,
     norm_dtype,
+    state_key,
     write_json,
 )
 from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
@@ -131,7 +132,7 @@ class GradientNormLogger(Check):
     @property
     def state_key(self) -> str:
         """Names what is watched; how it is judged may change when a run is resumed."""
-        return self._generate_state_key(monitor=self._step_loss.monitor)
+        return state_key(self, monitor=self._step_loss.monitor)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a run with nothing pending."""

@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_lora.callbacks._support.memory_meters import CudaMeter, MemoryMeter, ResidentMeter
-from lit_lora.callbacks._support.trainer import any_rank, is_logging_step, is_reading_step, log_details, log_metrics
+from lit_lora.callbacks._support.trainer import (
+    any_rank,
+    is_logging_step,
+    is_reading_step,
+    log_details,
+    log_metrics,
+    state_key,
+)
 from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 
 _MIN_GROWTH_SAMPLES, _MAX_GROWTH_SAMPLES = 20, 2048
@@ -134,7 +141,7 @@ class MemoryProfiler(Check):
     @property
     def state_key(self) -> str:
         """One for all settings: peaks are judged by the budget of the run as it is resumed."""
-        return self._generate_state_key()
+        return state_key(self)
 
     @property
     def peak_mib(self) -> float:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lit_lora.callbacks._support.stop_signals import StopSignals
-from lit_lora.callbacks._support.trainer import any_rank
+from lit_lora.callbacks._support.trainer import any_rank, state_key
 from lit_lora.files.atomic import make_folder, remove_partial_files
 from lit_lora.files.checkpoint import SAVED
 
@@ -88,7 +88,7 @@ class TrainingCheckpoint(Checkpoint):
     @property
     def state_key(self) -> str:
         """Unique by what is kept."""
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+        return state_key(self, monitor=self.monitor, mode=self.mode)
 
     @property
     def best_path(self) -> Path | None:

@@ -108,3 +108,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(content), indent=1) + "\n"
     atomic_write(path, lambda stream: stream.write(text.encode()))
+
+
+def state_key(callback: pl.Callback, **settings: object) -> str:
+    """Under which name a checkpoint keeps the state of a callback.
+
+    Args:
+        callback: of any class.
+        settings: that tell two callbacks of its class apart.
+    """
+    return f"{type(callback).__qualname__}{settings!r}"

@@ -104,7 +104,7 @@ def _check_mergeable(layers: dict[str, LoRALayer]) -> None:
         )
     for name, layer in layers.items():
         base = layer.base_layer
-        if "weight" not in base._parameters:
+        if "weight" not in dict(base.named_parameters(recurse=False)):
             raise ValueError(
                 f"cannot merge into {name}: its weight is computed from others (weight norm, pruning, a "
                 "parametrization), which would undo the merge. Make it a plain parameter first"

@@ -27,6 +27,7 @@ class PatientCSVLogger(CSVLogger):
 
     failure: str | None = None
     """Why the newest rows are not on disk; None if they are."""
+    _has_folder = False
     _settings: dict[str, Any] | None = None
     """Those of the run, until they are written."""
 
@@ -34,8 +35,9 @@ class PatientCSVLogger(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """Lightning's writer. Asked for before any callback, so it is what finds a folder that cannot be written to."""
-        if self._experiment is None:
+        if not self._has_folder:
             make_folder(self.save_dir, option="trainer.default_root_dir")
+            self._has_folder = True
         return super().experiment
 
     @rank_zero_only

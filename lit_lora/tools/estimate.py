@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 _MOST_EPOCHS = 10
+OPTIONS = ("--fits", "--device", "--lengths", "--suggest", "--help")
+"""Beside those of ``fit``."""
 
 
 def estimate(arguments: list[str]) -> None:
@@ -19,9 +21,10 @@ def estimate(arguments: list[str]) -> None:
     """
     parser = _options()
     options, fit_arguments = parser.parse_known_args(arguments)
-    own = [flag for action in parser._actions for flag in action.option_strings]
     for flag in fit_arguments:
-        if flag.startswith("--") and (close := difflib.get_close_matches(flag.partition("=")[0], own, n=1, cutoff=0.8)):
+        if flag.startswith("--") and (
+            close := difflib.get_close_matches(flag.partition("=")[0], OPTIONS, n=1, cutoff=0.8)
+        ):
             parser.error(f"no option {flag}, did you mean {close[0]}?")
     from lit_lora.cli.lightning_cli import parse_fit
     from lit_lora.config import parse_bytes
