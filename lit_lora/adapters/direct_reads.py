@@ -53,9 +53,13 @@ def direct_reads(model: nn.Module, modules: Mapping[str, nn.Module], names: Iter
                     f"{reader.__name__} reads its weight without calling it, so that an adapter would not be computed "
                     "and merging it would change the model"
                 )
-    if not suspected or any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters()):
+    if not suspected:
         return {}
-    sound = _sound_in_a_forward(pretrained, modules, suspected) if pretrained is not None else set()
+    sound = _sound_in_a_forward(pretrained, modules, suspected) if pretrained is not None else None
+    if sound is None:
+        # One without values may need them for its forward only, which then says nothing.
+        valueless = any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters())
+        sound = set(suspected) if valueless else set()
     return {name: reason for name, reason in suspected.items() if name not in sound}
 
 
@@ -181,10 +185,10 @@ def _seen_from_above(name: str) -> Iterator[tuple[str, _Chain]]:
 # ---------------------------------------------------------------------- in a forward
 
 
-def _sound_in_a_forward(model: Any, modules: Mapping[str, nn.Module], names: Collection[str]) -> set[str]:
+def _sound_in_a_forward(model: Any, modules: Mapping[str, nn.Module], names: Collection[str]) -> set[str] | None:
     """Layers that are called and not read otherwise, in a forward of training and one of evaluation.
 
-    None are where the model cannot be run on the inputs that transformers has for it.
+    None where the model cannot be run on the inputs that transformers has for it.
     """
     watch = _Watch({name: modules[name] for name in names})
     modes = {module: module.training for module in model.modules()}
@@ -199,7 +203,7 @@ def _sound_in_a_forward(model: Any, modules: Mapping[str, nn.Module], names: Col
             with torch.no_grad(), torch.random.fork_rng(devices), watch.calls(model), watch:
                 model(**inputs)
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError, KeyError):
-        return set()
+        return None
     finally:
         for module, mode in modes.items():
             module.training = mode
