@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from lit_lora.callbacks._support.checksum import checksums, frozen_tensors
 from lit_lora.callbacks._support.names import adapter_half, listed, module_path
-from lit_lora.callbacks._support.trainer import is_reading_step, norm_dtype, state_key
+from lit_lora.callbacks._support.norms import gradient_norms
+from lit_lora.callbacks._support.trainer import is_reading_step, state_key
 from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 
 Record = dict[str, tuple[int, int, str]]
@@ -208,9 +209,7 @@ class GradientFlowAssertion(Check):
         ]
         if not watched:
             return
-        grads = [grad.coalesce().values() if grad.is_sparse else grad for _, grad in watched]
-        norms = [norm.to(grads[0].device) for norm in torch._foreach_norm(grads, torch.inf, dtype=norm_dtype(grads))]
-        highest = torch.stack(norms)
+        highest = gradient_norms([grad for _, grad in watched], torch.inf)
         flags = torch.where(torch.isfinite(highest), (highest > 0).float(), torch.nan)
         self._pending.append(([name for name, _ in watched], flags))
 

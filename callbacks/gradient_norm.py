@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_lora.callbacks._support.names import adapter_half, layer_group, listed
+from lit_lora.callbacks._support.norms import any_not_finite, gradient_norms
 from lit_lora.callbacks._support.spikes import MIN_HISTORY, SpikeWatch
 from lit_lora.callbacks._support.step_loss import StepLoss
 from lit_lora.callbacks._support.trainer import (
@@ -33,7 +34,6 @@ from lit_lora.callbacks._support.trainer import (
     is_reading_step,
     log_details,
     log_metrics,
-    norm_dtype,
     state_key,
     write_json,
 )
@@ -160,7 +160,7 @@ class GradientNormLogger(Check):
             return
         step = trainer.global_step + 1
         names = self._names_of(pl_module, parameters)
-        norms = _norms(parameters)
+        norms = gradient_norms([p.grad for p in parameters if p.grad is not None], 2.0)
         scaler = _scaler(trainer)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             # A fused optimizer unscales in its own step, after this hook. get_scale() waits for the device every step.
@@ -309,7 +309,7 @@ class GradientNormLogger(Check):
             return []
         pending, self._pending = self._pending, []
         totals = torch.stack([record.total.float() for record in pending])
-        losses = [_any_bad(record.losses, totals.device) for record in pending]
+        losses = [any_not_finite(record.losses, totals.device) for record in pending]
         bad = torch.stack([~torch.isfinite(totals), torch.stack(losses)]).float()
         if trainer.world_size > 1:  # so that all ranks stop or skip together
             bad = torch.as_tensor(trainer.strategy.reduce(bad, reduce_op="sum"))
@@ -387,18 +387,6 @@ def _scaler(trainer: pl.Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def _any_bad(losses: list[Tensor], device: torch.device) -> Tensor:
-    flags = [~torch.isfinite(loss).all() for loss in losses]
-    return torch.stack(flags).any().to(device) if flags else torch.zeros((), dtype=torch.bool, device=device)
-
-
 def _free_to_read(device: torch.device) -> bool:
     """Whether reading a value makes nothing wait."""
     return device.type == "cpu"
-
-
-def _norms(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """L2 norm of each gradient, ``(P,)`` float32 (float64 if a gradient is), on the first gradient's device."""
-    grads = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(grads, 2.0, dtype=norm_dtype(grads))
-    return torch.stack([norm.to(grads[0].device, non_blocking=True) for norm in norms])

@@ -67,7 +67,7 @@ PRIVATE = (
     Private("torch.ops.mkldnn._linear_pointwise", "lit_lora/kernels/products.py",
             "torch has no setting that chooses oneDNN for float32", "torch asks oneDNN by itself on AMD processors"),
     Private("torch._foreach_norm",
-            "callbacks/gradient_flow.py callbacks/gradient_norm.py lit_lora/memory/traced_step.py "
+            "callbacks/_support/norms.py lit_lora/memory/traced_step.py "
             "lit_lora/training/step_metrics.py",
             "norms of many tensors in few kernels", "a public function gives the norm of each"),
     Private("torch._foreach_mul_", "lit_lora/memory/traced_step.py lit_lora/training/token_loss.py",

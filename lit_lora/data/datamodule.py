@@ -20,13 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_lora.data.data_record import data_record
 from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, tokenizer_digest
 from lit_lora.data.limits import check_limits
-from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only
+from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only, prompts_of
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
-from lit_lora.data.resume import check_fingerprint, rank_batches_consumed
+from lit_lora.data.resume import check_fingerprint, check_not_resumed, rank_batches_consumed
 from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches, split_indices
 from lit_lora.data.summary import DataSummary, summarize
-from lit_lora.data.tokenize import format_prompt
 from lit_lora.files.atomic import remove_partial_files
 from lit_lora.files.environment import cache_folder
 from lit_lora.wording import setting
@@ -224,7 +223,8 @@ class SFTDataModule(pl.LightningDataModule):
         """
         assert self.train_data is not None, "setup() comes before train_dataloader()"
         if self._train_sampler is None:
-            self._check_resumed()
+            if self._loaded_state is None:
+                check_not_resumed(self)
             resume_from = None
             if self._loaded_state is not None:
                 resume_from = (self._loaded_state["epoch"], self.rank_batches_consumed(self._world_size))
@@ -276,16 +276,7 @@ class SFTDataModule(pl.LightningDataModule):
         assert source is not None
         settings = self._settings_of(source)
         contents = {example.line: example.content for example in read_examples(source, settings).items}
-        prompts = []
-        for index, content in enumerate(contents[line] for line in data.lines.tolist()):
-            if isinstance(content, str):
-                raise ValueError(
-                    f"{source} holds plain text, which has no prompts to answer: use a format with prompts"
-                )
-            last = max(number for number, turn in enumerate(content) if turn["role"] == "assistant")
-            ids = torch.tensor([format_prompt(self.tokenizer, content[:last])])
-            reference = content[last]["content"]
-            prompts.append({"prompt_ids": ids, "reference": reference, "example_ids": torch.tensor([index])})
+        prompts = prompts_of([contents[line] for line in data.lines.tolist()], self.tokenizer, source)
         share = prompts[self._rank :: self._world_size]
         return DataLoader(PromptDataset(share), batch_size=1, collate_fn=only, generator=self._generator())
 
@@ -365,18 +356,6 @@ class SFTDataModule(pl.LightningDataModule):
             raise ValueError(
                 f"the data is divided among the {self._world_size} ranks by SFTDataModule: "
                 f"set {setting('trainer.use_distributed_sampler', False)} for the Trainer"
-            )
-
-    def _check_resumed(self) -> None:
-        if self.trainer is None or self.trainer.state.fn != "fit" or self.trainer.ckpt_path is None:
-            return
-        if self._loaded_state is None:
-            name = type(self).__qualname__
-            raise ValueError(
-                f"{self.trainer.ckpt_path} holds no position in the data of {name}, so training would start from their "
-                f"beginning, unsaid: resume with the data that the run had. If {name} is only another name of its "
-                "class, call lit_lora.data.resume.align_loop_progress in the module's on_load_checkpoint, as "
-                "LoRALightningModule does"
             )
 
     def _settings_of(self, source: str) -> SourceSettings:

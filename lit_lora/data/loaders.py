@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lit_lora.data.formats import Conversation
+from lit_lora.data.tokenize import format_prompt
 
 
 class ResumableDataLoader(DataLoader):
@@ -34,6 +39,30 @@ class PromptDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.prompts[index]
+
+
+def prompts_of(
+    contents: Sequence[Conversation | str], tokenizer: PreTrainedTokenizerBase, source: str
+) -> list[dict[str, Any]]:
+    """What :class:`PromptDataset` holds: of each conversation the last answer is asked for.
+
+    Args:
+        contents: conversations.
+        tokenizer: with the layout of prompts.
+        source: where they are from, for the error.
+
+    Raises:
+        ValueError: for plain text.
+    """
+    prompts = []
+    for index, content in enumerate(contents):
+        if isinstance(content, str):
+            raise ValueError(f"{source} holds plain text, which has no prompts to answer: use a format with prompts")
+        last = max(number for number, turn in enumerate(content) if turn["role"] == "assistant")
+        ids = torch.tensor([format_prompt(tokenizer, content[:last])])
+        reference = content[last]["content"]
+        prompts.append({"prompt_ids": ids, "reference": reference, "example_ids": torch.tensor([index])})
+    return prompts
 
 
 def only(batch: list[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 
@@ -57,6 +57,23 @@ def _positions(checkpoint: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _key(datamodule: Any) -> str:
     """As Lightning names it in a checkpoint."""
     return type(datamodule).__qualname__
+
+
+def check_not_resumed(datamodule: LightningDataModule) -> None:
+    """Check that a run whose data got no position is a new one.
+
+    Raises:
+        ValueError: if a checkpoint was loaded.
+    """
+    trainer = datamodule.trainer
+    if trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
+        name = _key(datamodule)
+        raise ValueError(
+            f"{trainer.ckpt_path} holds no position in the data of {name}, so training would start from their "
+            f"beginning, unsaid: resume with the data that the run had. If {name} is only another name of its class, "
+            "call lit_lora.data.resume.align_loop_progress in the module's on_load_checkpoint, as LoRALightningModule "
+            "does"
+        )
 
 
 def rank_batches_consumed(state: Mapping[str, Any], world_size: int) -> int:
