@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import logging
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from lit_lora.files.environment import ALLOCATION_VARIABLES, warn_of_unknown_variables
+from lit_lora.files.meant import closest, did_you_mean
 
 TRAINER_VERBS = {
     "fit": "fine-tune a model and prove it",
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"lit-lora {__version__}")
         return
     if verb not in TRAINER_VERBS and verb not in TOOLS:
-        close = difflib.get_close_matches(verb, [*TRAINER_VERBS, *TOOLS], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join([*TRAINER_VERBS, *TOOLS])}"
+        known = [*TRAINER_VERBS, *TOOLS]
+        hint = did_you_mean(closest(verb, known)) or f"known are {', '.join(known)}"
         _fail(f"no verb {verb!r}: {hint}", code=2)
     warn_of_unknown_variables()
     for name, value in ALLOCATION_VARIABLES.items():

@@ -16,7 +16,6 @@ Left out: pickled weights (``.bin``, ``.pt``). They can run code when loaded, so
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from lit_lora.base.quantized_forward import prepare_base_layer
 from lit_lora.base.trained_on import note
 from lit_lora.base.whole_model import check_no_adapter, load_whole, readable
 from lit_lora.config import QuantizationConfig
+from lit_lora.files.meant import closest, did_you_mean
 from lit_lora.wording import advice
 
 if TYPE_CHECKING:
@@ -249,8 +249,8 @@ def resolve_base(base: str) -> tuple[str, str | None]:
     if path.exists():
         raise ValueError(f"{path} is a file: expected a model folder, a .gguf file or a Hub id")
     if path.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
-        known = difflib.get_close_matches(base, KNOWN_MODELS, n=1)
-        hint = f"; did you mean {known[0]!r}?" if known else _neighbours(path)
+        known = closest(base, KNOWN_MODELS)
+        hint = f"; {did_you_mean(known)}" if known else _neighbours(path)
         raise FileNotFoundError(f"no model folder {base!r}{hint}")
     return base, None
 
@@ -363,8 +363,7 @@ def check_architecture(name: str) -> Path:
     if name in ARCHITECTURES or path.exists():
         return path
     if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
-        known = difflib.get_close_matches(name, ARCHITECTURES, n=1)
-        hint = f"did you mean {known[0]!r}?" if known else f"known are {', '.join(ARCHITECTURES)}"
+        hint = did_you_mean(closest(name, ARCHITECTURES)) or f"known are {', '.join(ARCHITECTURES)}"
         raise FileNotFoundError(f"no architecture {name!r}: {hint}; or give a folder or a config.json")
     return path
 
@@ -373,5 +372,5 @@ def _neighbours(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
         return f" (there is no folder {parent} either)"
-    close = difflib.get_close_matches(path.name, os.listdir(parent), n=1)
-    return f"; did you mean {parent / close[0]}?" if close else ""
+    close = closest(path.name, os.listdir(parent))
+    return f"; {did_you_mean([parent / close[0]])}" if close else ""

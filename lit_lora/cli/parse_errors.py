@@ -6,11 +6,12 @@ types in Python's words; the reason that helps is one of them, seldom the last.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
+
+from lit_lora.files.meant import closest, did_you_mean
 
 _PLAIN_TYPES = {
     "int": "a whole number",
@@ -108,8 +109,8 @@ def _no_argument(name: str, classes: Sequence[type]) -> str:
     if not without:
         return f"no argument {name!r}"
     known = _arguments(without[-1])
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}"
+    close = closest(name, known)
+    hint = f", {did_you_mean(close)}" if close else f"; it has {', '.join(known)}"
     return f"{without[-1].__name__} has no argument {name!r}{hint}"
 
 
@@ -126,8 +127,8 @@ def _arguments(kind: type) -> list[str]:
 
 
 def _similar(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name.rpartition(".")[2], list(known), n=1, cutoff=0.7)
-    return f", did you mean {close[0]!r}?" if close else ""
+    close = closest(name.rpartition(".")[2], known, cutoff=0.7)
+    return f", {did_you_mean(close)}" if close else ""
 
 
 def _expected(lines: list[str]) -> str:

@@ -6,8 +6,9 @@ letter by letter, but only with what is close: a wrong guess is worse than none.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from lit_lora.files.meant import closest, did_you_mean
 
 _CLOSE = 0.75
 
@@ -313,7 +314,7 @@ def suggestion(key: str, known: Iterable[str], verb: str = "fit") -> str:
     known = set(known)
     key = key.strip("-").replace("-", "_").removesuffix("+")
     if key in known:
-        return f", did you mean {key!r}?"
+        return f", {did_you_mean([key])}"
     group, _, name = key.rpartition(".")
     beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == group} if group else {}
     meaning = SYNONYMS.get(name.lower()) if group not in _CLOSED_GROUPS else None
@@ -323,22 +324,22 @@ def suggestion(key: str, known: Iterable[str], verb: str = "fit") -> str:
         return _renamed(meaning, known, verb)
     below = {k.rpartition(".")[2]: k for k in known if group and k.startswith(f"{group}.")}
     if close := _closest(name, below | beside):
-        return f", did you mean {close!r}?"
+        return f", {did_you_mean([close])}"
     if group in _CLOSED_GROUPS:
         return _members(group, beside)
     if same := sorted(k for k in known if k.rpartition(".")[2] == name):
-        return f", did you mean {' or '.join(map(repr, same))}?"
+        return f", {did_you_mean(same)}"
     groups = {k.rpartition(".")[0] for k in known} - {""}
     if not beside and group and (close := _closest(group, {k: k for k in groups})):
-        return f", did you mean {f'{close}.{name}' if f'{close}.{name}' in known else close!r}?"
+        return f", {did_you_mean([f'{close}.{name}' if f'{close}.{name}' in known else close])}"
     at_large = {k.rpartition(".")[2]: k for k in sorted(known)} | {group: group for group in groups}
     if not group and (close := _closest(name, at_large)):
-        return f", did you mean {close!r}?"
+        return f", {did_you_mean([close])}"
     return _members(group, beside)
 
 
 def _closest(name: str, candidates: dict[str, str]) -> str | None:
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=_CLOSE)
+    close = closest(name, candidates, cutoff=_CLOSE)
     return candidates[close[0]] if close else None
 
 

@@ -6,7 +6,6 @@ line in one report; by default nothing is trained on data that is partly broken.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lit_lora.data.sources import Problems, Row, shown, shown_names
+from lit_lora.files.meant import closest, did_you_mean
 from lit_lora.wording import advice, setting
 
 Conversation = list[dict[str, str]]
@@ -193,8 +193,8 @@ def resolve_columns(names: Iterable[str], format: str, columns: Mapping[str, str
         raise ValueError(f"format {format!r} is unknown, expected 'auto' or one of {', '.join(FORMATS)}")
     for name, column in columns.items():
         if column not in available:
-            close = difflib.get_close_matches(column, available, n=1)
-            hint = f": did you mean {close[0]!r}?" if close else ""
+            close = closest(column, available)
+            hint = f": {did_you_mean(close)}" if close else ""
             raise ValueError(
                 f"columns maps {name!r} to {column!r}, but the data has the columns {shown_names(available)}{hint}"
             )

@@ -8,7 +8,6 @@ pandas.
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import io
 import json
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+
+from lit_lora.files.meant import closest, did_you_mean
 
 MAX_LINE_BYTES = 16 * 2**20
 MAX_PROBLEMS_SHOWN = 10
@@ -147,10 +148,10 @@ def _similar(path: Path) -> str:
     if folder != path.parent:
         return f": the folder {path.parent} does not exist ({folder} does)"
     names = [entry.name for entry in folder.iterdir()]
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    close = closest(path.name, names, most=3, cutoff=0.5)
     close += [name for name in names if Path(name).stem == path.stem and name not in close]
     if close:
-        return f": did you mean {' or '.join(str(folder / name) for name in close)}?"
+        return f": {did_you_mean(folder / name for name in close)}"
     data = sorted(name for name in names if Path(name).suffix.lower() in SUFFIXES)[:8]
     return f": {folder} holds {', '.join(data) if data else 'no data files'}"
 

@@ -6,10 +6,11 @@ would depend on what some shell profile exports, and its command would not repea
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from pathlib import Path
+
+from lit_lora.files.meant import closest, did_you_mean
 
 PREFIX = "LIT_LORA_"
 
@@ -47,6 +48,8 @@ def warn_of_unknown_variables() -> None:
     for name in sorted(os.environ):
         if not name.startswith(PREFIX) or name in VARIABLES or name in _INTERNAL:
             continue
-        close = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.8)
-        hint = f"did you mean {close[0]}?" if close else "settings are given on the command line or in a config file"
+        hint = (
+            did_you_mean(closest(name, VARIABLES, cutoff=0.8))
+            or "settings are given on the command line or in a config file"
+        )
         print(f"lit-lora: the environment variable {name} has no effect: {hint}", file=sys.stderr)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import resources
 from pathlib import Path
+
+from lit_lora.files.meant import closest, did_you_mean
 
 FOLDER = Path(str(resources.files("lit_lora.configs")))
 
@@ -25,5 +26,5 @@ def similar_config(name: str) -> str:
     """What to say where there is no config of that name."""
     known = [str(path.relative_to(FOLDER)) for path in sorted(FOLDER.rglob("*.yaml"))]
     beside = [str(path) for path in sorted(Path(name).parent.glob("*.y*ml"))] if Path(name).parent.is_dir() else []
-    close = difflib.get_close_matches(name.removeprefix("configs/"), [*beside, *known], n=1)
-    return f"did you mean {close[0]}?" if close else f"shipped are {', '.join(known)}"
+    close = closest(name.removeprefix("configs/"), [*beside, *known])
+    return did_you_mean(map(Path, close)) or f"shipped are {', '.join(known)}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
+
+from lit_lora.files.meant import closest, did_you_mean
 
 CONFIG = "adapter_config.json"
 _MAX_SHOWN = 3
@@ -43,7 +44,7 @@ def _of_file(path: Path) -> str:
 
 def _of_folder(path: Path) -> str:
     if found := _adapters(path):
-        return f"did you mean {_listed(found)}?"
+        return did_you_mean(found, most=_MAX_SHOWN)
     if checkpoints := sorted([*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")], key=_age, reverse=True):
         return f"it holds checkpoints; `lit-lora export {checkpoints[0]} FOLDER` makes an adapter of the newest"
     if (path / "config.json").is_file():
@@ -53,14 +54,14 @@ def _of_folder(path: Path) -> str:
 
 def _of_nothing(path: Path) -> str:
     if found := [other for other in _adapters(Path("runs")) if other.name == path.name]:
-        return f"did you mean {_listed(found)}?"
+        return did_you_mean(found, most=_MAX_SHOWN)
     if not path.parent.is_dir():
         return f"there is no folder {path.parent}"
-    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    close = closest(path.name, [entry.name for entry in path.parent.iterdir()])
     if not close:
         return "there is no such folder"
     meant = path.parent / close[0]
-    return f"did you mean {meant if (meant / CONFIG).is_file() else _listed(_adapters(meant)) or meant}?"
+    return did_you_mean([meant] if (meant / CONFIG).is_file() else _adapters(meant) or [meant], most=_MAX_SHOWN)
 
 
 def _adapters(folder: Path) -> list[Path]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+from lit_lora.files.meant import closest, did_you_mean
 
 _MOST_EPOCHS = 10
 OPTIONS = ("--fits", "--device", "--lengths", "--suggest", "--help")
@@ -22,10 +23,8 @@ def estimate(arguments: list[str]) -> None:
     parser = _options()
     options, fit_arguments = parser.parse_known_args(arguments)
     for flag in fit_arguments:
-        if flag.startswith("--") and (
-            close := difflib.get_close_matches(flag.partition("=")[0], OPTIONS, n=1, cutoff=0.8)
-        ):
-            parser.error(f"no option {flag}, did you mean {close[0]}?")
+        if flag.startswith("--") and (close := closest(flag.partition("=")[0], OPTIONS, cutoff=0.8)):
+            parser.error(f"no option {flag}, {did_you_mean(close)}")
     from lit_lora.cli.lightning_cli import parse_fit
     from lit_lora.config import parse_bytes
     from lit_lora.memory.estimate import trace

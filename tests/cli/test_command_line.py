@@ -192,7 +192,7 @@ def test_the_environment_sets_nothing_and_a_variable_without_effect_is_named(res
 def test_a_mistyped_variable_is_answered_and_known_ones_are_documented(monkeypatch, capsys):
     monkeypatch.setenv("LIT_LORA_CASHE", "/tmp")
     environment.warn_of_unknown_variables()
-    assert "did you mean LIT_LORA_CACHE?" in capsys.readouterr().err
+    assert "did you mean 'LIT_LORA_CACHE'?" in capsys.readouterr().err
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     assert [name for name in environment.VARIABLES if f"`{name}`" not in page] == []
 
