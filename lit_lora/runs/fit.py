@@ -150,7 +150,9 @@ def as_shown(settings: Mapping[str, Any], callbacks: Sequence[Callback], *, quie
     if not quiet:
         return dict(settings)
     if bars := _progress_bars(settings, callbacks):
-        raise ValueError(f"a quiet run shows no progress, and was given {type(bars[0]).__name__}: leave one of them out")
+        raise ValueError(
+            f"a quiet run shows no progress, and was given {type(bars[0]).__name__}: leave one of them out"
+        )
     return {**settings, "enable_progress_bar": False}
 
 
@@ -169,7 +171,9 @@ def left_out(settings: Mapping[str, Any], callbacks: Sequence[Callback] = ()) ->
 
 
 def _progress_bars(settings: Mapping[str, Any], callbacks: Sequence[Callback]) -> list[Any]:
-    return [callback for callback in (*_listed(settings.get("callbacks")), *callbacks) if isinstance(callback, ProgressBar)]
+    return [
+        callback for callback in (*_listed(settings.get("callbacks")), *callbacks) if isinstance(callback, ProgressBar)
+    ]
 
 
 def is_over(checkpoint: str | None, folder: str, config: ConfigFile) -> bool:
