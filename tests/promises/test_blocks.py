@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,8 +90,14 @@ def start(reader: Stranger, words: list[str], page: str) -> None:
     calls = {"lit-lora": ["-m", "lit_lora"], "torchrun": ["-m", "torch.distributed.run"]}
     assert words[0] in calls, f"{page}: no test knows how to run {words[0]}"
     given = [sys.executable, *calls[words[0]], *words[1:], *SMALLER["fit"]]
-    finished = subprocess.run(given, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert finished.returncode == 0, finished.stderr[-3000:] + finished.stdout[-3000:]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(given, env=environment(), start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=250)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the ranks, too
+            raise
+    assert process.returncode == 0, err[-3000:] + out[-3000:]
 
 
 def environment() -> dict[str, str]:
