@@ -1,4 +1,4 @@
-# Everything runs from a fresh virtual environment that only needs Python 3.11 or newer and a package index.
+# Everything runs from a fresh virtual environment; it needs only Python 3.11+ and PyPI (or a mirror).
 # make VENV=/elsewhere/venv PYTHON=python3.11 ... puts it elsewhere or takes another Python.
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,10 +26,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 setup: $(VENV)/.installed  ## make the virtual environment .venv with everything in it
 
-model: setup  ## bring the small model of the quickstart and the tests (once, about a minute)
+model: setup  ## download the small model of the quickstart and the tests (once, about a minute)
 	$(LIT_LORA) fetch smollm2-135m-instruct
 
-tiers: model  ## QLoRA in five tiers, those that this machine can
+tiers: model  ## five QLoRA runs, 10 steps to 7B; skips what this machine cannot run
 	$(LIT_LORA) tiers
 
 quickstart: model  ## fine-tune a 135M model on this machine's CPU and compare it with the base

@@ -64,7 +64,7 @@ class HFAdapterExport(Check):
             the module itself.
         base_model_name: Hub id or folder of the base; taken from a transformers model if None.
         data: what was trained on, for the model card; the datamodule's name and settings if None.
-        portable: fold scales into the weights, for readers that know no rank patterns; see ``save_adapter``.
+        portable: fold scales into the weights, for tools without rank patterns; see ``save_adapter``.
     """
 
     name = "adapter export"

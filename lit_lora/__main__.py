@@ -21,13 +21,13 @@ TRAINER_VERBS = {
     "predict": "write a generation for each prompt of a data file",
 }
 TOOLS = {
-    "fetch": "bring a small base model to this machine",
+    "fetch": "download a small base model",
     "generate": "prompt in, text out, with and without an adapter",
     "evaluate": "exact match and loss on held-out examples, before and after",
     "estimate": "peak memory of a fit, and whether it fits",
     "merge": "fold an adapter into its base: a folder for plain transformers",
-    "export": "an adapter from a checkpoint or folder, for readers of any kind",
-    "tiers": "five QLoRA runs from quick to full, those that this machine can",
+    "export": "write an adapter from a checkpoint or folder, for other tools",
+    "tiers": "five QLoRA runs, 10 steps to 7B; skips what this machine cannot run",
 }
 """Verb -> help. Each is the function of that name in ``lit_lora.tools.<verb>``."""
 

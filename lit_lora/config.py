@@ -103,13 +103,13 @@ class QuantizationConfig:
     """How the frozen base is quantized (QLoRA, arXiv:2305.14314). Adapters stay in full precision."""
 
     bits: Literal[4, 8] = 4
-    """Bits a weight: 4 (NF4 or FP4, blockwise) or 8 (LLM.int8)."""
+    """Bits per weight: 4 (NF4 or FP4, blockwise) or 8 (LLM.int8)."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type."""
 
     double_quant: bool = True
-    """Quantize the blocks' scales too: saves about 0.37 bits a weight (4 bits only)."""
+    """Quantize the blocks' scales too: saves about 0.37 bits per weight (4 bits only)."""
 
     block_size: int = 64
     """Weights that share one scale (4 bits only)."""
@@ -159,15 +159,15 @@ class OptimizationConfig:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a step is computed: other time and memory, the same result. A resumed run may have others."""
+    """How a step is computed: at another cost in time and memory, with the same result. A resumed run may change it."""
 
     recompute: bool | int | str = False
-    """Decoder layers that are computed again in the backward pass, for less memory and more time: false for none, true
-    for all, a number for the first so many, an amount such as 4GiB for as few as keep activations within it, or "auto"
-    for what is free on the device."""
+    """Decoder layers to recompute in the backward pass, for less memory and more time: false for none, true for all, a
+    number for that many from the first, an amount such as 4GiB for as few as keep activations within it, or "auto" for
+    what is free on the device."""
 
     recompute_mlp: bool = True
-    """Make the activation and product of SwiGLU MLPs again in the backward pass: half of a layer's activations for two
+    """Recompute SwiGLU's activation and product in the backward pass: saves half of a layer's activations for two
     elementwise passes."""
 
     shared_prefix: bool = True

@@ -67,7 +67,7 @@ class LoRALightningModule(TokenLossModule):
             base: Hub id, folder, GGUF file, a name that ``lit-lora fetch`` knows, or random:ARCHITECTURE.
             lora: which layers get adapters, of what rank.
             quantization: how to quantize the frozen base; None for full precision.
-            dtype: of the base's weights; auto is bfloat16 on CUDA and float32 on a CPU.
+            dtype: dtype of the base's weights; auto is bfloat16 on CUDA and float32 on a CPU.
             revision: branch, tag or commit of the base on the Hub.
             trust_remote_code: run code that comes with the base or the tokenizer.
             optimization: learning rate, its schedule, weight decay.
@@ -140,7 +140,7 @@ class LoRALightningModule(TokenLossModule):
         return LossOutput(nll_sum, batch["target_ids"].numel(), num_correct, batch.get("num_tokens"))
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Refuse a Trainer, optimizer or schedule that no run can go well with: nothing is loaded yet.
+        """Refuse a Trainer, optimizer or schedule that cannot work: nothing is loaded yet.
 
         Raises:
             ValueError: naming the setting, and what to set instead.
@@ -165,7 +165,7 @@ class LoRALightningModule(TokenLossModule):
         """Load the base, inject the adapters, freeze everything else. Does nothing the second time.
 
         Raises:
-            ValueError: for a Trainer that no run can go well with.
+            ValueError: for Trainer settings that cannot work.
         """
         if self._trainer is not None:
             check_built(self._trainer)

@@ -120,7 +120,8 @@ def test_the_oldest_python_is_the_same_everywhere() -> None:
     oldest = PROJECT["project"]["requires-python"].removeprefix(">=")
     assert PROJECT["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
     assert PROJECT["tool"]["mypy"]["python_version"] == oldest
-    assert f"Python ({oldest} or newer)" in (ROOT / "README.md").read_text()
+    for page in ("README.md", "Makefile"):
+        assert f"needs only Python {oldest}+ and PyPI (or a mirror)" in (ROOT / page).read_text()
     assert f"v < ({oldest.replace('.', ', ')})" in (ROOT / "Makefile").read_text()
 
 

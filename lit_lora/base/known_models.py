@@ -1,4 +1,4 @@
-"""Models that ``lit-lora fetch`` can bring: their names, and where they lie then.
+"""Models that ``lit-lora fetch`` can download: their names, and where they lie then.
 
 Light: needs no torch.
 """
@@ -15,7 +15,7 @@ MANIFEST = "lit_lora_manifest.json"
 
 
 class KnownModel(NamedTuple):
-    """A model that ``fetch`` can bring."""
+    """A model that ``fetch`` can download."""
 
     hub_id: str
     """Its name on the Hugging Face Hub."""

@@ -42,7 +42,7 @@ class TrainedOn:
     """Of all the base's weights, see ``base_hash.py``."""
 
     dtype: str | None = None
-    """Of the base's weights, such as "bfloat16"."""
+    """dtype of the base's weights, such as "bfloat16"."""
 
     revision: str | None = None
     """Of the base on the Hub: as it was asked for, or else the commit that was loaded."""

@@ -157,7 +157,7 @@ class LoRACLI(LightningCLI):
         self.check_config(self.config[self.config["subcommand"]], parser)
 
     def check_config(self, config: Any, parser: LightningArgumentParser) -> None:
-        """Find shipped data, and refuse what no run can go well with.
+        """Find shipped data, and refuse what cannot work.
 
         Raises:
             SystemExit: after listing all problems.

@@ -41,22 +41,22 @@ class SFTDataModule(pl.LightningDataModule):
     Args:
         train: training data: a .json, .jsonl, .csv or .parquet file, or a Hub dataset (``name``, ``name:config``,
             ``name@split``).
-        validation: validation data, likewise.
-        validation_fraction: share of ``train`` to validate on, where ``validation`` is not given.
-        test: test data, likewise; the validation data where not given.
+        validation: validation data: a file or Hub dataset, as for train.
+        validation_fraction: share of ``train`` to validate on, if ``validation`` is not given.
+        test: test data, as for train; the validation data if not given.
         format: "alpaca", "sharegpt", "messages", "prompt_completion", "text", or "auto" to tell by the columns.
         columns: names that differ from the format's, for example ``{"prompt": "question", "completion": "answer"}``.
         tokenizer: tokenizer, or name or folder of one; by default that of the module's ``base``.
         max_length: longest example in tokens; longer ones lose their end.
-        batch_size: most examples in a micro-batch; 4 where neither this nor ``max_tokens_per_batch`` is given.
+        batch_size: most examples in a micro-batch; 4 if neither this nor ``max_tokens_per_batch`` is given.
         max_tokens_per_batch: most tokens in a micro-batch, padding included where batches are padded.
         packing: put the examples of a batch one after the other instead of padding them.
         shuffle: visit the training data in a different order every epoch.
-        seed: of the order and of the validation split.
+        seed: seed of the order and of the validation split.
         num_workers: processes that assemble batches. The data is tokenized already, so 0 is enough.
-        train_on_prompt: also learn the prompts.
+        train_on_prompt: train on the prompts, too.
         limit: use only the first rows of ``train``, this many.
-        on_bad_rows: "error" to refuse data with bad rows, "drop" to go on without them.
+        on_bad_rows: "error" to refuse data with bad rows, "drop" to skip them.
         cache_dir: folder for tokenized data; by default ``$LIT_LORA_CACHE/tokenized`` or
             ``~/.cache/lit_lora/tokenized``.
     """

@@ -138,7 +138,7 @@ def _check_problems(examples: Examples, settings: SourceSettings) -> None:
     if problems.count and settings.on_bad_rows == "error":
         raise ValueError(
             f"{problems.source}: {problems.count} bad rows ({usable} are good):\n{problems}\n"
-            + advice("Correct them, or {} to go on without them", "data.on_bad_rows", "drop", otherwise="Correct them")
+            + advice("Correct them, or {} to skip them", "data.on_bad_rows", "drop", otherwise="Correct them")
         )
     if not usable:
         detail = f"; all {problems.count} rows are bad:\n{problems}" if problems.count else ""

@@ -59,7 +59,7 @@ def load(
         revision: of the base on the Hub.
         quantization: how to quantize the base.
         full_precision: leave the base unquantized whatever the adapter was trained on.
-        dtype: of the base's weights.
+        dtype: dtype of the base's weights.
         tokenizer: name or folder.
         other_base: whether the base may have other weights than the one that the adapter was trained on.
         trust_remote_code: run code that comes with the base or the tokenizer.

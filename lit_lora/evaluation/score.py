@@ -122,7 +122,7 @@ def read_held_out(
         max_length: tokens of an example that the loss looks at; by default as trained, or 1024.
         train_on_prompt: count prompts in the loss too; by default as trained.
         limit: examples to take; all if None.
-        on_bad_rows: "error" to refuse data with bad rows, "drop" to go on without them.
+        on_bad_rows: "error" to refuse data with bad rows, "drop" to skip them.
 
     Raises:
         ValueError: for bad rows, or a conversation that does not end with an answer.

@@ -106,8 +106,8 @@ def save_adapter(
         folder: where to; made if missing. Other files in it are left alone.
         base_model_name: Hub id or folder of the base; taken from a transformers model if None.
         model_card: text of ``README.md``; none is written if None.
-        portable: fold every layer's scale into B and pad to one rank, for readers that know no rsLoRA and no rank or
-            alpha patterns (vLLM, llama.cpp).
+        portable: fold every layer's scale into B and pad to one rank, for tools without rsLoRA and rank or alpha
+            patterns (vLLM, llama.cpp).
         tokenizer: what it was trained with, saved beside it with its chat template; None leaves it out.
 
     Returns:

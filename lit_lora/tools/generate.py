@@ -45,7 +45,7 @@ def generate(
         max_new_tokens: longest answer, in tokens.
         temperature: 0 for the most likely token each time; above 0 to sample.
         top_p: sample from the smallest set of tokens of this total probability.
-        seed: for sampling.
+        seed: seed for sampling.
         stream: print tokens as they come.
         other_base: put the adapter on a base although its weights are not those that it was trained on.
         trust_remote_code: run code that comes with the base.

@@ -1,4 +1,4 @@
-"""``lit-lora tiers``: five QLoRA runs from quick to full, those that this machine can, and a table of what they proved.
+"""``lit-lora tiers``: five QLoRA runs, 10 steps to 7B, and a table of what they proved; skips what cannot run here.
 
 Each runs in a process of its own, so that one's memory is not another's.
 """
@@ -40,11 +40,11 @@ TIERS = {
 
 
 def tiers(only: list[int] | None = None, max_minutes: float = 20, output: str = "runs/tiers") -> None:
-    """Run the tiers that this machine can, and print a table.
+    """Run the tiers, skip those that this machine cannot run, and print a table.
 
     Args:
         only: numbers of the tiers to run, of 1 to 5; all by default.
-        max_minutes: longest that a tier may be expected to take.
+        max_minutes: skip tiers that are expected to take longer.
         output: folder for the runs of this time, each in a folder of its own.
     """
     unknown = sorted(set(only or []) - TIERS.keys())

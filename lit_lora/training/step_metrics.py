@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 
 from lit_lora.metrics import StepMetrics, TrainingMetrics
 from lit_lora.training.metrics_record import MetricsRecord
@@ -161,17 +161,24 @@ class EvaluationMeans(nn.Module):
         super().__init__()
         self.loss = MeanMetric()
         self.token_accuracy = MeanMetric()
+        self.num_targets = SumMetric()
 
     def add(self, output: LossOutput) -> None:
-        """Add a batch; one without targets changes nothing."""
-        if not output.num_targets:
-            return
-        self.loss.update(output.loss_sum.detach() / output.num_targets, weight=output.num_targets)
+        """Add a batch; one without targets changes nothing.
+
+        It counts as an update all the same: a rank that had nothing but fillers takes part in :meth:`results`, for
+        which the others wait.
+        """
+        targets = max(1, output.num_targets)
+        self.num_targets.update(output.num_targets)
+        self.loss.update(output.loss_sum.detach() / targets, weight=output.num_targets)
         if output.num_correct is not None:
-            self.token_accuracy.update(output.num_correct / output.num_targets, weight=output.num_targets)
+            self.token_accuracy.update(output.num_correct / targets, weight=output.num_targets)
 
     def results(self, prefix: str) -> dict[str, Tensor]:
         """``<prefix>_loss`` (nats per token), ``<prefix>_perplexity``, ``<prefix>_token_accuracy`` where counted."""
+        if not self.num_targets.update_called or not self.num_targets.compute():
+            return {}
         means = {"loss": self.loss, "token_accuracy": self.token_accuracy}
         results = {f"{prefix}_{name}": mean.compute() for name, mean in means.items() if mean.update_called}
         if f"{prefix}_loss" in results:

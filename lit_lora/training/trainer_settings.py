@@ -1,4 +1,4 @@
-"""Settings of a Trainer that no run can go well with, found before the model is loaded.
+"""Trainer settings that cannot work, found before the model is loaded.
 
 Two ways lead here: the command line looks at settings before anything is built (:func:`check_trainer`), and the module
 looks at whatever Trainer it is given (:func:`check_built`). What is refused stands in tables, once for both.

@@ -193,7 +193,7 @@ def test_a_mistyped_variable_is_answered_and_known_ones_are_documented(monkeypat
     monkeypatch.setenv("LIT_LORA_CASHE", "/tmp")
     environment.warn_of_unknown_variables()
     assert "did you mean 'LIT_LORA_CACHE'?" in capsys.readouterr().err
-    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
     assert [name for name in environment.VARIABLES if f"`{name}`" not in page] == []
 
 

@@ -22,7 +22,7 @@ def tables() -> str:
     ]
     lines = ["## Every pair of these is tried", ""]
     lines += _table(("setting", "values"), ((name, ", ".join(values)) for name, values in COLUMNS.items()))
-    lines += ["## These are tried by themselves", "", ", ".join(f"`{name}`" for name in ALONE), ""]
+    lines += ["## Tried one at a time", "", ", ".join(f"`{name}`" for name in ALONE), ""]
     lines += ["## Refused before the model is loaded", ""]
     lines += _table(("setting", "what the error says"), ((case.what, case.why) for case in REFUSED))
     lines += ["## Refused together", ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lit_lora.__main__ import main
+from lit_lora.__main__ import TRAINER_VERBS, main
 from lit_lora.metrics import TrainingMetrics
 from tests.tiny import config
 
@@ -86,6 +87,13 @@ class Stranger:
     def fit(self, verb: str = "fit", **changed: Any) -> Ran:
         """Run a fit, or a verb with the same options."""
         return self.run(verb, *self.arguments(**changed))
+
+    def options_of(self, verb: str) -> set[str]:
+        """Without dashes, as ``--help`` shows them."""
+        lines = re.findall(
+            r"^\s+-.*", self.run(verb, "--help.all" if verb in TRAINER_VERBS else "--help").out, re.MULTILINE
+        )
+        return {option for line in lines for option in re.findall(r"--([\w.]+)", line.split("  ")[0] or line)}
 
     def record(self, name: str, run: str = "run") -> Any:
         """A JSON file of a run."""

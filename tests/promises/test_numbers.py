@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import re
 from collections.abc import Iterator
 from statistics import median
@@ -50,60 +49,103 @@ def medians(name: str) -> dict[str, dict[str, float]]:
     }
 
 
-def test_the_faults_of_the_readme_are_those_of_the_suite():
+def test_the_faults_are_those_of_the_suite():
     header = "| fault | tried | survived |"
-    faults = list(cells_below(header, README))
-    assert faults == list(cells_below(header, (RESULTS / "faults.md").read_text()))
-    assert sum(int(tried) for _, tried, _ in faults) >= 900
+    page = (PROJECT / "docs/faults.md").read_text()
+    faults = list(cells_below(header, page))
+    result = (RESULTS / "faults.md").read_text()
+    assert faults == list(cells_below(header, result))
     assert all(tried == survived for _, tried, survived in faults)
+    total = sum(int(tried) for _, tried, _ in faults)
+    assert total >= 900
+    (seconds, cores), *_ = re.findall(r"(\d+) s on (\d+) cores", result)
+    assert f"{total:,} faults were tried, in {seconds} s on {cores} CPU cores" in prose("docs/faults.md")
+    assert f"{total:,} of {total:,} injected faults survived" in README
+
+
+def speed_table() -> dict[str, list[str]]:
+    """Rows of docs/speed.md, by the framework that was measured."""
+    rows = list(cells_below("| | real tokens/s | step (s) |", (PROJECT / "docs/speed.md").read_text()))
+    return dict(zip(("lit_lora", "peft", "trl", "trl_tuned", "limit"), rows, strict=True))
 
 
 def test_the_table_of_speed_is_what_was_measured():
-    rows = list(cells_below("| | real tokens/s | step |", README))
     speed = medians("train_natural_lora")
-    for row, framework in zip(rows, ("lit_lora", "peft", "trl", "trl_tuned", "limit"), strict=True):
+    for framework, row in speed_table().items():
         of = speed[framework]
-        assert row[1] == f"{of['tokens_per_s']:.0f}"
-        assert row[2] in (f"{of['median_step_s']:.1f} s", f"{math.floor(of['median_step_s'] * 10) / 10} s")
+        assert row[1:4] == [f"{of['tokens_per_s']:.0f}", f"{of['median_step_s']:.2f}", f"{of['peak_rss_mib']:,.0f}"]
         if framework != "limit":
-            assert (
-                row[3] == f"{of['peak_rss_mib'] * 2**20 / 2**30:.1f} GB"
-                or row[3] == f"{of['peak_rss_mib'] / 1000:.1f} GB"
-            )
             losses = [float(loss) for loss in row[4].split(", ")]
             assert losses == pytest.approx([of["first_loss"], of["last_loss"]], abs=1e-4)
 
 
-def test_the_ratios_of_speed_follow_from_what_was_measured():
-    natural, dense, quantized = map(medians, ("train_natural_lora", "train_dense_lora", "train_natural_qlora"))
-    rounds: dict[str, list[float]] = {"lit_lora": [], "peft": [], "trl": []}
-    for row in measured("train_natural_lora"):
-        rounds.get(row["framework"], []).append(float(row["tokens_per_s"]))
+RATIO = re.compile(r"(\d+\.\d+)\s(?:times|of the memory)[^(.;]*\(([\d,]+) / ([\d,]+)\)")
 
-    def faster_than(other: str) -> float:
-        return median(a / b for a, b in zip(rounds["lit_lora"], rounds[other], strict=True))
 
-    memory = [natural[name]["peak_rss_mib"] for name in ("lit_lora", "peft")]
-    for sentence, ratio in {
-        "{:.1f} times PEFT + Trainer": faster_than("peft"),
-        "and {:.1f} times TRL": faster_than("trl"),
-        "in {:.2f} of the memory": memory[0] / memory[1],
-    }.items():
-        (said,) = re.findall(
-            re.escape(sentence.split("{")[0]) + r"([\d.]+)" + re.escape(sentence.split("}")[1]), prose("README.md")
-        )
-        assert float(said) == pytest.approx(ratio, abs=0.6 * 10 ** -len(said.split(".")[1])), sentence
-    for name, found in (("367 tokens/s against 194", dense), ("479 against PEFT's 136", quantized)):
-        assert name in prose("README.md")
-        assert [int(number) for number in re.findall(r"\d+", name)] == [
-            round(found[framework]["tokens_per_s"]) for framework in ("lit_lora", "peft")
-        ]
+def test_a_ratio_is_that_of_the_numbers_beside_it():
+    """And these numbers stand in the tables above."""
+    page = (PROJECT / "docs/speed.md").read_text()
+    ratios = RATIO.findall(" ".join(page.split()))
+    assert len(ratios) == 4
+    for said, one, other in ratios:
+        assert f"| {one} |" in page.replace("**", "")
+        assert f"| {other} |" in page
+        one, other = (float(number.replace(",", "")) for number in (one, other))
+        assert f"{one / other:.{len(said.split('.')[1])}f}" == said
+
+
+def test_the_readme_repeats_the_speed():
+    rows = speed_table()
+    table = prose("README.md")
+    assert f"{rows['lit_lora'][1]} tokens/s; PEFT + Trainer {rows['peft'][1]}, TRL {rows['trl'][1]}" in table
+    assert f"peak memory {rows['lit_lora'][3]} MiB; PEFT + Trainer {rows['peft'][3]}, TRL {rows['trl'][3]}" in table
+    speed, memory = (
+        float(rows["lit_lora"][n].replace(",", "")) / float(rows["peft"][n].replace(",", "")) for n in (1, 3)
+    )
+    assert f"{speed:.1f} times the tokens per second of PEFT with transformers' Trainer" in table
+    assert f"in {memory:.2f} of its memory" in table
+    exact = re.search(
+        r"equal PEFT's within (\S+) \(the largest is (\S+)\)", (RESULTS / "train_natural_lora.md").read_text()
+    )
+    assert f"adapter gradients within {exact[1]} of PEFT's, the largest being {exact[2]}" in table
+    assert f"equal PEFT's within {exact[1]}; the largest is {exact[2]}" in prose("docs/speed.md")
+
+
+def test_speed_on_other_work_is_what_was_measured():
+    rows = list(
+        cells_below("| | lit_lora, tokens/s | PEFT + Trainer, tokens/s |", (PROJECT / "docs/speed.md").read_text())
+    )
+    for row, name in zip(rows, ("train_natural_lora", "train_dense_lora", "train_natural_qlora"), strict=True):
+        found = medians(name)
+        assert row[1:] == [f"{found[framework]['tokens_per_s']:.0f}" for framework in ("lit_lora", "peft")]
+    ablation = (RESULTS / "ablation_natural_lora.md").read_text()
+    (slower,) = re.findall(r"^\| no_onednn \|[^|]*\|[^|]*\| ([\d.]+) \|", ablation, re.MULTILINE)
+    assert f"runs at {slower} of its speed" in prose("docs/speed.md")
+
+
+def test_the_readme_counts_architectures_as_the_sweep_did():
+    equal, not_built, refused = re.search(
+        r"^(\d+) equal, (\d+) not built, (\d+) refused\.$",
+        (PROJECT / "docs/architectures.md").read_text(),
+        re.MULTILINE,
+    ).groups()
+    assert f"{equal} architectures of transformers" in README
+    assert f"{refused} are refused, {not_built} could not be built" in README
+
+
+def test_the_readme_repeats_qlora_and_memory():
+    losses = {row["method"]: float(row["val_loss_end"]) for row in measured("qlora_vs_lora")}
+    lora, _, quantized, *_ = losses.values()
+    assert f"validation loss after 100 steps {quantized:.3f} in 4 bits; LoRA {lora:.3f}" in README
+    estimated = next(iter(cells_below("| | estimated | alive |", (PROJECT / "docs/memory.md").read_text())))
+    assert f"{estimated[1]} MB estimated, {estimated[2]} MB alive" in README
 
 
 def test_the_table_of_memory_is_what_was_estimated():
+    page = (PROJECT / "docs/memory.md").read_text()
     estimates = measured("memory_estimates")
-    assert f"has {len(estimates)} rows" in prose("README.md")
-    rows = list(cells_below("| model | batch (examples x tokens) |", README))
+    assert f"has {len(estimates)} rows" in prose("docs/memory.md")
+    rows = list(cells_below("| model | batch (examples x tokens) |", page))
     assert len(rows) == 4
     for model, batch, recomputed, lora, qlora, bound in rows:
         examples, tokens = batch.split(" x ")
@@ -164,7 +206,7 @@ def test_qlora_against_lora_is_what_was_measured():
 
 
 def test_trainable_parameters_are_those_of_the_model():
-    rows = list(cells_below("| config | adapts |", README))
+    rows = list(cells_below("| config | adapts |", (PROJECT / "docs/configs.md").read_text()))
     assert len(rows) == 4
     with torch.device("meta"):
         for _, adapts, counts in rows:
@@ -189,3 +231,15 @@ def test_about_as_many_other_names_are_answered_as_is_said():
 
     assert "about two hundred and fifty other names" in prose("docs/command_line.md")
     assert len(synonyms.SYNONYMS) == pytest.approx(250, abs=15)
+
+
+def test_the_rooms_of_the_architecture_are_those_that_imports_are_held_to():
+    from tests.test_imports import FLOORS
+
+    floors: list[set[str]] = []
+    for floor, rooms, _ in cells_below(
+        "| floor | room of `lit_lora/` |", (PROJECT / "docs/architecture.md").read_text()
+    ):
+        floors += [set()] if floor else []
+        floors[-1] |= {name.removesuffix(".py") for name in re.findall(r"[\w.]+", rooms)}
+    assert floors == list(FLOORS)

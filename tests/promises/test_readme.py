@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -18,20 +17,8 @@ from tests.promises.sentences import PROJECT
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
-README = (PROJECT / "README.md").read_text()
 NO_SETTINGS = {"help", "config", "print_config", "ckpt_path", "weights_only"}
 """Options of ``fit`` that are about the call."""
-
-
-def block(language: str, number: int) -> str:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[number]
-
-
-def listed_options(stranger, verb: str) -> set[str]:
-    """Without dashes, as ``--help`` shows them."""
-    full = "--help.all" if verb == "fit" else "--help"
-    lines = re.findall(r"^\s+-.*", stranger.run(verb, full).out, re.MULTILINE)
-    return {option for line in lines for option in re.findall(r"--([\w.]+)", line.split("  ")[0] or line)}
 
 
 def test_a_run_says_what_the_first_paragraph_lists(stranger):
@@ -110,67 +97,24 @@ def test_every_option_is_a_key_of_yaml_and_the_other_way_round(stranger):
             walk(value, f"{path}.{name}" if path else name)
 
     walk(printed, "")
-    options = listed_options(stranger, "fit")
+    options = stranger.options_of("fit")
     assert len(options) > 100
     # A group's own option and the help of a class are not settings, and what a class takes is shown with the class.
     helps = {name for name in options if name.endswith((".help", "+"))}
     missing = {name for name in options - helps - NO_SETTINGS if not {name, name.split(".")[0]} & keys}
     assert not missing
+    groups = {option.rsplit(".", depth)[0] for option in options for depth in (1, 2)}
     nested_in_values = {key for key in keys if not any(key == o or key.startswith(f"{o}.") for o in options)}
-    assert not nested_in_values
+    assert not nested_in_values - groups
 
 
 def test_every_setting_of_the_trainer_is_an_option(stranger):
     from lightning import Trainer
 
-    options = listed_options(stranger, "fit")
+    options = stranger.options_of("fit")
     settings = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
     assert len(settings) > 30
     assert not {f"trainer.{name}" for name in settings} - options
-
-
-def test_the_commands_of_the_readme_are_understood(stranger):
-    shown = re.findall(r"^(lit-lora .*?)(?:\s+#.*)?$", README, re.MULTILINE)
-    fits = [shlex.split(line)[1:] for line in shown if line.startswith("lit-lora fit")]
-    assert len(fits) == 2
-    for fit in fits:
-        ran = stranger.run(*fit, "--data.train=data.jsonl", "--model.base=random:base", "--print_config")
-        assert ran.code == 0, ran.err
-    verbs = {shlex.split(line)[1] for line in shown}
-    assert verbs == {"fetch", "fit", "generate", "estimate", "merge"}
-    fit_options = listed_options(stranger, "fit")
-    for line in shown:
-        verb, *given = shlex.split(line)[1:]
-        known = listed_options(stranger, verb) | (fit_options if verb == "estimate" else set())
-        for option in (part[2:] for part in given if part.startswith("--")):
-            assert option in known or option.rsplit(".", 1)[0] in known, line
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of Lightning, about TensorBoard and workers
-def test_the_python_of_the_readme_runs(stranger):
-    """The callbacks in another project, and adapters on any module, with the lines as they stand there."""
-    import lightning
-    import torch
-
-    class Regression(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(4, 1)
-
-        def training_step(self, batch, batch_idx):
-            return (self.layer(batch) - batch.sum(1, keepdim=True)).square().mean()
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), lr=0.05)
-
-    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4), "v_proj": torch.nn.Linear(4, 4)})
-    exec(block("python", 1), given := {"model": model})
-    assert given["report"].num_trainable > 0
-    exec(block("python", 2), project := {})
-    trainer = project["trainer"]
-    trainer.fit_loop.max_epochs = 1
-    trainer.fit(Regression(), torch.utils.data.DataLoader(torch.randn(240, 4), batch_size=4))
-    assert trainer.global_step == 60
 
 
 def test_the_adapter_is_read_as_the_readme_says(stranger):

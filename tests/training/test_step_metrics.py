@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lit_lora import LoRAConfig, LoRALightningModule, TrainingMetrics
 from lit_lora.callbacks import ConvergenceAssertion, GradientNormLogger
+from lit_lora.training.step_metrics import EvaluationMeans, LossOutput
 from tests.tiny import config, grouped
 
 
@@ -80,3 +81,22 @@ def test_metrics_of_another_version_are_named_as_such(fit, change, message):
     change(step)
     with pytest.raises(ValueError, match=message):
         TrainingMetrics.from_jsonl(json.dumps(step) + "\n")
+
+
+def test_a_rank_with_nothing_to_evaluate_takes_part_in_what_the_others_wait_for():
+    """Else two processes that share one validation example wait for each other for ever."""
+    shares = {
+        "some": LossOutput(torch.tensor(6.0), 3, torch.tensor(1)),
+        "nothing": LossOutput(torch.tensor(0.0), 0, torch.tensor(0)),
+    }
+    means = {}
+    for name, output in shares.items():
+        means[name] = EvaluationMeans()
+        means[name].add(output)
+    called = {name: [m.update_called for m in mean.children()] for name, mean in means.items()}
+    assert called["nothing"] == called["some"]
+    assert all(called["some"])
+    assert means["nothing"].results("val") == {}
+    means["some"].add(shares["nothing"])
+    assert means["some"].results("val")["val_loss"] == 2.0
+    assert means["some"].results("val")["val_token_accuracy"] == pytest.approx(1 / 3)

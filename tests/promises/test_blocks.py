@@ -1,0 +1,312 @@
+"""Every fenced command and every fenced line of Python of the documentation runs, in the order of its page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+import yaml
+
+from lit_lora.base.known_models import KNOWN_MODELS, MANIFEST
+from tests.chat_tokenizers import CHATML
+from tests.promises.blocks import (
+    BEFORE,
+    NOT_RUN,
+    OTHER_WORDS,
+    PAGES,
+    SMALLER,
+    Command,
+    blocks,
+    commands,
+    lit_lora_commands,
+    smaller,
+    why_not_run,
+)
+from tests.promises.conftest import Stranger
+from tests.promises.sentences import PROJECT
+from tests.started_runs import make_base
+
+pytestmark = [
+    # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of Lightning, about loggers, workers and short runs
+]
+
+BASH = [page for page in PAGES if blocks(page, "bash")]
+PYTHON = [page for page in PAGES if blocks(page, "python")]
+(MODEL,) = KNOWN_MODELS
+
+
+@pytest.fixture
+def reader(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> Stranger:
+    """Someone who follows a page: with data of their own, and a tiny model in the place of the quickstart's."""
+    home = stranger.folder / "home"
+    monkeypatch.setenv("LIT_LORA_HOME", str(home))
+    monkeypatch.setenv("LIT_LORA_CACHE", str(stranger.folder / "cache"))
+    folder = home / "models" / MODEL
+    make_base(folder, CHATML, num_hidden_layers=2)
+    (stranger.folder / "tiny").symlink_to(folder)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps({"bytes": sizes}))
+    (line,) = (json.loads(block.text) for block in blocks("README.md", "json"))
+    rows = [line, *({"prompt": f"{n} + {n}?", "completion": f"{n + n}"} for n in range(60))]
+    stranger.write("my.jsonl", rows)
+    stranger.write("held_out.jsonl", rows[:6])
+    stranger.write("test.jsonl", rows[:4])
+    text = "".join(f'"{row["prompt"]}","{row["completion"]}"\n' for row in rows)
+    (stranger.folder / "my.csv").write_text(f"asked,said\n{text}")
+    return stranger
+
+
+def run(reader: Stranger, command: Command, page: str) -> None:
+    """One command of a page; it has to succeed."""
+    words, output = command
+    row = why_not_run(" ".join(words))
+    if row is not None:
+        check_unrun(reader, " ".join(words))
+    elif words[0] == "lit-lora" and "ddp" not in words:
+        printed = "--print_config" in words
+        ran = reader.run(*(words[1:] if printed else smaller(words)))
+        assert ran.code == 0, f"{page}: {' '.join(words)}\n{ran.text[-3000:]}"
+        if output is not None:
+            Path(output).write_text(ran.out)
+    else:
+        start(reader, words, page)
+
+
+def start(reader: Stranger, words: list[str], page: str) -> None:
+    """A command in processes of its own."""
+    calls = {"lit-lora": ["-m", "lit_lora"], "torchrun": ["-m", "torch.distributed.run"]}
+    assert words[0] in calls, f"{page}: no test knows how to run {words[0]}"
+    given = [sys.executable, *calls[words[0]], *words[1:], *SMALLER["fit"]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(given, env=environment(), start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=250)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the ranks, too
+            raise
+    assert process.returncode == 0, err[-3000:] + out[-3000:]
+
+
+def environment() -> dict[str, str]:
+    """For other processes, which are to find the checkout that is tested."""
+    return {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def check_unrun(reader: Stranger, script: str) -> None:
+    """What is not run is at least sound: shell, files, targets, and every option of lit-lora."""
+    shell = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert shell.returncode == 0, shell.stderr
+    for target in re.findall(r"^make (\w+)", script):
+        made = subprocess.run(["make", "-n", target], cwd=PROJECT, capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr
+    for name in re.findall(r"(?:-c |^)(\S+\.txt|\.ci/\w+)", script):
+        assert (PROJECT / name).is_file(), name
+    for arguments in lit_lora_commands(script):
+        ran = reader.run(*arguments, "--print_config")
+        assert ran.code == 0, ran.text[-3000:]
+
+
+@pytest.mark.parametrize("page", [page for page in BASH if page != "docs/multi_process.md"])
+def test_the_commands_of_a_page_run(page, reader):
+    follow(reader, page)
+
+
+@pytest.mark.ddp
+def test_the_commands_of_several_processes_run(reader):
+    follow(reader, "docs/multi_process.md")
+
+
+def follow(reader: Stranger, page: str) -> None:
+    """Run the blocks of a page, one after the other."""
+    for command in commands(BEFORE.get(page, "")):
+        run(reader, command, page)
+    for block in blocks(page, "bash"):
+        if why_not_run(block.code) and block.code.startswith("#!"):
+            check_unrun(reader, block.code)
+            continue
+        for command in commands(block.code):
+            run(reader, command, f"{page}:{block.line}")
+
+
+def test_make_quickstart_ends_as_the_readme_shows(reader):
+    """The targets as they stand, with a ``lit-lora`` that adds what makes its verbs quick."""
+    checkout = reader.folder / "checkout"
+    checkout.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "configs"):
+        (checkout / name).symlink_to(PROJECT / name)
+    script = checkout / ".venv" / "bin" / "lit-lora"
+    script.parent.mkdir(parents=True)
+    cases = "".join(
+        f'  {verb}) exec {sys.executable} -m lit_lora "$@" {shlex.join(more)};;\n'
+        for verb, more in SMALLER.items()
+        if " " not in verb
+    )
+    script.write_text(f'#!/bin/sh\ncase $1 in\n{cases}  *) exec {sys.executable} -m lit_lora "$@";;\nesac\n')
+    script.chmod(0o755)
+    (checkout / ".venv" / ".installed").touch()
+    made = subprocess.run(["make", "quickstart"], cwd=checkout, env=environment(), capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-3000:] + made.stdout[-2000:]
+    (shown,) = blocks("README.md", "")
+    labels = re.findall(r"^(?:  )?([a-z ]+?)  ", shown.text, re.MULTILINE)
+    assert {"loss", "gradient flow", "adapter export", "request", "after"} < set(labels)
+    assert [label for label in labels if not re.search(rf"^ *{label}  ", made.stdout, re.MULTILINE)] == []
+    ends = [
+        "exact match on {} held-out examples: {} % before, {} % after",
+        "mean loss per target token: {} before, {} after",
+    ]
+    for end in ends:
+        pattern = re.escape(end).replace(r"\{\}", r"[\d.]+")
+        assert re.search(pattern, shown.text), end
+        assert re.search(pattern, made.stdout), end
+
+
+class Regression(lightning.LightningModule):
+    """A project of a reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        return (self.layer(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+def small_model() -> torch.nn.Module:
+    return torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4), "v_proj": torch.nn.Linear(4, 4)})
+
+
+def trained(model: torch.nn.Module) -> None:
+    """As after a step: B is not zero any more."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+
+
+def proved_nothing_wrong(given: dict[str, Any]) -> None:
+    """Three steps need not lower the loss; all else has to hold."""
+    assert set(given["outcome"].reasons) <= {"convergence"}
+    for folder in ("runs/mine/adapter", "merged", "portable", "mine"):
+        assert any(Path(folder).glob("*.safetensors")), folder
+
+
+def watched(given: dict[str, Any]) -> None:
+    """The trainer that the page makes trains, and its checks judge."""
+    given["trainer"].fit(Regression(), torch.utils.data.DataLoader(torch.randn(240, 4), batch_size=4))
+    assert given["trainer"].global_step == 60
+    assert given["flow"].verdict.passed
+
+
+def adapted(given: dict[str, Any]) -> None:
+    from lit_lora import load_adapter, load_base_model
+
+    ids = torch.arange(20).reshape(1, 20)
+    ours = load_base_model("tiny")
+    load_adapter(ours, "runs/lora_standard/adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(given["model"](ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def estimated(given: dict[str, Any]) -> None:
+    assert given["estimate"].fits("8GB")
+
+
+AFTER: dict[str, Callable[[dict[str, Any]], None]] = {
+    "README.md": adapted,
+    "docs/callbacks.md": watched,
+    "docs/memory.md": estimated,
+    "docs/python.md": proved_nothing_wrong,
+}
+"""A block that runs without doing its work would pass: what each page's Python has to leave behind."""
+
+
+@pytest.mark.parametrize("page", PYTHON)
+def test_the_python_of_a_page_runs(page, reader):
+    """In one namespace; what a page leaves to its reader (a model, the training of it) comes from here."""
+    given: dict[str, Any] = {"model": small_model()}
+    if page == "README.md":
+        for command in commands("lit-lora fit --config lora_standard.yaml --data.train my.jsonl"):
+            run(reader, command, page)
+    for block in blocks(page, "python"):
+        exec(compile(block.code, f"{page}:{block.line}", "exec"), given)
+        if "inject_lora(model" in block.code:
+            trained(given["model"])
+    AFTER[page](given)
+
+
+@pytest.mark.parametrize(
+    "block", [b for page in PAGES for b in blocks(page, "yaml")], ids=lambda b: f"{b.page}:{b.line}"
+)
+def test_the_yaml_of_a_page_is_taken(block, reader):
+    Path("block.yaml").write_text(block.text)
+    ran = reader.run("fit", "--config=lora_standard.yaml", "--config=block.yaml", "--print_config")
+    assert ran.code == 0, ran.text
+    printed = yaml.safe_load(ran.out)
+
+    def compare(asked: dict, got: dict) -> None:
+        for key, value in asked.items():
+            compare(value, got[key]) if isinstance(value, dict) else None
+            assert isinstance(value, dict) or got[key] == value
+
+    compare(yaml.safe_load(block.text), printed)
+
+
+def test_every_block_is_of_a_kind_that_a_test_runs():
+    others = {
+        (b.page, b.language): b for page in PAGES for b in blocks(page) if b.language not in ("bash", "python", "yaml")
+    }
+    assert set(others) == {("README.md", ""), ("README.md", "json")}
+    assert sum(len(blocks(page, "bash", "python")) for page in PAGES) >= 25
+
+
+def test_every_row_of_the_tables_is_used():
+    texts = {page: "\n".join(block.text for block in blocks(page)) for page in PAGES}
+    assert not {(page, old) for page, words in OTHER_WORDS.items() for old in words if old not in texts[page]}
+    scripts = [block.code for page in BASH for block in blocks(page, "bash")]
+    every = [script for script in scripts if script.startswith("#!")]
+    plain = [c for script in scripts if not script.startswith("#!") for c in commands(script)]
+    every += [" ".join(command.words) for command in plain]
+    assert {row for text in every if (row := why_not_run(text))} == set(NOT_RUN)
+    verbs = {words[1] for words, _ in plain if words[0] == "lit-lora"}
+    assert {row.split()[0] for row in SMALLER} <= verbs
+    assert set(BEFORE) <= set(BASH)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("lit-lora fit --config lora_standard.yaml --data.trian my.jsonl", "data.trian"),
+        ("lit-lora fit --config lora_standard.yaml --data.train yours.jsonl", "yours.jsonl"),
+        ("lit-lora mrege adapter merged", "did you mean 'merge'"),
+        ("lit-lore fit", "no test knows how to run lit-lore"),
+        ("torchrun --nnodes 2 -m lit_lora fit --config lora_standard.yaml --trainer.devcies 4", "devcies"),
+        ("make quikstart", "quikstart"),
+        ("pip install -c constraint.txt torch", "constraint.txt"),
+    ],
+)
+def test_a_broken_command_fails(line, said, reader):
+    (command,) = commands(line)
+    with pytest.raises(AssertionError, match=re.escape(said)):
+        run(reader, command, "a page")
+
+
+@pytest.mark.parametrize("text", ["lit-lora fit; rm x", "lit-lora fit | tee log", "lit-lora fit $(cat x)"])
+def test_a_shell_that_no_test_understands_is_said(text):
+    with pytest.raises(ValueError, match="no test understands"):
+        commands(text)
