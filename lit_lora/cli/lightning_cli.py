@@ -150,10 +150,14 @@ class LoRACLI(LightningCLI):
             refuse([str(error)])
         if unreadable:
             refuse(problems_in(parser, sys.argv[1:], PARTS))
-        super().parse_arguments(parser, args)
-        self._said.enter_context(readable(quiet=self.config[self.config["subcommand"]].quiet))
-        for notice in notices:
-            rank_zero_info(notice)
+        quiet = False  # what --print_config shows is explained in any case
+        try:
+            super().parse_arguments(parser, args)
+            quiet = self.config[self.config["subcommand"]].quiet
+        finally:
+            self._said.enter_context(readable(quiet=quiet))
+            for notice in notices:
+                rank_zero_info(notice)
         self.check_config(self.config[self.config["subcommand"]], parser)
 
     def check_config(self, config: Any, parser: LightningArgumentParser) -> None:

@@ -127,7 +127,6 @@ def test_the_installed_script_starts_its_other_ranks_with_itself(fit):
         capture_output=True, text=True, env=environment, check=False, timeout=300,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "MEMBER: 2/2" in process.stderr
     assert "lit_lora: proved" in process.stdout
     assert [path.name for path in Path().glob("run*")] == ["run"]
     read = torch.load(next(Path("run/checkpoints").glob("*.ckpt")), weights_only=True)
