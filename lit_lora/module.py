@@ -68,7 +68,7 @@ class LoRALightningModule(TokenLossModule):
             base: Hub id, folder, GGUF file, a name that ``lit-lora fetch`` knows, or random:ARCHITECTURE.
             lora: which layers get adapters, of what rank.
             quantization: how to quantize the frozen base; None for full precision.
-            dtype: of the base's weights; auto is bfloat16 on CUDA and float32 on a CPU.
+            dtype: of the base's weights; auto is float32 on a CPU, bfloat16 on CUDA, float16 on cards before Ampere.
             revision: branch, tag or commit of the base on the Hub.
             trust_remote_code: run code that comes with the base.
             optimization: learning rate, its schedule, weight decay.

@@ -33,6 +33,7 @@ from lit_lora.base.quantized_forward import prepare_base_layer
 from lit_lora.base.trained_on import note
 from lit_lora.base.whole_model import check_no_adapter, load_whole, readable
 from lit_lora.config import QuantizationConfig
+from lit_lora.kernels.cuda_cards import half_dtype, prepare_attention
 from lit_lora.wording import advice
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def load_base_model(
 
     Args:
         base: see the table at the top of this file.
-        dtype: of the weights; "auto" is bfloat16 on CUDA and float32 on a CPU, where bfloat16 products are slow.
+        dtype: of the weights; "auto" is float32 on a CPU, where bfloat16 products are slow, and bfloat16 on CUDA, or
+            float16 on cards that have none (before capability 8.0).
         quantization: how to quantize the linear layers: while loading, or after it where transformers cannot (other
             block sizes than 64, GGUF files), which needs memory for the whole model at first.
         device: where to; the default device if None.
@@ -115,6 +117,7 @@ def load_base_model(
 
     device = torch.device(device) if device is not None else torch.get_default_device()
     torch_dtype = resolve_dtype(dtype, device)
+    prepare_attention(device)
     if base.startswith(RANDOM):
         return _random_model(base, torch_dtype, quantization, device, revision, trust_remote_code, seed)
     location, gguf_file = resolve_base(base)
@@ -259,7 +262,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     """The torch dtype for a name; "auto" by device."""
     resolved: Any = dtype
     if dtype == "auto":
-        resolved = torch.bfloat16 if device.type == "cuda" else torch.float32
+        resolved = half_dtype(device) if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
         resolved = getattr(torch, dtype, None)
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:

@@ -21,20 +21,22 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_lora.base import base_weight
-from lit_lora.base.load import RANDOM, _architecture, resolve_base
+from lit_lora.base.load import RANDOM, _architecture, resolve_base, resolve_dtype
 from lit_lora.base.quantize import is_left_plain, quantize_
 from lit_lora.base.whole_model import readable
 from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig, parse_bytes
-from lit_lora.language_model import attention
+from lit_lora.kernels.cuda_cards import assumed
 from lit_lora.language_model.forward import Batch, ForwardPath, language_model_loss, placeholder_batch
 from lit_lora.memory.cuda_allocator import CudaPeak, replay
 from lit_lora.memory.storage_tracker import WORKSPACE, Peak, StorageTracker
 from lit_lora.memory.valueless import without_values
 
+_ASSUMED_CARD = (8, 0)
+"""Capability that a trace for CUDA takes where there is no card: Ampere, and all after it in what is asked here."""
 PHASES = ("load", "forward", "backward", "optimizer")
 CATEGORIES = ("base", "adapters", "gradients", "optimizer", "activations", WORKSPACE)
 
@@ -143,8 +145,16 @@ def trace(settings: StepSettings) -> MemoryEstimate:
     device = settings.device if settings.device == "cpu" or torch.cuda.is_available() else "cpu"
     notes = []
     if device != settings.device:
-        notes.append("traced without CUDA: operators chosen as on a CPU, types and attention as on CUDA")
-    with without_values("its step cannot be traced. Run a short fit instead, which reports its peak"), tracker:
+        notes.append(
+            "traced without CUDA: operators chosen as on a CPU, types and attention as on a card of capability "
+            f"{'.'.join(map(str, _ASSUMED_CARD))}"
+        )
+    purpose = "its step cannot be traced. Run a short fit instead, which reports its peak"
+    with ExitStack() as stack:
+        stack.enter_context(without_values(purpose))
+        stack.enter_context(tracker)
+        if device != settings.device:
+            stack.enter_context(_as_on_cuda())
         model, load_peak = _load(settings, device, tracker)
         built = make_trainable(model, settings.lora, settings.step, packing=settings.packing, valueless=True)
         path = built.path
@@ -154,11 +164,8 @@ def trace(settings: StepSettings) -> MemoryEstimate:
         tracker.forget_the_dead()
         tracker.name_modules(model)
         batch = placeholder_batch(settings.lengths, packed=path.packed, device=device, supervised=settings.supervised)
-        with ExitStack() as stack:
-            if device != settings.device:
-                stack.enter_context(_as_on_cuda())
-            autocast = torch.autocast(device, getattr(torch, settings.autocast)) if settings.autocast else None
-            run_step(model, batch, path, tracker, autocast, settings.accumulate_grad_batches)
+        autocast = torch.autocast(device, getattr(torch, settings.autocast)) if settings.autocast else None
+        run_step(model, batch, path, tracker, autocast, settings.accumulate_grad_batches)
     phases = {"load": load_peak}
     phases.update({phase: tracker.peak(phase) for phase in PHASES[1:]})
     cuda = replay((event.key, event.num_bytes) for event in tracker.events)
@@ -213,15 +220,11 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
         if gguf_file:
             raise ValueError(f"a GGUF file holds no config to trace: name its architecture, as {RANDOM}llama-2-7b")
     config = _architecture(name, None, settings.trust_remote_code)
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if settings.device == "cuda" else "float32"
+    dtype = resolve_dtype(settings.dtype, torch.device(settings.device))
     with torch.device(device):
         model = readable(
             settings.base,
-            lambda: AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), trust_remote_code=settings.trust_remote_code
-            ),
+            lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code),
         )
     at_once = 0
     if settings.quantization is not None:
@@ -249,20 +252,13 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
 def _as_on_cuda() -> Iterator[None]:
     """Where our code asks for the device, it takes CUDA's way, for fake tensors that are not on it."""
 
-    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] != v.shape[-1]:
-            return attention.packed_attention_forward(module, q, k, v, mask, **kwargs)
-        longest = max(kwargs["seq_lens"].lengths)
-        return attention._varlen(q, k, v, kwargs["cu_seq_lens_q"], longest, kwargs.get("scaling"), None), None
-
     on_cpu = base_weight._dequantize_4bit
-    AttentionInterface.register(attention.IMPLEMENTATION, attend)
     base_weight._dequantize_4bit = lambda *args: base_weight.bitsandbytes().functional.dequantize_4bit(*args)
     try:
-        yield
+        with assumed(_ASSUMED_CARD):
+            yield
     finally:
         base_weight._dequantize_4bit = on_cpu
-        AttentionInterface.register(attention.IMPLEMENTATION, attention.packed_attention_forward)
 
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
