@@ -33,7 +33,7 @@ from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import ActivationBudget
 from lit_lora.metrics import TrainingMetrics
 from lit_lora.rewrites import compilation
-from lit_lora.training import hyperparameters, training_record, training_state
+from lit_lora.training import hyperparameters, on_cuda, training_record, training_state
 from lit_lora.training.optimization import Optimization
 from lit_lora.training.resume_settings import Difference
 from lit_lora.training.step_metrics import LossOutput
@@ -151,11 +151,13 @@ class LoRALightningModule(TokenLossModule):
         return self._optimization.try_out(self.trainer) if own and self.trainer.state.fn == "fit" else []
 
     def setup(self, stage: str) -> None:
-        """Check what callbacks wait for: the data is there, and nothing else is loaded yet.
+        """Check what callbacks wait for, and say what a step is: the data is there, and nothing else is loaded yet.
 
         Args:
             stage: "fit", "validate", "test" or "predict".
         """
+        if stage == "fit":
+            on_cuda.say_what_a_step_is(self.trainer)
         if stage == "fit" and type(self) is LoRALightningModule:  # others may log more
             check_monitors(self.trainer, LOGGED)
 
@@ -291,6 +293,8 @@ class LoRALightningModule(TokenLossModule):
         """
         if self.model is not None:
             training_record.note_data(self.trainer, self.model)
+            on_cuda.say_what_float16_needs(self.trainer, self.model)
+        on_cuda.let_go_of_buffers(self.trainer, self)
         self._given = training_state.given(self.trainer)
         if self._resume_state is not None:
             training_state.check_optimizer(self._resume_state["optimizer"], self._given)

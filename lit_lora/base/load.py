@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lit_lora.base import base_hash, quantize
 from lit_lora.base.base_weight import is_linear_like
-from lit_lora.base.quantized_forward import prepare_base_layer
+from lit_lora.base.quantized_forward import compute_in_half_, prepare_base_layer
 from lit_lora.base.trained_on import note
 from lit_lora.base.whole_model import check_no_adapter, load_whole, readable
 from lit_lora.config import QuantizationConfig
@@ -152,6 +152,8 @@ def load_base_model(
     else:
         for name, module in model.named_modules():
             prepare_base_layer(name, module)  # of a folder that is stored quantized
+        if device.type == "cuda":
+            compute_in_half_(model, torch_dtype)
     revision = revision or _commit_of(location)
     note(model, quantization=quantization or "none", dtype=_name_of(torch_dtype), revision=revision)
     return model.train()

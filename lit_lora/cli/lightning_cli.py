@@ -258,8 +258,17 @@ def _is_of_loading(error: Exception) -> bool:
 yaml.SafeDumper.add_representer(Interval, lambda dumper, value: dumper.represent_str(value.value))
 
 
+_NOISE = ("💡", "`weights_only`", "You are using a CUDA device")
+
+
 def _leave_out_noise() -> None:
-    """Lightning's advertisements, and two remarks that it makes about itself, say nothing about the run."""
+    """Lightning's advertisements and remarks about itself, and what Liger does not need, say nothing about the run.
+
+    TensorFloat-32, which Lightning recommends, would change results that --model.dtype float32 asks for.
+    """
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(("💡", "`weights_only`")))
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(_NOISE))
+    logging.getLogger("liger_kernel.backends.registry").addFilter(
+        lambda record: "could not be imported" not in str(record.msg)  # kernels for other hardware, in liger-kernel 0.8
+    )
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
