@@ -68,6 +68,8 @@ def run(
         module.configure_model()  # here, so that equal seeds make equal adapters
     L.seed_everything(seed, verbose=False)
     options = {"tokenizer": "bytes", "batch_size": 2, "cache_dir": str(Path(train).parent / "cache"), **(data or {})}
+    others = dict(trainer_options or {})
+    plugins = others.pop("plugins", [])
     watch, checkpoint = Watch(stop_after, signum), TrainingCheckpoint(every_n_steps=1000)
     trainer = L.Trainer(
         accelerator=accelerator,
@@ -77,13 +79,13 @@ def run(
         max_steps=max_steps,
         max_epochs=max_epochs if max_steps < 0 else -1,
         callbacks=[watch, GradientNormLogger(), checkpoint],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *plugins],
         default_root_dir=folder,
         use_distributed_sampler=False,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **(trainer_options or {}),
+        **others,
     )
     stopped = False
     try:
