@@ -34,7 +34,6 @@ def varlen_attention(
     value: Tensor,
     offsets: Tensor,
     longest: int,
-    *,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:

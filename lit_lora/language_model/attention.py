@@ -36,9 +36,10 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from lit_lora.base.attention_choice import attention_implementation
 from lit_lora.base.quantized_linear import autocast_dtype
-from lit_lora.kernels import varlen_attention
 from lit_lora.kernels.blockwise_attention import blockwise_attention, is_faster
 from lit_lora.kernels.cuda_cards import has_flash_attention
+from lit_lora.kernels.varlen_attention import serves
+from lit_lora.kernels.varlen_attention import varlen_attention as _varlen
 
 IMPLEMENTATION = "lit_lora_packed"
 
@@ -131,9 +132,8 @@ def packed_attention_forward(
     longest = shared_prefix + max(lengths)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     plain = window is None and softcap is None and dropout == 0.0
-    options: dict[str, Any] = {"scaling": scaling, "window": window}
-    if softcap is None and dropout == 0.0 and varlen_attention.serves(query, value, **options):
-        return varlen_attention.varlen_attention(query, key, value, cu_seq_lens_q, longest, **options), None
+    if softcap is None and dropout == 0.0 and serves(query, value, scaling=scaling, window=window):
+        return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
     equal_widths = value.shape[-1] == query.shape[-1]
     exact = query.dtype in (torch.float32, torch.float64)
     if exact and equal_widths and plain and query.device.type == "cpu" and (shared_prefix or is_faster(longest)):
