@@ -163,8 +163,8 @@ class GradientNormLogger(Check):
         norms = gradient_norms([p.grad for p in parameters if p.grad is not None], 2.0)
         scaler = _scaler(trainer)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            # A fused optimizer unscales in its own step, after this hook. get_scale() waits for the device every step.
-            norms = norms / scaler.get_scale()
+            # A fused optimizer unscales in its own step, after this hook. get_scale() would wait for the device.
+            norms = norms / scaler.scale(torch.ones((), device=norms.device))
         total = torch.linalg.vector_norm(norms)
         record = _Step(step, names, norms, total, list(self._losses), list(self._example_ids))
         self._pending.append(record)

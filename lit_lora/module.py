@@ -32,7 +32,7 @@ from lit_lora.language_model.generation import answer
 from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import ActivationBudget
 from lit_lora.rewrites import compilation
-from lit_lora.training import hyperparameters, training_record, training_state
+from lit_lora.training import hyperparameters, on_cuda, training_record, training_state
 from lit_lora.training.optimization import Optimization
 from lit_lora.training.resume_settings import Difference
 from lit_lora.training.step_metrics import LossOutput
@@ -67,7 +67,7 @@ class LoRALightningModule(TokenLossModule):
             base: Hub id, folder, GGUF file, a name that ``lit-lora fetch`` knows, or random:ARCHITECTURE.
             lora: which layers get adapters, of what rank.
             quantization: how to quantize the frozen base; None for full precision.
-            dtype: dtype of the base's weights; auto is bfloat16 on CUDA and float32 on a CPU.
+            dtype: dtype of the base's weights; auto is float32 on a CPU, bfloat16 on CUDA, float16 before Ampere.
             revision: branch, tag or commit of the base on the Hub.
             trust_remote_code: run code that comes with the base or the tokenizer.
             optimization: learning rate, its schedule, weight decay.
@@ -153,11 +153,13 @@ class LoRALightningModule(TokenLossModule):
         return self._optimization.try_out(self.trainer) if own else []
 
     def setup(self, stage: str) -> None:
-        """Check what callbacks wait for: the data is there, and nothing else is loaded yet.
+        """Check what callbacks wait for, and say what a step is: the data is there, and nothing else is loaded yet.
 
         Args:
             stage: "fit", "validate", "test" or "predict".
         """
+        if stage == "fit":
+            on_cuda.say_what_a_step_is(self.trainer)
         if stage == "fit" and type(self) is LoRALightningModule:  # others may log more
             check_monitors(self.trainer, LOGGED)
 
@@ -294,6 +296,8 @@ class LoRALightningModule(TokenLossModule):
         """
         if self.model is not None:
             training_record.note_data(self.trainer, self.model)
+            on_cuda.say_what_float16_needs(self.trainer, self.model)
+        on_cuda.let_go_of_buffers(self.trainer, self)
         self._given = training_state.given(self.trainer)
         if self._resume_state is not None:
             training_state.check_optimizer(self._resume_state["optimizer"], self._given)

@@ -144,8 +144,9 @@ class LoRALinear(LoRALayer):
         With ``up``, ``(..., in)``, the input is ``silu(x) * up``; of the two results one is then kept for the backward.
         """
         adapts = self.enabled and not self.merged
+        decodes = self.may_be_quantized and base_weight.has_kernel_for(self.base_layer, x)
         dropout = self.config.lora_dropout if self.training and adapts else 0.0
-        fast = adapts and not dropout and self._takes_fast_path()
+        fast = adapts and not dropout and not decodes and self._takes_fast_path()
         if up is not None and not fast:
             x, up = F.silu(x) * up, None
         if not adapts:

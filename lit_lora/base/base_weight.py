@@ -100,6 +100,19 @@ def compute_dtype(module: Any, input_dtype: torch.dtype) -> torch.dtype:
     return module.weight.dtype
 
 
+_FEW_ROWS = 32
+
+
+def has_kernel_for(module: Any, x: Tensor) -> bool:
+    """Whether the layer's own forward multiplies by 4-bit codes as they are: CUDA, few rows, nothing to differentiate.
+
+    A token that is generated then reads half a byte of each weight; dequantized first, the weight is also written and
+    read again, in 16 bits. On a CPU bitsandbytes dequantizes too, more slowly than here.
+    """
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return x.is_cuda and not torch.is_grad_enabled() and rows <= _FEW_ROWS and is_4bit(module)
+
+
 def rounds_products(module: nn.Module) -> bool:
     """Whether the layer multiplies in half precision, or with inputs of 8 bits: equal rows then differ by rounding."""
     if not is_linear_like(module):

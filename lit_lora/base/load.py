@@ -28,11 +28,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lit_lora.base import base_hash, quantize
 from lit_lora.base.base_weight import is_linear_like
-from lit_lora.base.quantized_forward import prepare_base_layer
+from lit_lora.base.quantized_forward import compute_in_half_, prepare_base_layer
 from lit_lora.base.trained_on import note
 from lit_lora.base.whole_model import check_no_adapter, load_whole, readable
 from lit_lora.config import QuantizationConfig
 from lit_lora.files.meant import closest, did_you_mean
+from lit_lora.kernels.cuda_cards import half_dtype, prepare_attention
 from lit_lora.wording import advice
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def load_base_model(
 
     Args:
         base: see the table at the top of this file.
-        dtype: of the weights; "auto" is bfloat16 on CUDA and float32 on a CPU, where bfloat16 products are slow.
+        dtype: of the weights; "auto" is float32 on a CPU, where bfloat16 products are slow, and bfloat16 on CUDA, or
+            float16 on cards that have none (before capability 8.0).
         quantization: how to quantize the linear layers: while loading, or after it where transformers cannot (other
             block sizes than 64, GGUF files), which needs memory for the whole model at first.
         device: where to; the default device if None.
@@ -115,6 +117,7 @@ def load_base_model(
 
     device = torch.device(device) if device is not None else torch.get_default_device()
     torch_dtype = resolve_dtype(dtype, device)
+    prepare_attention(device)
     if base.startswith(RANDOM):
         return _random_model(base, torch_dtype, quantization, device, revision, trust_remote_code, seed)
     location, gguf_file = resolve_base(base)
@@ -149,6 +152,8 @@ def load_base_model(
     else:
         for name, module in model.named_modules():
             prepare_base_layer(name, module)  # of a folder that is stored quantized
+        if device.type == "cuda":
+            compute_in_half_(model, torch_dtype)
     revision = revision or _commit_of(location)
     note(model, quantization=quantization or "none", dtype=_name_of(torch_dtype), revision=revision)
     return model.train()
@@ -259,7 +264,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     """The torch dtype for a name; "auto" by device."""
     resolved: Any = dtype
     if dtype == "auto":
-        resolved = torch.bfloat16 if device.type == "cuda" else torch.float32
+        resolved = half_dtype(device) if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
         resolved = getattr(torch, dtype, None)
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:

@@ -35,7 +35,12 @@ ALLOCATION_VARIABLES = {
 Huge pages: without, a CPU spends a fifth of a step on page faults. The kernels that oneDNN makes for each new shape
 take half a MB, and batches of natural lengths bring thirty new shapes a step: with 1024 kept, as by default, and twice,
 memory grows by several hundred MB over the first hundreds of steps. A step needs about 30; of 4096 tokens, 116.
+
+CUDA memory in segments that grow: batches of natural lengths leave holes that the next does not fit into. Not where the
+older name of the variable says something.
 """
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    ALLOCATION_VARIABLES["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def cache_folder(name: str) -> Path:

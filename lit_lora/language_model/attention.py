@@ -9,11 +9,12 @@ A call is computed per example from the offsets that come with it. One that asks
 attention with a window, a soft cap and a scale (sinks, a bias, keys of another length, a mask of the model's own) is
 refused with ``CannotPack``: the trial before a run (``trial.py``) then pads.
 
-Which kernel: half precision on CUDA takes torch's variable-length attention, one launch for all examples. Full
-precision on a CPU takes ``blockwise_attention.py``, where that is faster. Elsewhere each example goes through
-``scaled_dot_product_attention``, with key and value heads repeated on a CPU, where torch's grouped-query backward is
-three times slower than the copy. Soft-capped scores and sliding windows shorter than an example take a plain masked
-product.
+Which kernel: half precision on CUDA takes ``varlen_attention.py``, one launch for all examples, on cards that have
+FlashAttention. Full precision on a CPU takes ``blockwise_attention.py``, where that is faster. Elsewhere each example
+goes through ``scaled_dot_product_attention``, with key and value heads repeated but for FlashAttention: a CPU's
+grouped-query backward is three times slower than the copy, and CUDA's other kernels refuse grouped queries, which
+leaves one whose memory is quadratic. Soft-capped scores, and the sliding windows that are left, take a plain masked
+product, made again in the backward pass so that its scores are not kept.
 
 On a CPU the examples of a batch may share their beginning, which then is there once (``shared_prefix``).
 
@@ -23,17 +24,23 @@ Shapes: T tokens of the batch, H query heads, K key and value heads, E head dime
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from lit_lora.base.attention_choice import attention_implementation
+from lit_lora.base.quantized_linear import autocast_dtype
 from lit_lora.kernels.blockwise_attention import blockwise_attention, is_faster
+from lit_lora.kernels.cuda_cards import has_flash_attention
 from lit_lora.kernels.cuda_stand_ins import is_on_cuda
+from lit_lora.kernels.varlen_attention import serves
+from lit_lora.kernels.varlen_attention import varlen_attention as _varlen
 
 IMPLEMENTATION = "lit_lora_packed"
 
@@ -119,24 +126,19 @@ def packed_attention_forward(
     if cu_seq_lens_q is None or seq_lens is None:
         raise CannotPack("it does not hand on to its attention where examples begin")
     _check_call(query, key, value, attention_mask, kwargs)
+    autocast = autocast_dtype(query)
+    if autocast is not None:  # queries are float32 behind float32 rotary positions
+        query, key, value = query.to(autocast), key.to(autocast), value.to(autocast)
     lengths, shared_prefix = seq_lens.lengths, seq_lens.shared_prefix
     longest = shared_prefix + max(lengths)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     plain = window is None and softcap is None and dropout == 0.0
-    equal_widths = value.shape[-1] == query.shape[-1]
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    on_cuda = is_on_cuda(query)
-    if on_cuda and half and softcap is None and dropout == 0.0 and equal_widths:
+    if softcap is None and dropout == 0.0 and serves(query, value, scaling=scaling, window=window):
         return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
-    exact = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(query.device.type)
-    if (
-        exact
-        and equal_widths
-        and plain
-        and not on_cuda
-        and query.device.type == "cpu"
-        and (shared_prefix or is_faster(longest))
-    ):
+    equal_widths = value.shape[-1] == query.shape[-1]
+    exact = query.dtype in (torch.float32, torch.float64)
+    on_cpu = query.device.type == "cpu" and not is_on_cuda(query)
+    if exact and equal_widths and plain and on_cpu and (shared_prefix or is_faster(longest)):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return blockwise_attention(query, key, value, lengths, shared_prefix=shared_prefix, scaling=scaling), None
     return _per_example(query, key, value, lengths, shared_prefix, scaling, dropout, window, softcap), None
@@ -175,7 +177,8 @@ def _per_example(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    if key.shape[1] != query.shape[1] and not query.is_cuda:
+    flash = has_flash_attention(query)
+    if key.shape[1] != query.shape[1] and not flash:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     outputs = []
@@ -190,32 +193,11 @@ def _per_example(
                 q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=gqa
             )
         else:
-            out = _masked_attention(q, k, v, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
+            masked = partial(_masked_attention, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
+            # Made again in the backward pass: scores are quadratic in the tokens, and there are several of them.
+            out = checkpoint(masked, q, k, v, use_reentrant=False, preserve_rng_state=dropout > 0)
         outputs.append(out.transpose(1, 2))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).contiguous()
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scaling: float | None, window: int | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
-    # Unverified on hardware. A window of w tokens, the token itself included, reaches w - 1 to the left.
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        offsets,
-        offsets,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    assert isinstance(out, Tensor)
-    return out.unsqueeze(0)
 
 
 def _masked_attention(

@@ -160,12 +160,9 @@ def unpack(batch: Batch) -> Batch:
     seq_lens = _seq_lens(batch)
     longest = max(seq_lens)
     ids_T = batch["input_ids"].squeeze(0)
-    starts = [0]
-    for length in seq_lens:
-        starts.append(starts[-1] + length)
-    row_of_T = torch.repeat_interleave(
-        torch.arange(len(seq_lens), device=ids_T.device), torch.tensor(seq_lens, device=ids_T.device)
-    )
+    # From what is on the device already: copying the lengths there would wait for it.
+    starts_N = batch["cu_seq_lens"][:-1]
+    row_of_T = torch.bucketize(torch.arange(len(ids_T), device=ids_T.device), starts_N, right=True) - 1
     flat_of_T = row_of_T * longest + batch["position_ids"].squeeze(0)
     input_ids_NL = ids_T.new_zeros(len(seq_lens) * longest).scatter(0, flat_of_T, ids_T).view(len(seq_lens), longest)
     mask_NL = torch.zeros_like(input_ids_NL).flatten().scatter(0, flat_of_T, 1).view_as(input_ids_NL)

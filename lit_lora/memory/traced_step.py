@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_lora.base import base_weight
-from lit_lora.base.load import RANDOM, _architecture, resolve_base
+from lit_lora.base.load import RANDOM, _architecture, resolve_base, resolve_dtype
 from lit_lora.base.quantize import is_left_plain, quantize_
 from lit_lora.base.whole_model import readable
 from lit_lora.build import make_trainable
@@ -86,7 +86,9 @@ def trace_step(settings: StepSettings) -> TracedStep:
     notes = []
     as_on_cuda = device != settings.device
     if as_on_cuda:
-        notes.append("traced without CUDA: operators chosen as on a CPU, types and attention as on CUDA")
+        notes.append(
+            "traced without CUDA: operators chosen as on a CPU, types and attention as on a card of capability 8.0"
+        )
     purpose = "its step cannot be traced. Run a short fit instead, which reports its peak"
     with without_values(purpose, as_on_cuda=as_on_cuda), tracker:
         model, load_peak = _load(settings, device, tracker)
@@ -148,15 +150,11 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
         if gguf_file:
             raise ValueError(f"a GGUF file holds no config to trace: name its architecture, as {RANDOM}llama-2-7b")
     config = _architecture(name, None, settings.trust_remote_code)
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if settings.device == "cuda" else "float32"
+    dtype = resolve_dtype(settings.dtype, torch.device(settings.device))
     with torch.device(device):
         model = readable(
             settings.base,
-            lambda: AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), trust_remote_code=settings.trust_remote_code
-            ),
+            lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code),
         )
     at_once = 0
     if settings.quantization is not None:

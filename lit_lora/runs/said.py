@@ -29,6 +29,7 @@ _LEFT_OUT = (
     "💡", "`weights_only`", "GPU available: ", "TPU available: ", "LOCAL_RANK: ", "Seed set to ",
     "Initializing distributed: ", "----------", "Restoring states from ", "Restored all states from ",
     "Loading `train_dataloader` to estimate ", "`Trainer.fit` stopped: `max_",
+    "You are using a CUDA device",  # and TensorFloat-32 would change the results that dtype float32 asks for
 )  # fmt: skip
 """Beginnings of records that tell what the run says itself (its device, its end, where it resumes from), or what
 Lightning would like to be installed."""
@@ -49,6 +50,9 @@ def readable(*, quiet: bool = False) -> Iterator[None]:
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(max(logging.WARNING, logger.level))
+        liger = logging.getLogger("liger_kernel.backends.registry")
+        liger.addFilter(_is_of_this_hardware)
+        stack.callback(liger.removeFilter, _is_of_this_hardware)
         stack.enter_context(_bars_of_transformers(shown=not quiet))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
@@ -57,6 +61,10 @@ def readable(*, quiet: bool = False) -> Iterator[None]:
 
 def _says_something(record: logging.LogRecord) -> bool:
     return record.levelno > logging.INFO or not record.getMessage().startswith(_LEFT_OUT)
+
+
+def _is_of_this_hardware(record: logging.LogRecord) -> bool:
+    return "could not be imported" not in str(record.msg)  # kernels for other hardware, in liger-kernel 0.8
 
 
 @contextmanager

@@ -101,18 +101,17 @@ class StepRecorder:
         """Take the norms of gradients and parameters as they are now."""
         self._norms = torch.stack([_norm(gradients, device), _norm(parameters, device)])
 
-    def finish(self, *, step: int, loss_scale: float, learning_rate: float) -> None:
-        """Close the window as optimizer step number ``step``."""
+    def finish(self, *, step: int, loss_scale: Tensor, learning_rate: float) -> None:
+        """Close the window as optimizer step number ``step``; the scale of its loss is a scalar on the device."""
         assert self._norms is not None, "measure comes first"
         assert self.totals is not None, "reduce comes first"
         now = time.perf_counter()
         known = {
             "step": step,
-            "loss_scale": loss_scale,
             "learning_rate": learning_rate,
             "step_time_s": now - self._ended_s if self._ended_s is not None else 0.0,
         }
-        self._pending.append((known, torch.cat([self.totals, self._norms.double()])))
+        self._pending.append((known, torch.cat([self.totals, self._norms.double(), loss_scale.double().reshape(1)])))
         self._ended_s = now
         self.window = StepWindow()
 
@@ -131,11 +130,12 @@ class StepRecorder:
         pending, self._pending = self._pending, []
         if pending:
             for (known, _), values in zip(pending, torch.stack([v for _, v in pending]).tolist(), strict=True):
-                loss_sum, num_targets, num_tokens, grad_norm, param_norm = values
+                loss_sum, num_targets, num_tokens, grad_norm, param_norm, loss_scale = values
                 step = StepMetrics(
                     loss=loss_sum / num_targets if num_targets else math.nan,
                     grad_norm=grad_norm,
                     param_norm=param_norm,
+                    loss_scale=loss_scale,
                     num_tokens=int(num_tokens),
                     num_target_tokens=int(num_targets),
                     **known,

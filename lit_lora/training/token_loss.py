@@ -108,10 +108,10 @@ class TokenLossModule(L.LightningModule):
 
     def finish_step(self, optimizer: Any) -> None:
         """Record the step that was taken."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler, one = getattr(self.trainer.precision_plugin, "scaler", None), torch.ones((), device=self.device)
         self._recorder.finish(
             step=self.trainer.global_step + 1,
-            loss_scale=scaler.get_scale() if scaler is not None else 1.0,
+            loss_scale=scaler.scale(one) if scaler is not None else one,  # get_scale() waits for the device
             learning_rate=optimizer.param_groups[0]["lr"],
         )
         # Reading a value makes the host wait for a CUDA device, so there it is done on logging steps only.

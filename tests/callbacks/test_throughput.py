@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 
 import pytest
 import torch
@@ -89,9 +90,12 @@ def test_totals_outlive_a_resume(make_trainer, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_waits_on_logging_steps_only(make_trainer, logger):
-    torch.cuda.set_sync_debug_mode("error")  # any hidden wait in between raises; synchronize() itself does not
+    batch = {"attention_mask": torch.ones(2, 3, device="cuda")}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*prototype feature")  # torch's remark about its own mode
+        torch.cuda.set_sync_debug_mode("error")  # any hidden wait in between raises; synchronize() itself does not
     try:
-        counts = count({"attention_mask": torch.ones(2, 3, device="cuda")})
+        counts = count(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert int(counts[0]) == 6

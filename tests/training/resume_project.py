@@ -54,6 +54,7 @@ def run(
     data: dict[str, Any] | None = None,
     module_options: dict[str, Any] | None = None,
     trainer_options: dict[str, Any] | None = None,
+    accelerator: str = "cpu",
 ) -> dict[str, Any]:
     """Train; a run that was stopped says so."""
     torch.manual_seed(1)
@@ -63,25 +64,28 @@ def run(
         quantization=QuantizationConfig() if quantized else None,
         **grouped(**{"learning_rate": 0.01, "lr_schedule": "cosine", "warmup_ratio": 0.1, **(module_options or {})}),
     )
-    module.configure_model()  # here, so that equal seeds make equal adapters
+    with torch.device("cuda" if accelerator == "gpu" else "cpu"):
+        module.configure_model()  # here, so that equal seeds make equal adapters
     L.seed_everything(seed, verbose=False)
     options = {"tokenizer": "bytes", "batch_size": 2, "cache_dir": str(Path(train).parent / "cache"), **(data or {})}
+    others = dict(trainer_options or {})
+    plugins = others.pop("plugins", [])
     watch, checkpoint = Watch(stop_after, signum), TrainingCheckpoint(every_n_steps=1000)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         accumulate_grad_batches=accumulate,
         max_steps=max_steps,
         max_epochs=max_epochs if max_steps < 0 else -1,
         callbacks=[watch, GradientNormLogger(), checkpoint],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *plugins],
         default_root_dir=folder,
         use_distributed_sampler=False,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **(trainer_options or {}),
+        **others,
     )
     stopped = False
     try:
