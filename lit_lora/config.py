@@ -179,6 +179,10 @@ class StepConfig:
     fused_lora: bool = True
     """One autograd function per adapted layer; else plain operations, for comparison."""
 
+    fused_kernels: bool = True
+    """On CUDA in half precision, one kernel for each norm, rotary position and SwiGLU, and layers with the same input
+    computed together."""
+
     compile_layers: bool = False
     """Run each decoder layer through torch.compile, for longer runs on CUDA (unverified on hardware). No gain on a CPU;
     the first step waits for the compiler."""
