@@ -9,13 +9,14 @@ Not counted: what a kernel takes and gives back within one operator, the CUDA co
 workspace of cuBLAS (8 to 64 MiB), the interpreter and its libraries.
 
 A build of torch without CUDA cannot trace CUDA tensors through autograd. There the trace for ``device="cuda"`` runs on
-fake CPU tensors in the types and with the attention that CUDA would use; operators' own choices are a CPU's.
+fake CPU tensors in the types, by the code and with the attention that CUDA would use; operators' own choices are a
+CPU's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from lit_lora.base.quantize import is_left_plain, quantize_
 from lit_lora.base.whole_model import readable
 from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig, parse_bytes
+from lit_lora.kernels.cuda_way import as_on_cuda
 from lit_lora.language_model import attention
 from lit_lora.language_model.forward import Batch, ForwardPath, language_model_loss, placeholder_batch
 from lit_lora.memory.cuda_allocator import CudaPeak, replay
@@ -144,7 +146,8 @@ def trace(settings: StepSettings) -> MemoryEstimate:
     notes = []
     if device != settings.device:
         notes.append("traced without CUDA: operators chosen as on a CPU, types and attention as on CUDA")
-    with without_values("its step cannot be traced. Run a short fit instead, which reports its peak"), tracker:
+    way = as_on_cuda() if device != settings.device else nullcontext()
+    with without_values("its step cannot be traced. Run a short fit instead, which reports its peak"), tracker, way:
         model, load_peak = _load(settings, device, tracker)
         built = make_trainable(model, settings.lora, settings.step, packing=settings.packing, valueless=True)
         path = built.path
