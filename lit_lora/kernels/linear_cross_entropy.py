@@ -4,7 +4,7 @@ A language model's logits are its largest activation: tokens times vocabulary, s
 they exist for ``chunk_size`` tokens and some thousand rows of the head at a time, which a processor's cache can hold,
 and are used up at once: for the running normaliser, and for the gradient of the hidden states, a running mean of the
 head's rows weighted by their probability (the scheme of FlashAttention, arXiv:2205.14135, with the head as keys and
-values). On CUDA, where a launch costs as much as many bytes, the head comes as one block, and a chunk has as many
+values). On CUDA, where a launch costs as much as many bytes, a frozen head comes as one block, and a chunk has as many
 tokens as ``_CUDA_CHUNK_BYTES`` of logits allow. A frozen head, the usual one under LoRA, needs no gradient. Left out:
 label smoothing, z-loss, class weights.
 
@@ -35,7 +35,7 @@ _BLOCK_BYTES = 2**14
 _CPU_CHUNK = 512
 """Tokens of a chunk on a CPU."""
 
-_CUDA_CHUNK_BYTES = 2**29
+_CUDA_CHUNK_BYTES = 2**27
 """Of the logits of a chunk on CUDA."""
 
 _LOWEST, _SMALLEST = torch.finfo(torch.float32).min, 1e-30
@@ -128,6 +128,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if chunk_size is None:
             chunk_size = max(1, _CUDA_CHUNK_BYTES // 4 // block_size) if on_cuda else _CPU_CHUNK
         assert head is not None
+        ctx.weight_dtype = dtype
+        if on_cuda and weight_VD is not None and not needs_weight:
+            nll_sum, num_correct, grad_hidden = _in_one_block(hidden_TD, weight_VD, labels_T, chunk_size, needs_hidden)
+            ctx.save_for_backward(grad_hidden, None)
+            ctx.mark_non_differentiable(num_correct)
+            return nll_sum, num_correct
         nll_sum = hidden_TD.new_zeros((), dtype=torch.float32)
         num_correct = labels_T.new_zeros(())
         grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
@@ -183,7 +189,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(dlogits_CV.scatter_(-1, labels_C1, -weight_C1).T, hidden_CD.float())
 
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = dtype
         ctx.mark_non_differentiable(num_correct)
         return nll_sum, num_correct
 
@@ -195,6 +200,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_nll_sum).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _in_one_block(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int, needs_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same of a frozen head as a whole, in few launches; the sums over single tokens come once, at the end."""
+    supervised_T1 = (labels_T != IGNORE_INDEX)[:, None]
+    labels_T1 = labels_T[:, None].clamp(min=0)
+    label_logit_T1, max_T1, sum_T1 = hidden_TD.new_empty((3, *labels_T1.shape), dtype=torch.float32)
+    mean_TD = torch.empty_like(hidden_TD, dtype=torch.float32) if needs_hidden else None
+    for start in range(0, len(hidden_TD), chunk_size):
+        rows = slice(start, start + chunk_size)
+        logits_CV = products.matmul_float32(hidden_TD[rows], weight_VD.t())
+        torch.gather(logits_CV, 1, labels_T1[rows], out=label_logit_T1[rows])
+        logits_CV.scatter_(1, labels_T1[rows], float("-inf"))
+        torch.amax(logits_CV, 1, keepdim=True, out=max_T1[rows])
+        exp_CV = logits_CV.sub_(max_T1[rows].clamp_(min=_LOWEST)).exp_()
+        torch.sum(exp_CV, 1, keepdim=True, out=sum_T1[rows])
+        if mean_TD is not None:
+            mean_TD[rows] = products.matmul_float32(exp_CV.to(hidden_TD.dtype), weight_VD)
+        del logits_CV, exp_CV  # before the next ones are made
+    sum_T1.clamp_(min=_SMALLEST)
+    z_T1 = max_T1 + sum_T1.log() - label_logit_T1
+    nll_sum = (F.softplus(z_T1) * supervised_T1).sum()
+    num_correct = ((label_logit_T1 > max_T1) & supervised_T1).sum()
+    if mean_TD is not None:
+        label_TD = F.embedding(labels_T1.squeeze(1), weight_VD)
+        mean_TD.div_(sum_T1).sub_(label_TD).mul_(z_T1.sigmoid() * supervised_T1)
+        return nll_sum, num_correct, mean_TD.to(hidden_TD.dtype)
+    return nll_sum, num_correct, None
 
 
 class _PlainRows(NamedTuple):
