@@ -65,7 +65,8 @@ class LoRAConfig:
     tests)."""
 
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the adapter's parameters. float32 unless memory forces otherwise: half precision loses small updates."""
+    """dtype of the adapter's parameters. float32 unless memory forces otherwise: half precision loses small updates. On
+    CUDA products are in the base's half precision all the same, with sums and gradients in float32."""
 
     def __post_init__(self) -> None:
         _convert_fields(self)

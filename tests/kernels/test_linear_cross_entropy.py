@@ -74,7 +74,7 @@ def test_a_head_that_is_sure_of_its_tokens_still_gives_a_gradient(way):
         linear_cross_entropy(hidden, weight, torch.arange(4)).backward()
     others, own = 1 - torch.eye(4), 3 * torch.eye(4)  # mean row of the three others, and the label's
     probability = torch.tensor(math.log(3) - 30, dtype=torch.float64).sigmoid()
-    torch.testing.assert_close(hidden.grad.double(), probability * (others - own), rtol=1e-4, atol=0)
+    torch.testing.assert_close(hidden.grad.double(), probability * (others - own).double(), rtol=1e-4, atol=0)
 
 
 def test_on_cuda_logits_come_in_chunks_of_a_size(monkeypatch):
