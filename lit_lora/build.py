@@ -81,7 +81,8 @@ def make_trainable(
             layer.has_fast_path = False
     if step.recompute_mlp:
         recompute_gated_mlps(model, trial=not valueless)
-    if step.fused_kernels and takes_cuda_way(next(model.parameters())):
+    # The compiler fuses such chains itself, and finds its code no more in an attention that was changed.
+    if step.fused_kernels and not step.compile_layers and takes_cuda_way(next(model.parameters())):
         share_inputs(model)
         if not step.liger:  # which has kernels for the same
             fuse_elementwise(model)

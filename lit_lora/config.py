@@ -182,7 +182,7 @@ class StepConfig:
 
     fused_kernels: bool = True
     """On CUDA in half precision, one kernel for each norm, rotary position and SwiGLU, and layers with the same input
-    computed together."""
+    computed together; under ``compile_layers`` the compiler sees to that."""
 
     compile_layers: bool = False
     """Run each decoder layer through torch.compile, for longer runs on CUDA (unverified on hardware). No gain on a CPU;

@@ -221,7 +221,7 @@ class LoRALinear(LoRALayer):
 
 def _together(x: Tensor, layers: Sequence[LoRALinear]) -> Sequence[Tensor] | None:
     """The outputs of several layers for one input; None where half precision on CUDA does not serve all of them."""
-    if torch.compiler.is_compiling() or not all(layer.can_be_fused() for layer in layers):
+    if not all(layer.can_be_fused() for layer in layers):
         return None
     operands = [layer.operands() for layer in layers]
     dtypes = {half_precision(x, each.weight) for each in operands}

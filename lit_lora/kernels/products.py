@@ -75,24 +75,24 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     return torch.stack([_onednn_linear(a, b.t()) for a, b in zip(left, right, strict=True)])
 
 
-def matmul_float32(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+def matmul_float32(left: Tensor, right: Tensor, scale: float | None = None) -> Tensor:
     """``scale * left @ right`` in float32, without a graph; on CUDA half precision is not rounded before.
 
     Args:
         left: ``(M, K)``.
         right: ``(K, N)``.
-        scale: factor on the product.
+        scale: factor on the product; none by default.
     """
     if left.dtype not in HALF or not takes_cuda_way(left):
         product = matmul(left, right).float()
     elif not sums_in_float32(left):
         product = left.float() @ right.float()
-    elif scale == 1.0:
+    elif scale is None:
         return torch.mm(left, right, out_dtype=torch.float32)
     else:  # with beta=0 the first operand is not read
         unread = left.new_empty((), dtype=torch.float32)
         return torch.addmm(unread, left, right, out_dtype=torch.float32, beta=0, alpha=scale)
-    return product if scale == 1.0 else product.mul_(scale)
+    return product if scale is None else product.mul_(scale)
 
 
 def _onednn_may_serve(x: Tensor, weight: Tensor) -> bool:

@@ -135,7 +135,7 @@ class _Float32Seen(TorchDispatchMode):
 @pytest.mark.parametrize("on_cuda", [True, False])
 def test_no_float32_copy_of_the_batch_is_made(on_cuda, monkeypatch):
     # As a GPU does, and a CPU cannot: half precision in, float32 out.
-    monkeypatch.setattr("lit_lora.adapters.half_precision.matmul_float32", lambda a, b, scale=1.0: (a @ b).float())
+    monkeypatch.setattr("lit_lora.adapters.half_precision.matmul_float32", lambda a, b, scale=None: (a @ b).float())
     (layer,) = _layers(torch.bfloat16, "cpu", 1, bias=False)
     x = torch.randn(37, NUM_IN).bfloat16().requires_grad_()
     with _Float32Seen(37) as seen, as_on_cuda() if on_cuda else nullcontext():
