@@ -125,9 +125,9 @@ def _fits(query: Any, key: Any, cos: Any, sin: Any) -> bool:
 @torch.no_grad()
 def _is_rotation(own: Rotary) -> bool:
     with _disable_current_modes():
-        generator = torch.Generator().manual_seed(0)
-        query, key = (torch.randn(2, n, 5, 8, dtype=torch.float64, generator=generator) for n in (3, 1))
-        cos, sin = (torch.randn(2, 5, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+        generator = torch.Generator("cpu").manual_seed(0)
+        query, key = (torch.randn(2, n, 5, 8, device="cpu", dtype=torch.float64, generator=generator) for n in (3, 1))
+        cos, sin = (torch.randn(2, 5, 8, device="cpu", dtype=torch.float64, generator=generator) for _ in range(2))
         expected = elementwise.rotate(query, key, cos, sin)
         try:
             got = own(query, key, cos, sin)
