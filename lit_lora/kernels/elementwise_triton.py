@@ -1,6 +1,7 @@
 """The Triton kernels behind ``elementwise.py``: read once, computed in float32, written once.
 
-Imported only where Triton is installed and a tensor is on CUDA. Unverified on hardware.
+Imported only where Triton is installed and a tensor is on CUDA. Held against float64 on an H200 with torch 2.11 and
+Triton 3.6.
 """
 
 from __future__ import annotations

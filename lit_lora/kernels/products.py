@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_lora.kernels.cuda_way import HALF, sums_in_float32, takes_cuda_way
+from lit_lora.kernels.cuda_way import HALF, has_no_values, sums_in_float32, takes_cuda_way
 
 _SMALL = 2**20
 """Multiply-adds below which preparing oneDNN's kernel for a new shape costs more than it gives."""
@@ -87,8 +87,8 @@ def matmul_float32(left: Tensor, right: Tensor, scale: float | None = None) -> T
         product = matmul(left, right).float()
     elif not sums_in_float32(left):
         product = left.float() @ right.float()
-    elif scale is None:
-        return torch.mm(left, right, out_dtype=torch.float32)
+    elif scale is None or has_no_values(left) or torch.compiler.is_compiling():  # torch 2.11 cannot trace the other one
+        product = torch.mm(left, right, out_dtype=torch.float32)
     else:  # with beta=0 the first operand is not read
         unread = left.new_empty((), dtype=torch.float32)
         return torch.addmm(unread, left, right, out_dtype=torch.float32, beta=0, alpha=scale)

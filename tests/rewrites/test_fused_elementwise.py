@@ -67,6 +67,12 @@ def test_gradients_are_as_near_to_float64_as_the_models_own(kind, fields, dtype,
         assert _error(_loss_and_gradients(model), exact) <= 2.5 * plain
 
 
+def test_another_default_device_does_not_disturb_the_trial():
+    """As Lightning's Trainer sets it while a model is built."""
+    with torch.device("meta"):
+        assert fuse_elementwise(language_model()) == (5, 2)
+
+
 def test_the_kernels_run_and_another_model_keeps_its_own(monkeypatch):
     calls = []
     for name in ("rms_norm", "rotate"):
