@@ -17,11 +17,14 @@ from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.config import LoRAConfig, StepConfig
+from lit_lora.kernels.cuda_way import takes_cuda_way
 from lit_lora.language_model.forward import ForwardPath
 from lit_lora.language_model.trial import choose_path, likely_path
 from lit_lora.rewrites import compilation, liger_kernels
+from lit_lora.rewrites.fused_elementwise import fuse_elementwise
 from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
 from lit_lora.rewrites.recompute import checkpoint_layers
+from lit_lora.rewrites.shared_inputs import share_inputs
 
 
 class Built(NamedTuple):
@@ -78,6 +81,11 @@ def make_trainable(
             layer.has_fast_path = False
     if step.recompute_mlp:
         recompute_gated_mlps(model, trial=not valueless)
+    # The compiler fuses such chains itself, and finds its code no more in an attention that was changed.
+    if step.fused_kernels and not step.compile_layers and takes_cuda_way(next(model.parameters())):
+        share_inputs(model)
+        if not step.liger:  # which has kernels for the same
+            fuse_elementwise(model)
     model.train()
     path = None if own_loss else _path(model, step, packing=packing, valueless=valueless)
     clock = compilation.compile_layers(model) if step.compile_layers and not valueless else None

@@ -65,7 +65,8 @@ class LoRAConfig:
     tests)."""
 
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the adapter's parameters. float32 unless memory forces otherwise: half precision loses small updates."""
+    """dtype of the adapter's parameters. float32 unless memory forces otherwise: half precision loses small updates. On
+    CUDA products are in the base's half precision all the same, with sums and gradients in float32."""
 
     def __post_init__(self) -> None:
         _convert_fields(self)
@@ -178,6 +179,10 @@ class StepConfig:
 
     fused_lora: bool = True
     """One autograd function per adapted layer; else plain operations, for comparison."""
+
+    fused_kernels: bool = True
+    """On CUDA in half precision, one kernel for each norm, rotary position and SwiGLU, and layers with the same input
+    computed together; under ``compile_layers`` the compiler sees to that."""
 
     compile_layers: bool = False
     """Run each decoder layer through torch.compile, for longer runs on CUDA (unverified on hardware). No gain on a CPU;

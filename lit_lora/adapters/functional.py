@@ -5,7 +5,8 @@ Shapes: T tokens (all leading dimensions flattened), I input features, O output 
 Autograd through the reference keeps the input twice (once per product), the r-wide product, and makes a copy of the
 output for the scale and one for the sum. The fast path keeps the input and the r-wide product, and scales and adds
 inside the matrix product. For a quantized weight it dequantizes again in the backward instead of keeping the result.
-Left out on purpose: dropout (the reference serves it), and stacked projections, which gained nothing on a CPU.
+Half precision on CUDA has a function of its own (``half_precision.py``). Left out on purpose: dropout (the reference
+serves it), and stacked projections, which gained nothing on a CPU.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_lora.adapters.half_precision import Adapted, lora_linears
 from lit_lora.base import base_weight
 from lit_lora.base.quantized_linear import autocast_dtype, without_autocast
 from lit_lora.kernels import products
+from lit_lora.kernels.cuda_way import HALF, takes_cuda_way
 
 
 def lora_linear_reference(
@@ -90,9 +93,20 @@ def lora_linear(
         x = x if up is None else _swiglu(x, up)
         return lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling)  # fails just as F.linear does
     product = autocast or (x.dtype if layer is None else base_weight.compute_dtype(layer, x.dtype))
+    if half_precision(x, weight) is not None:
+        return lora_linears(x, [Adapted(weight, bias, lora_A, lora_B, scaling)], product, up)[0]
     dtypes = (product, autocast or lora_A.dtype, autocast or x.dtype)
     plain = None if layer is not None else weight
     return _LoRALinear.apply(x, up, plain, bias, lora_A, lora_B, scaling, layer, dtypes)
+
+
+def half_precision(x: Tensor, weight: Tensor | nn.Module) -> torch.dtype | None:
+    """The type of all products of an adapted layer, as on CUDA; None where there are several, or on a CPU."""
+    if not takes_cuda_way(x):
+        return None
+    autocast = autocast_dtype(x)
+    product = autocast or (weight.dtype if isinstance(weight, Tensor) else base_weight.compute_dtype(weight, x.dtype))
+    return product if product in HALF and product == (autocast or x.dtype) else None
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lit_lora.adapters.functional import add_lora, lora_linear
+from lit_lora.adapters.functional import add_lora, half_precision, lora_linear
+from lit_lora.adapters.half_precision import Adapted, lora_linears
 from lit_lora.adapters.module_names import plain_name
+from lit_lora.adapters.shared_input import SharedInput
 from lit_lora.base import base_weight
 from lit_lora.config import LoRAConfig
 
@@ -137,6 +140,7 @@ class LoRALinear(LoRALayer):
         self.has_fast_path = base_weight.is_known_product(base_layer)
         self.is_transposed = base_weight.is_conv1d(base_layer)
         self.may_be_quantized = base_weight.may_be_quantized(base_layer)
+        self.shared_input: SharedInput | None = None
 
     def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
         """``(..., in)`` to ``(..., out)``, in the dtype that the base layer returns.
@@ -146,7 +150,11 @@ class LoRALinear(LoRALayer):
         adapts = self.enabled and not self.merged
         decodes = self.may_be_quantized and base_weight.has_kernel_for(self.base_layer, x)
         dropout = self.config.lora_dropout if self.training and adapts else 0.0
-        fast = adapts and not dropout and not decodes and self._takes_fast_path()
+        fast = not decodes and self.can_be_fused()
+        if fast and up is None and self.shared_input is not None and torch.is_grad_enabled():
+            out = self.shared_input.output(self, x, partial(_together, x))
+            if out is not None:
+                return out
         if up is not None and not fast:
             x, up = F.silu(x) * up, None
         if not adapts:
@@ -154,10 +162,14 @@ class LoRALinear(LoRALayer):
         lora_A, lora_B = self.factors()
         if not fast:
             return add_lora(self.base_layer(x), x, lora_A, lora_B, self.scaling, dropout)
+        return lora_linear(x, *self.operands(), up)
+
+    def operands(self) -> Adapted:
+        """What the layer is computed from."""
         base: Tensor | nn.Module = self.base_layer
         if not (self.may_be_quantized and base_weight.is_quantized(self.base_layer)):
             base = self.base_layer.weight if not self.is_transposed else self.base_layer.weight.t()
-        return lora_linear(x, base, self.base_layer.bias, lora_A, lora_B, self.scaling, up)
+        return Adapted(base, self.base_layer.bias, *self.factors(), self.scaling)
 
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A ``(r, in)`` and B ``(out, r)``."""
@@ -192,8 +204,13 @@ class LoRALinear(LoRALayer):
 
     def sample_input(self, generator: torch.Generator) -> Tensor:
         """Eight rows, in the dtype of the base."""
-        x = torch.randn(8, self.in_features, generator=generator)
+        x = torch.randn(8, self.in_features, generator=generator, device="cpu")
         return x.to(self.base_layer.weight.device, self.base_layer.weight.dtype)
+
+    def can_be_fused(self) -> bool:
+        """Whether base and adapter are computed by one function now."""
+        dropout = self.config.lora_dropout if self.training else 0.0
+        return self.enabled and not self.merged and not dropout and self._takes_fast_path()
 
     def _takes_fast_path(self) -> bool:
         return (
@@ -201,6 +218,16 @@ class LoRALinear(LoRALayer):
             and not self.base_layer.weight.requires_grad
             and not base_weight.is_intercepted(self.base_layer)
         )
+
+
+def _together(x: Tensor, layers: Sequence[LoRALinear]) -> Sequence[Tensor] | None:
+    """The outputs of several layers for one input; None where half precision on CUDA does not serve all of them."""
+    if not all(layer.can_be_fused() for layer in layers):
+        return None
+    operands = [layer.operands() for layer in layers]
+    dtypes = {half_precision(x, each.weight) for each in operands}
+    dtype = dtypes.pop()
+    return None if dtypes or dtype is None else lora_linears(x, operands, dtype)
 
 
 class LoRAEmbedding(LoRALayer):
@@ -272,7 +299,9 @@ class LoRAEmbedding(LoRALayer):
 
     def sample_input(self, generator: torch.Generator) -> Tensor:
         """Token ids."""
-        return torch.randint(self.num_embeddings, (64,), generator=generator).to(self.base_layer.weight.device)
+        return torch.randint(self.num_embeddings, (64,), generator=generator, device="cpu").to(
+            self.base_layer.weight.device
+        )
 
 
 class TrainableCopy(nn.Module):

@@ -4,7 +4,9 @@ A language model's logits are its largest activation: tokens times vocabulary, s
 they exist for ``chunk_size`` tokens and some thousand rows of the head at a time, which a processor's cache can hold,
 and are used up at once: for the running normaliser, and for the gradient of the hidden states, a running mean of the
 head's rows weighted by their probability (the scheme of FlashAttention, arXiv:2205.14135, with the head as keys and
-values). A frozen head, the usual one under LoRA, needs no gradient. Left out: label smoothing, z-loss, class weights.
+values). On CUDA, where a launch costs as much as many bytes, a frozen head comes as one block, and a chunk has as many
+tokens as ``_CUDA_CHUNK_BYTES`` of logits allow. A frozen head, the usual one under LoRA, needs no gradient. Left out:
+label smoothing, z-loss, class weights.
 
 The label's logit stays out of the sums. With z the log of the others' summed exponentials less the label's logit, a
 token's loss is softplus(z), and its gradient sigmoid(z) times the mean row of the others less the label's row: no
@@ -23,11 +25,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_lora.kernels import products
+from lit_lora.kernels.cuda_way import takes_cuda_way
 
 IGNORE_INDEX = -100
 
 _BLOCK_BYTES = 2**14
 """Of a row of logits that is there at a time."""
+
+_CPU_CHUNK = 512
+"""Tokens of a chunk on a CPU."""
+
+_CUDA_CHUNK_BYTES = 2**27
+"""Of the logits of a chunk on CUDA."""
 
 _LOWEST, _SMALLEST = torch.finfo(torch.float32).min, 1e-30
 """In the place of minus infinity and zero, whose differences and quotients are no numbers."""
@@ -59,7 +68,7 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tenso
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor | RowBlocks, labels: Tensor, *, chunk_size: int = 512
+    hidden: Tensor, weight: Tensor | RowBlocks, labels: Tensor, *, chunk_size: int | None = None
 ) -> Tensor:
     """Cross-entropy of a linear head, without the full logits.
 
@@ -70,7 +79,7 @@ def linear_cross_entropy(
         hidden: final hidden states, ``(T, D)``, any float dtype.
         weight: output head, ``(V, D)``; gets a gradient if it requires one. Or a frozen one that comes in blocks.
         labels: token to predict at each position, ``(T,)``; -100 is ignored.
-        chunk_size: rows per chunk, in tokens.
+        chunk_size: rows per chunk, in tokens; by default what is fast on the device.
 
     Returns:
         Sum over supervised tokens, float32 scalar.
@@ -82,7 +91,7 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_with_accuracy(
-    hidden: Tensor, weight: Tensor | RowBlocks, labels: Tensor, *, chunk_size: int = 512, accuracy: bool = True
+    hidden: Tensor, weight: Tensor | RowBlocks, labels: Tensor, *, chunk_size: int | None = None, accuracy: bool = True
 ) -> LinearCrossEntropyOutput:
     """:func:`linear_cross_entropy`, and how many tokens the head got right."""
     if hidden.ndim != 2 or labels.ndim != 1 or len(hidden) != len(labels):
@@ -90,7 +99,7 @@ def linear_cross_entropy_with_accuracy(
             f"expected hidden (T, D) and labels (T,), got {tuple(hidden.shape)} and {tuple(labels.shape)}: "
             "select the supervised positions of both alike"
         )
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -107,20 +116,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor | None,
         head: RowBlocks | None,
         labels_T: Tensor,
-        chunk_size: int,
+        chunk_size: int | None,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dtype, vocab_size = hidden_TD.dtype, weight_VD.shape[0] if weight_VD is not None else 0
+        on_cuda = takes_cuda_way(hidden_TD)
+        block_size = _BLOCK_BYTES // dtype.itemsize
         if weight_VD is not None:  # a trained head as one block, whose normaliser is known when it is done
-            head = _PlainRows(weight_VD, vocab_size if needs_weight else _BLOCK_BYTES // dtype.itemsize)
+            block_size = vocab_size if needs_weight or on_cuda else block_size
+            head = _PlainRows(weight_VD, block_size)
+        if chunk_size is None:
+            chunk_size = max(1, _CUDA_CHUNK_BYTES // 4 // block_size) if on_cuda else _CPU_CHUNK
         assert head is not None
+        ctx.weight_dtype = dtype
+        if on_cuda and weight_VD is not None and not needs_weight:
+            nll_sum, num_correct, grad_hidden = _in_one_block(hidden_TD, weight_VD, labels_T, chunk_size, needs_hidden)
+            ctx.save_for_backward(grad_hidden, None)
+            ctx.mark_non_differentiable(num_correct)
+            return nll_sum, num_correct
         nll_sum = hidden_TD.new_zeros((), dtype=torch.float32)
         num_correct = labels_T.new_zeros(())
         grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_weight = (
             hidden_TD.new_zeros((vocab_size, hidden_TD.shape[1]), dtype=torch.float32) if needs_weight else None
         )
-        normalise = dtype is not torch.float32 or needs_weight
+        # On the wide side: for a trained head, or for half precision, whose range a CPU's products have.
+        normalise = needs_weight or (dtype is not torch.float32 and not on_cuda)
 
         for start in range(0, len(hidden_TD), chunk_size):
             rows = slice(start, min(start + chunk_size, len(hidden_TD)))
@@ -134,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             mean_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
             first = 0
             for block_ND in head.blocks(dtype):
-                logits_CN = products.linear(hidden_CD, block_ND).float()
+                logits_CN = products.matmul_float32(hidden_CD, block_ND.t())
                 column_C1 = labels_C1 - first
                 first += len(block_ND)
                 here_C1 = (column_C1 >= 0) & (column_C1 < len(block_ND))
@@ -150,10 +171,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 new_lse_C1 = torch.logaddexp(lse_C1, block_max_C1 + sum_C1.log())
                 if needs_hidden:
                     share_C1 = (block_max_C1 - new_lse_C1).exp_()
-                    if normalise:  # on the wide side, where the range of half precision or a trained head needs it
+                    if normalise:
                         exp_CN.div_(sum_C1)
                         share_C1.mul_(sum_C1)
-                    product_CD = products.matmul(exp_CN.to(dtype), block_ND).float()
+                    product_CD = products.matmul_float32(exp_CN.to(dtype), block_ND)
                     mean_CD.mul_((lse_C1 - new_lse_C1).exp_()).addcmul_(product_CD, share_C1)
                 max_C1, lse_C1 = torch.maximum(max_C1, block_max_C1), new_lse_C1
             z_C1 = lse_C1 - label_logit_C1
@@ -168,7 +189,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(dlogits_CV.scatter_(-1, labels_C1, -weight_C1).T, hidden_CD.float())
 
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = dtype
         ctx.mark_non_differentiable(num_correct)
         return nll_sum, num_correct
 
@@ -180,6 +200,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_nll_sum).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _in_one_block(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int, needs_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same of a frozen head as a whole, in few launches; the sums over single tokens come once, at the end."""
+    supervised_T1 = (labels_T != IGNORE_INDEX)[:, None]
+    labels_T1 = labels_T[:, None].clamp(min=0)
+    label_logit_T1, max_T1, sum_T1 = hidden_TD.new_empty((3, *labels_T1.shape), dtype=torch.float32)
+    mean_TD = torch.empty_like(hidden_TD, dtype=torch.float32) if needs_hidden else None
+    for start in range(0, len(hidden_TD), chunk_size):
+        rows = slice(start, start + chunk_size)
+        logits_CV = products.matmul_float32(hidden_TD[rows], weight_VD.t())
+        torch.gather(logits_CV, 1, labels_T1[rows], out=label_logit_T1[rows])
+        logits_CV.scatter_(1, labels_T1[rows], float("-inf"))
+        torch.amax(logits_CV, 1, keepdim=True, out=max_T1[rows])
+        exp_CV = logits_CV.sub_(max_T1[rows].clamp_(min=_LOWEST)).exp_()
+        torch.sum(exp_CV, 1, keepdim=True, out=sum_T1[rows])
+        if mean_TD is not None:
+            mean_TD[rows] = products.matmul_float32(exp_CV.to(hidden_TD.dtype), weight_VD)
+        del logits_CV, exp_CV  # before the next ones are made
+    sum_T1.clamp_(min=_SMALLEST)
+    z_T1 = max_T1 + sum_T1.log() - label_logit_T1
+    nll_sum = (F.softplus(z_T1) * supervised_T1).sum()
+    num_correct = ((label_logit_T1 > max_T1) & supervised_T1).sum()
+    if mean_TD is not None:
+        label_TD = F.embedding(labels_T1.squeeze(1), weight_VD)
+        mean_TD.div_(sum_T1).sub_(label_TD).mul_(z_T1.sigmoid() * supervised_T1)
+        return nll_sum, num_correct, mean_TD.to(hidden_TD.dtype)
+    return nll_sum, num_correct, None
 
 
 class _PlainRows(NamedTuple):

@@ -1,4 +1,4 @@
-"""Float32 matrix products on a CPU, by the library that is fast on it.
+"""Matrix products: float32 on a CPU by the library that is fast on it, half precision on CUDA with wide sums.
 
 torch multiplies float32 matrices with Intel's MKL, which uses AVX512 on Intel's processors only; oneDNN, also part of
 torch, uses it on all. On an AMD EPYC it is more than twice as fast (``benchmarks/NOTES.md``). torch has no setting that
@@ -8,6 +8,9 @@ float32; the sums are taken in another order.
 Which library is asked depends on the processor and on the shapes alone, never on timing, so that a run that is resumed
 computes what it would have computed. ``torch.backends.mkldnn.enabled = False`` switches oneDNN off. Nothing here
 is differentiable: it serves the autograd functions that have formulas of their own.
+
+On CUDA a product of half-precision matrices can be had in float32 as it was summed (``torch.mm`` with ``out_dtype``):
+nothing is rounded to half precision on the way, and no operand is copied.
 
 Shapes: M rows, K inner dimension, N columns.
 """
@@ -21,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lit_lora.kernels.cuda_way import HALF, has_no_values, sums_in_float32, takes_cuda_way
 
 _SMALL = 2**20
 """Multiply-adds below which preparing oneDNN's kernel for a new shape costs more than it gives."""
@@ -68,6 +73,26 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     if len(left) == 1:
         return _onednn_linear(left[0], right[0].t())[None]
     return torch.stack([_onednn_linear(a, b.t()) for a, b in zip(left, right, strict=True)])
+
+
+def matmul_float32(left: Tensor, right: Tensor, scale: float | None = None) -> Tensor:
+    """``scale * left @ right`` in float32, without a graph; on CUDA half precision is not rounded before.
+
+    Args:
+        left: ``(M, K)``.
+        right: ``(K, N)``.
+        scale: factor on the product; none by default.
+    """
+    if left.dtype not in HALF or not takes_cuda_way(left):
+        product = matmul(left, right).float()
+    elif not sums_in_float32(left):
+        product = left.float() @ right.float()
+    elif scale is None or has_no_values(left) or torch.compiler.is_compiling():  # torch 2.11 cannot trace the other one
+        product = torch.mm(left, right, out_dtype=torch.float32)
+    else:  # with beta=0 the first operand is not read
+        unread = left.new_empty((), dtype=torch.float32)
+        return torch.addmm(unread, left, right, out_dtype=torch.float32, beta=0, alpha=scale)
+    return product if scale is None else product.mul_(scale)
 
 
 def _onednn_may_serve(x: Tensor, weight: Tensor) -> bool:

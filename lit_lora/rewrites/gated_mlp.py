@@ -56,8 +56,9 @@ def _equals_formula(module: Any) -> bool:
     magnitudes = torch.tensor([[1.0], [32.0], [1024.0]], device=weight.device, dtype=weight.dtype)
     x = torch.linspace(-2, 2, 3 * module.down_proj.out_features, device=weight.device, dtype=weight.dtype)
     x = (x.view(3, -1) * magnitudes)[None]
-    training = module.training
+    training, fast = module.training, module.down_proj.has_fast_path
     module.eval()
+    module.down_proj.has_fast_path = False  # its kernel rounds less often than the formula does
     try:
         expected, got = module(x), _forward(module, x)
     except Exception as error:
@@ -66,6 +67,7 @@ def _equals_formula(module: Any) -> bool:
         return False  # it takes or gives something else
     finally:
         module.train(training)
+        module.down_proj.has_fast_path = fast
     same_type = isinstance(expected, Tensor) and expected.dtype == got.dtype and expected.shape == got.shape
     return same_type and torch.allclose(got, expected, rtol=0, atol=0, equal_nan=True)
 

@@ -9,9 +9,12 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_lora.files.environment import ALLOCATION_VARIABLES
 from lit_lora.kernels import products
+from lit_lora.kernels.cuda_way import as_on_cuda
+from tests.cuda_way import DEVICES, cuda_way
 
 ROWS, INNER, COLUMNS = 160, 96, 128  # above the size from which oneDNN is asked
 
@@ -82,6 +85,26 @@ def test_large_products_on_amd_go_to_onednn_unless_it_is_switched_off(maker, one
     products.linear(x, weight)
     assert not products.onednn_is_faster()
     assert len(onednn_calls) == 3 * (maker == "AMD")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [None, 1.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_sums_of_half_precision_come_in_float32_and_unrounded(device, scale, dtype):
+    with cuda_way(device):
+        torch.manual_seed(0)
+        left, right = torch.randn(INNER, ROWS).to(device, dtype).t(), torch.randn(INNER, COLUMNS).to(device, dtype)
+        got = products.matmul_float32(left, right, scale).cpu()
+    exact = (scale or 1.0) * left.cpu().double() @ right.cpu().double()
+    _close(got, exact.float())
+
+
+def test_without_values_a_scaled_product_in_float32_has_its_shape():
+    with FakeTensorMode():
+        left, right = torch.randn(5, 7).bfloat16(), torch.randn(7, 3).bfloat16()
+        with as_on_cuda():
+            got = products.matmul_float32(left, right, 2.0)
+    assert (got.shape, got.dtype) == ((5, 3), torch.float32)
 
 
 NEW_SHAPES = """

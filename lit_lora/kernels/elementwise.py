@@ -1,0 +1,121 @@
+"""Norms, rotary positions and SwiGLU, each in one kernel on CUDA.
+
+Written with torch's operators, as models write them, they are chains of small kernels, each of which reads and writes
+all of its operands, and some of which keep float32 copies for the backward pass. Here the norm is torch's own fused
+kernel, which ``F.rms_norm`` takes on CUDA, and the two others are written in Triton (``elementwise_triton.py``).
+All compute in float32 and round once, where the chains round after each operator.
+
+Elsewhere than on CUDA (tests of the code around them) the same formulas run on torch's operators; on tensors without
+values nothing runs, and what the kernels would allocate is allocated.
+
+Shapes: B batch, T tokens, H heads, E head dimension (its halves rotate together), D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_lora.kernels.cuda_way import has_no_values, runs_triton
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last dimension.
+
+    Args:
+        x: ``(..., D)``.
+        weight: ``(D,)``, frozen, in the dtype of ``x``.
+        eps: added to the mean square.
+    """
+    assert not weight.requires_grad, "on tensors without values it has no gradient for the weight"
+    if has_no_values(x):
+        return _NormWithoutValues.apply(x)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _NormWithoutValues(torch.autograd.Function):
+    """What torch's fused kernel allocates and keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions (arXiv:2104.09864) in the layout of transformers: ``x * cos + cat(-x2, x1) * sin``.
+
+    Args:
+        query: ``(B, H, T, E)``.
+        key: ``(B, K, T, E)``.
+        cos: ``(B or 1, T, E)``.
+        sin: as ``cos``.
+
+    Returns:
+        Query and key, rotated; can be differentiated once.
+    """
+    return _Rotation.apply(query, key, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(query, key, cos, sin, back=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
+        return *_rotated(grad_query, grad_key, *ctx.saved_tensors, back=True), None, None
+
+
+def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
+    # As tokens come out of a projection, whatever the view: attention over a packed batch then copies nothing.
+    outs = tuple(torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (query, key))
+    turned = (outs[0].transpose(1, 2), outs[1].transpose(1, 2))
+    if runs_triton(query):
+        from lit_lora.kernels.elementwise_triton import rotate_
+
+        rotate_(turned, (query, key), cos, sin, back=back)
+    elif not has_no_values(query):
+        for out, x in zip(turned, (query, key), strict=True):
+            out.copy_(_rotated_by_operators(x.float(), cos.float()[:, None], sin.float()[:, None], back=back))
+    return turned
+
+
+def _rotated_by_operators(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    half = x.shape[-1] // 2
+    if back:
+        x_sin = x * sin
+        return x * cos + torch.cat((x_sin[..., half:], -x_sin[..., :half]), dim=-1)
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, without a graph."""
+    if runs_triton(gate):
+        from lit_lora.kernels import elementwise_triton
+
+        return elementwise_triton.swiglu(gate, up)
+    return torch.empty_like(gate) if has_no_values(gate) else (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``gate`` and ``up``; that of ``gate`` takes the place of ``grad``, which is contiguous."""
+    if runs_triton(gate):
+        from lit_lora.kernels import elementwise_triton
+
+        return elementwise_triton.swiglu_backward_(gate, up, grad)
+    grad_up = torch.empty_like(grad)
+    if not has_no_values(gate):
+        wide, sigmoid = gate.float(), gate.float().sigmoid()
+        grad_up.copy_(grad.float() * wide * sigmoid)
+        grad.copy_(grad.float() * up.float() * sigmoid * (1 + wide * (1 - sigmoid)))
+    return grad, grad_up
