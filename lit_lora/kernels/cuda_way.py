@@ -1,7 +1,7 @@
 """Where CUDA and a CPU are best served by different code: which of the two runs.
 
-The device of a tensor decides, or the one that it stands for (a memory trace). A test of the CUDA code asks for it on the
-CPU with :func:`as_on_cuda`; it then runs with torch's operators in the place of what only CUDA has.
+The device of a tensor decides, or the one that it stands for (a memory trace). A test of the CUDA code asks for it on
+the CPU with :func:`as_on_cuda`; it then runs with torch's operators in the place of what only CUDA has.
 """
 
 from __future__ import annotations
