@@ -13,7 +13,7 @@ from torch.nn.attention import varlen
 from lit_lora import LoRAConfig, QuantizationConfig, inject_lora, load_base_model
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.base.quantize import quantize_
-from lit_lora.callbacks.gradient_norm import _norms
+from lit_lora.callbacks._support.norms import gradient_norms
 from lit_lora.data.dataset import TokenizedExample
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.kernels import cuda_cards, varlen_attention
@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # other versions of libraries
+    pytest.mark.filterwarnings("ignore:.*Profiler clears events"),
 ]
 CUDA = torch.device("cuda")
 HALVES = [torch.bfloat16, torch.float16]
@@ -113,6 +114,8 @@ def test_variable_length_attention_equals_each_example_alone(dtype, options, key
 def test_packed_equals_padded(kind, fields, dtype, autocast, tolerance, varlen_calls):
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2}
     model = language_model(kind, std=0.05, **{**sizes, **fields}).to(CUDA, dtype)
+    if kind == "Gemma2":
+        model.set_attn_implementation("eager")  # some versions' default leaves the cap out
     inject_lora(model, LoRAConfig(r=4, init_lora_weights=False))
     model.train()
     path = choose_path(model)
@@ -189,11 +192,13 @@ def test_a_token_that_is_generated_dequantizes_no_weight():
         assert names
         assert not [name for name in names if "equantize" in name]
         assert [name for name in _kernels(lambda: layer(rows)) if "equantize" in name], "the name is another now"
-        torch.testing.assert_close(layer(x), layer(rows)[:, :1], rtol=3e-2, atol=3e-2)
+        one, many = layer(x).float(), layer(rows)[:, :1].float()
+        assert float((one - many).norm() / many.norm()) < 2e-2
 
 
 def test_norms_of_float64_and_float32_gradients_are_taken_together():
     parameters = [torch.nn.Parameter(torch.ones(3, device=CUDA, dtype=d)) for d in (torch.float64, torch.float32)]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 2.0)
-    torch.testing.assert_close(_norms(parameters).tolist(), [12**0.5] * 2)
+    grads = [parameter.grad for parameter in parameters]
+    torch.testing.assert_close(gradient_norms(grads, 2.0).tolist(), [12**0.5] * 2)
