@@ -109,6 +109,14 @@ class Optimization:
         )
 
 
+_OPTIONS = {
+    "lr": "optimization.learning_rate",
+    "initial_lr": "optimization.learning_rate",
+    "weight_decay": "optimization.weight_decay",
+}
+"""Settings of the module that an optimizer knows by other names; what else it has, it was given itself."""
+
+
 def apply_given(
     optimizer: Optimizer, scheduler: Any, saved: list[dict[str, Any]], given: list[dict[str, Any]]
 ) -> list[Difference]:
@@ -138,4 +146,4 @@ def apply_given(
     if isinstance(scheduler, LambdaLR):  # its form may have changed too: with the number of steps, or by name
         for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = base * factor(scheduler.last_epoch)
-    return [d._replace(name="learning_rate" if d.name in ("lr", "initial_lr") else d.name) for d in found]
+    return [d._replace(name=_OPTIONS.get(d.name, f"optimizer.{d.name}")) for d in found]

@@ -11,7 +11,7 @@ from plain_projects import AdapterModel
 
 from lit_lora import callbacks
 
-WITHOUT_STATE = {"RankMonitor"}
+WITHOUT_STATE = {"RankMonitor", "StepProgress"}
 KEPT = {
     "ConvergenceAssertion": lambda: callbacks.ConvergenceAssertion(-9.0, 5),
     "GradientFlowAssertion": callbacks.GradientFlowAssertion,

@@ -42,7 +42,7 @@ YAMLS: dict[str, Content] = {
     "gzip": gzip.compress(b"model: {}"),
     "a deep value of a setting": b"model: {lora: {rank_pattern: " + b"{a: " * 45 + b"1" + b"}" * 45 + b"}}\n",
 }
-_INFINITE: dict[str, Content] = {"1e999": b"model: {learning_rate: 1e999}\n"}
+_INFINITE: dict[str, Content] = {"1e999": b"model: {optimization: {learning_rate: 1e999}}\n"}
 _LONG_BASE: dict[str, Content] = {"a long base": b"model: {base: '" + b"a/" * 100_000 + b"'}\n"}
 _SIXTIES: dict[str, Content] = {"sixty times sixty": b"seed_everything: " + b"1:" * 60_000 + b"1"}
 _SLOW_LAYERS: dict[str, Content] = {
@@ -51,7 +51,7 @@ _SLOW_LAYERS: dict[str, Content] = {
 }
 CONFIG = [
     *cases("training config", "hostile.yaml", _as_config, {**NO_FILES, **YAMLS}),
-    *cases("training config", "hostile.yaml", _as_config, _INFINITE, named="model.learning_rate"),
+    *cases("training config", "hostile.yaml", _as_config, _INFINITE, named="model.optimization.learning_rate"),
     *cases("training config", "hostile.yaml", _as_config, _LONG_BASE, named="model.base"),
     *cases("training config", "hostile.yaml", _as_config, _SIXTIES, named="seed_everything"),
     *cases("training config", "hostile.yaml", _as_config, _SLOW_LAYERS, named="target_modules"),

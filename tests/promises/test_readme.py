@@ -38,11 +38,12 @@ def test_a_run_says_what_the_first_paragraph_lists(stranger):
 
 def test_the_run_folder_holds_what_is_listed(stranger):
     stranger.fit(data__validation_fraction=0.2, trainer__val_check_interval=2)
-    table = (PROJECT / "docs/runs.md").read_text().split("## The verdict")[0]
+    table = (PROJECT / "docs/runs.md").read_text().split("## What it shows")[0]
     listed = {name.rstrip("/") for name in re.findall(r"`([\w./-]+)`", table)} - {
         "config.1.yaml",
         "metrics.1.jsonl",
         "hparams.yaml",
+        "metrics.csv",  # in logs/
     }
     listed = {name for name in listed if "/" not in name and not name.startswith(("-", "trainer", "lit"))}
     there = {path.name for path in (stranger.folder / "run").iterdir() if not path.name.startswith(".")}
