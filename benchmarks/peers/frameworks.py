@@ -229,12 +229,11 @@ def parity(job: Job) -> dict[str, Any]:
     from lit_lora.language_model.trial import choose_path
 
     first = examples_of(job)[: job["batch_size"]]
-    model = load_base_model(
-        job["base"], dtype="float32", quantization=QuantizationConfig() if job["quantized"] else None
-    )
-    load_adapter(model, job["adapter"], trainable=True)
     device = torch.device(device_of(job))
-    model.to(device)
+    quantization = QuantizationConfig() if job["quantized"] else None
+    # On the device, as PEFT's side: random weights are other ones there.
+    model = load_base_model(job["base"], dtype="float32", device=device, quantization=quantization)
+    load_adapter(model, job["adapter"], trainable=True)
     batch = collate_packed(
         [TokenizedExample(i, np.array(x, dtype=np.int32), np.array(m)) for i, (x, m) in enumerate(first)]
     )

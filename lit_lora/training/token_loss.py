@@ -87,16 +87,21 @@ class TokenLossModule(L.LightningModule):
     def _normalise_gradients(self) -> None:
         totals = self._recorder.reduce(self.device, self._sum_over_ranks)
         factor = _LOSS_DIVISOR * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        gradients = [p.grad for p in self.trainable_parameters().values() if p.grad is not None]
+        gradients = [p.grad for p in self._optimized() if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, (factor / totals[1].clamp(min=1)).to(gradients[0].dtype))
+
+    def _optimized(self) -> list[Tensor]:
+        # Not by a walk over all modules, twice a step: for a small model on a GPU that is a tenth of the host's work.
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return torch.as_tensor(self.trainer.strategy.reduce(values, reduce_op="sum"))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Take the norms of the unclipped gradients and of the parameters, and log the step's loss."""
-        parameters = list(self.trainable_parameters().values())
+        parameters = self._optimized()
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._recorder.measure(gradients, [p.detach() for p in parameters], self.device)
         if self.trainer.barebones:  # which has no place to log to

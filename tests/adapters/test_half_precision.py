@@ -22,6 +22,9 @@ from lit_lora.base.quantize import quantize_
 from lit_lora.kernels.cuda_way import as_on_cuda
 from tests.cuda_way import DEVICES, cuda_way
 
+# torch's remark where a process's first product is one of the backward pass's own thread.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
+
 NUM_IN, NUM_OUTS, RANK = 64, (96, 32, 32), 4
 # Relative to the norm of each tensor: operands are rounded to half precision, sums are not.
 TOLERANCES = [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3)]

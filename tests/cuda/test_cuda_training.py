@@ -68,7 +68,7 @@ def test_gradients_are_clipped_in_every_precision(project, tmp_path, precision, 
     settings = {**project, "accelerator": "gpu", "max_steps": 1, "module_options": options}
     before = _module(project).trainable_parameters()
     result = run(folder=str(tmp_path), trainer_options={"precision": precision, **clip}, **settings)
-    moved = torch.cat([(result["weights"][name] - p.detach()).flatten() for name, p in before.items()])
+    moved = torch.cat([(result["weights"][name].cpu() - p.detach().cpu()).flatten() for name, p in before.items()])
     got = moved.norm() if algorithm == "norm" else moved.abs().max()
     assert float(got) == pytest.approx(1e-3, rel=1e-2)
 
