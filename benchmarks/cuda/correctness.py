@@ -4,8 +4,6 @@ Gradients are held against a float64 model on the CPU that takes none of the sho
 the model's own logits. It has the very weights of the model under test, those rounded to bfloat16 too, so what differs
 is rounding in the step and nothing else. transformers computes norms and rotary positions in float32 in every type,
 the float64 model's included, which sets the floor of the float32 check.
-
-Unverified on hardware.
 """
 
 from __future__ import annotations

@@ -16,8 +16,6 @@ device's time (``gpu_ms``) tell whether host or device is the limit.
 The share of the limit is the rate of the work that no exact step can do without (:func:`step_flops`), over the rate of
 a large matrix product in the same type, measured in the same run. Left out: TRL (``benchmarks.peers.train`` has it on a
 CPU), PEFT on a quantized base, more than one device.
-
-Unverified on hardware.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every runner trains on the job's examples in their order, four to a step, from the job's adapter, with AdamW, a constant
 learning rate and clipping at 1.0. The first steps (``warm_up``, one by default) are not counted.
 
-A job runs on the CPU in float32 unless it says ``device`` and ``dtype``; that part is unverified on hardware.
+A job runs on the CPU in float32 unless it says ``device`` and ``dtype``.
 """
 
 from __future__ import annotations

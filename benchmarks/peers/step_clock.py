@@ -1,7 +1,7 @@
 """When steps ended: by the host's clock on a CPU, by events in the stream on CUDA; and what one more step launches.
 
 So no framework waits for the device because it is measured. The host waits after the first step, after the warm-up,
-before and after the profiled step and when the times are read. The part on CUDA is unverified on hardware.
+before and after the profiled step and when the times are read.
 """
 
 from __future__ import annotations

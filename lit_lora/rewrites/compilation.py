@@ -6,7 +6,7 @@ one whose input does, and evaluation each have their own: so many compilations t
 the code on disk for the next run, which then waits half as long.
 
 On a CPU it is no faster (``benchmarks/NOTES.md``), since products and attention take most of a step. It is meant for
-CUDA, where it is unverified on hardware.
+CUDA; on an H200 a 135M model gained nothing, and its first steps took 67 s.
 
 A call with a key-value cache (generation) runs the layer as it was. Left out: bitsandbytes' layers, which cannot be
 compiled, and the head, whose loss is computed in chunks.

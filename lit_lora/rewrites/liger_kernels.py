@@ -4,8 +4,6 @@ Through liger-kernel's own table of models: an optional package, ``pip install '
 Its MLPs call ``gate_proj``, ``up_proj`` and ``down_proj`` as modules, so adapters go around them as before. Rotary
 positions (and for some models the classes of norms and MLPs) are replaced in transformers' module for the whole
 process, models loaded later included: there is no narrower way in liger-kernel 0.8.
-
-Unverified on hardware.
 """
 
 from __future__ import annotations

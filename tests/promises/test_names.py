@@ -19,6 +19,7 @@ FOREIGN = {
     "torchrun": {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"},
     "SLURM": {"nodes", "ntasks-per-node", "gpus-per-node", "signal", "requeue", "open-mode", "kill-on-bad-exit"},
     "vLLM": {"lora-modules"},
+    "nvidia-smi": {"query-gpu", "format"},
 }
 """Options of others, by whose they are."""
 

@@ -161,6 +161,32 @@ def test_the_table_of_memory_is_what_was_estimated():
         assert qlora_mb < bound_mb == float(of["QLoRA, NF4-DQ"]["bound_mb"])
 
 
+def test_the_speed_on_a_gpu_is_what_was_measured():
+    page = (PROJECT / "docs/cuda.md").read_text()
+    rows = list(cells_below("| model | lit_lora | PEFT + Trainer |", page))
+    assert [row[0].lower() for row in rows] == ["smollm2-135m", "tinyllama-1.1b", "llama-2-7b"]
+    for model, ours, theirs, without_cudnn, ratio, our_ms, their_ms, our_launches, their_launches in rows:
+        found = {
+            row["name"]: row
+            for row in measured("cuda_speed_7b" if model == "Llama-2-7B" else "cuda_speed_small")
+            if (row["model"], row["workload"], row["round"], row["status"])
+            == (model.lower(), "natural", "1", "measured")
+        }
+        for cell, name, column in (
+            (ours, "lit_lora", "tokens_per_s"), (theirs, "peft", "tokens_per_s"), (ratio, "lit_lora", "ratio"),
+            (without_cudnn, "peft_without_cudnn", "tokens_per_s"), (our_ms, "lit_lora", "gpu_ms"),
+            (their_ms, "peft", "gpu_ms"), (our_launches, "lit_lora", "launches"), (their_launches, "peft", "launches"),
+        ):  # fmt: skip
+            digits = len(cell.partition(".")[2])
+            assert float(cell.replace(",", "")) == round(float(found[name][column]), digits), (model, name, column)
+    checks = {(row["name"], row["method"]): row for row in measured("cuda_correctness_checks")}
+    assert {row["status"] for row in checks.values()} <= {"passed", "measured"}
+    for key in (("gradients, float32", ""), ("gradients, bfloat16", "")):
+        assert checks[key]["found"] in page
+    for method in ("LoRA, bf16", "QLoRA, NF4-DQ"):
+        assert checks["memory estimate", method]["found"].lstrip("+") in page
+
+
 def test_the_shares_of_memory_are_those_estimated():
     said = prose("docs/memory.md")
     by_case = {
