@@ -102,7 +102,9 @@ def start(reader: Stranger, words: list[str], page: str) -> None:
 
 def environment() -> dict[str, str]:
     """For other processes, which are to find the checkout that is tested."""
-    return {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ours = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    of_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "VENV")  # make test hands its variables on
+    return {**{key: value for key, value in os.environ.items() if key not in of_make}, **ours}
 
 
 def check_unrun(reader: Stranger, script: str) -> None:

@@ -79,7 +79,7 @@ def test_bad_rows_can_be_left_out(adapter, data, capsys):
     arguments = ["evaluate", str(data), str(adapter), "--max_new_tokens=1"]
     with pytest.raises(SystemExit):
         main(arguments)
-    assert "or --on_bad_rows drop to go on" in capsys.readouterr().err
+    assert "or --on_bad_rows drop to skip them" in capsys.readouterr().err
     main([*arguments, "--on_bad_rows=drop"])
     assert "on 7 held-out examples" in capsys.readouterr().out
 
