@@ -19,7 +19,7 @@ def _leaves_the_repository(path: Path) -> list[int]:
         match node:
             case ast.Subscript(value=ast.Attribute(attr="parents"), slice=ast.Constant(value=int(levels))):
                 outside = levels > depth
-            case ast.Constant(value=str(text)) if text.startswith(("/work/", "/home/", "/root/", "/Users/")):
+            case ast.Constant(value=str(text)) if text.startswith(("/home/", "/root/", "/Users/", "/mnt/")):
                 outside = path != Path(__file__).resolve()
             case _:
                 outside = False
