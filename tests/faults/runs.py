@@ -182,13 +182,13 @@ class Project:
         newest, _ = newest_checkpoint(*self.checkpoints(name))
         assert newest is not None, f"{name}: no checkpoint"
         content = read_checkpoint(newest)
-        steps = [{**step, "step_time_s": 0} for step in content["lit_lora"]["metrics"]["steps"]]
+        steps = TrainingMetrics.load(newest.parent.parent / "metrics.jsonl").steps
         return {
             "global_step": content["global_step"],
             "state_dict": content["state_dict"],
             "optimizer": content["optimizer_states"],
             "schedule": content["lr_schedulers"],
-            "metrics": steps,
+            "metrics": [replace(step, step_time_s=0) for step in steps],
             "adapter": self.adapter(newest.parent.parent / "adapter"),
         }
 
