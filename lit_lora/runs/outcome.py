@@ -104,6 +104,8 @@ def read_outcome(folder: str | Path) -> Outcome | None:
             raise ValueError(f"{', '.join(wrong)} of another type than a run writes")
         outcome = Outcome(**known)
         str(outcome)  # what cannot be shown, no run has written
+        if (record["result"], record["reasons"]) != (outcome.result, outcome.reasons):
+            raise ValueError(f"result {record['result']!r} does not follow from its checks")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         warnings.warn(f"{path} cannot be read, so the run is judged again: {error!r:.200}", stacklevel=2)
         return None

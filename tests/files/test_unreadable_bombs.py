@@ -173,7 +173,8 @@ def _record(**changes: Any) -> str:
     """A verdict as a run writes it, with changes."""
     sound = {"step": 1, "verdicts": [], "finished": True, "stopped_early": False, "base": "", "changes": [],
              "no_step_left": "", "losses": [], "speed": []}  # fmt: skip
-    return json.dumps({"format": 1, **sound, **changes})
+    said = {"result": "not judged", "reasons": ["no check is configured"]}
+    return json.dumps({"format": 1, **said, **sound, **changes})
 
 
 VERDICTS = {
@@ -184,6 +185,8 @@ VERDICTS = {
     "losses that are numbers": _record(losses=[5]),
     "changes without settings": _record(changes=[5]),
     "a verdict whose name is a list": _record(verdicts=[{"name": [], "passed": True, "detail": ""}]),
+    "a better result than its checks": _record(result="proved"),
+    "no result": _record(result=None),
     "larger than any": _record(base="x" * (17 << 20)),
 }
 
@@ -194,6 +197,13 @@ def test_a_verdict_that_no_run_has_written_is_none(tmp_path: Path, text: str) ->
     with pytest.warns(UserWarning, match=r"verdict\.json cannot be read, so the run is judged again") as caught:
         assert read_outcome(tmp_path) is None
     assert len(str(caught[0].message)) < READABLE
+
+
+def test_a_verdict_that_a_run_may_have_written_is_read(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text(_record())
+    outcome = read_outcome(tmp_path)
+    assert outcome is not None
+    assert outcome.result == "not judged"
 
 
 def test_a_verdict_is_none_where_a_pipe_or_folder_lies(tmp_path: Path) -> None:
