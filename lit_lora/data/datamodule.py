@@ -385,13 +385,9 @@ class SFTDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             # From memory of its own a copy to the GPU need not wait for what the GPU is at.
-            pin_memory=self._device_type == "cuda",
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             generator=self._generator(),
         )
-
-    @property
-    def _device_type(self) -> str:
-        return "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
 
     def _generator(self) -> torch.Generator:
         """A DataLoader draws from a generator for every iterator; the global one would differ after a resume."""
