@@ -33,7 +33,8 @@ PRIVATE = (
     # torch
     Private("torch._subclasses.fake_tensor.FakeTensor",
             "lit_lora/adapters/direct_reads.py lit_lora/base/quantize.py lit_lora/base/quantized_forward.py "
-            "lit_lora/kernels/cuda_stand_ins.py lit_lora/kernels/cuda_way.py lit_lora/language_model/trial_run.py", _FAKE, _PUBLIC_FAKE),
+            "lit_lora/kernels/cuda_stand_ins.py lit_lora/kernels/cuda_way.py lit_lora/language_model/trial_run.py",
+            _FAKE, _PUBLIC_FAKE),
     Private("torch._subclasses.fake_tensor.FakeTensorMode",
             "lit_lora/kernels/cuda_stand_ins.py lit_lora/memory/valueless.py", _FAKE, _PUBLIC_FAKE),
     Private("torch._subclasses.fake_tensor.unset_fake_temporarily", "lit_lora/base/quantize.py",
@@ -55,7 +56,8 @@ PRIVATE = (
             "lit_lora/language_model/trial_run.py lit_lora/memory/storage_tracker.py",
             "which storage it is, also for fake tensors, which have no data_ptr", "storages have a public identity",
             "torch.UntypedStorage"),
-    Private("._version", "lit_lora/adapters/shared_input.py lit_lora/language_model/trial_run.py", "whether something wrote into a tensor",
+    Private("._version", "lit_lora/adapters/shared_input.py lit_lora/language_model/trial_run.py",
+            "whether something wrote into a tensor",
             "torch makes the counter public", "torch.Tensor"),
     Private("torch.nn.modules.batchnorm._BatchNorm",
             "lit_lora/adapters/direct_reads.py lit_lora/adapters/frozen_statistics.py",

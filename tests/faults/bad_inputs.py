@@ -24,8 +24,9 @@ from tests.faults.runs import Budget, Project
 
 EXAMPLES = 100
 
+_integers = st.integers(-(10**18), 10**18)  # longer ones are no YAML of ours: the file is refused, whatever they are of
 _plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    st.none() | st.booleans() | _integers | st.floats() | st.text(max_size=12),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
@@ -60,14 +61,14 @@ _tensors = st.dictionaries(
 _header = st.binary(max_size=60) | st.integers(0, 2**64 - 1).map(lambda size: size.to_bytes(8, "little") + b"{}")
 
 _word = st.text(alphabet="qwxzß ", min_size=1, max_size=8).filter(str.strip)
-_no_number = _word | st.lists(st.integers(), min_size=1, max_size=2) | st.dictionaries(_word, st.none(), min_size=1)
-_below_1 = st.integers(max_value=0)
-_negative = st.integers(max_value=-1)
+_no_number = _word | st.lists(_integers, min_size=1, max_size=2) | st.dictionaries(_word, st.none(), min_size=1)
+_below_1 = st.integers(-(10**18), 0)
+_negative = st.integers(-(10**18), -1)
 _no_rate = st.floats(max_value=0) | st.sampled_from([float("nan"), float("inf")])
 _no_share = st.floats(min_value=1.01) | st.floats(max_value=-0.01)
 _FAULTS: dict[str, Any] = {
     "seed_everything": _negative | _word,
-    "trainer.max_steps": st.integers(max_value=-2) | _no_number,
+    "trainer.max_steps": st.integers(-(10**18), -2) | _no_number,
     "trainer.accumulate_grad_batches": _below_1 | _no_number,
     "trainer.gradient_clip_val": _no_rate.filter(bool) | _word,
     "trainer.check_val_every_n_epoch": _below_1,
@@ -76,7 +77,7 @@ _FAULTS: dict[str, Any] = {
     "trainer.precision": _word | st.just("16-true"),
     "trainer.strategy": st.sampled_from(["fsdp", "deepspeed", "dp"]),
     "model.base": _word.map("./".__add__) | _word.map("random:".__add__),
-    "model.lora": _word | st.lists(st.integers()),
+    "model.lora": _word | st.lists(_integers),
     "model.lora.r": _below_1 | _no_number,
     "model.lora.lora_alpha": _no_rate | _word,
     "model.lora.lora_dropout": _no_share | _word,
@@ -92,7 +93,7 @@ _FAULTS: dict[str, Any] = {
     "data.tokenizer": _word,
     "data.format": _word,
     "data.batch_size": _below_1 | _no_number,
-    "data.max_length": st.integers(max_value=1) | _no_number,
+    "data.max_length": st.integers(-(10**18), 1) | _no_number,
     "data.validation_fraction": _no_share | _no_number,
     "data.num_workers": _negative,
     "data.limit": _below_1,
@@ -100,7 +101,7 @@ _FAULTS: dict[str, Any] = {
     "checkpoint.every_n_steps": _negative | _no_number,
     "checkpoint.keep_last": _below_1,
     "checkpoint.mode": _word,
-    "gradient_norm.window": st.integers(max_value=9) | _no_number,
+    "gradient_norm.window": st.integers(-(10**18), 9) | _no_number,
     "gradient_norm.explosion_factor": st.floats(max_value=1),
     "convergence.window": _below_1,
     "convergence.min_decrease": st.floats(min_value=1),
@@ -111,7 +112,7 @@ _FAULTS: dict[str, Any] = {
         for group in ("trainer", "model", "data", "memory")
         for name in ("é", "batchsize", "x")
     },
-    **{group: _word | st.integers() | st.lists(st.integers(), min_size=1) for group in ("trainer", "model", "data")},
+    **{group: _word | _integers | st.lists(_integers, min_size=1) for group in ("trainer", "model", "data")},
 }
 """Setting -> values that it must not have, each the only fault of its kind in an otherwise sound config."""
 
