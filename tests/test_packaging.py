@@ -90,6 +90,7 @@ def test_constraints_pin_every_direct_dependency_within_its_range() -> None:
 
 
 DISTRIBUTIONS = {"bitsandbytes": "bitsandbytes", "liger_kernel": "liger-kernel", "jinja2": "jinja2", "yaml": "pyyaml"}
+DISTRIBUTIONS |= {"triton": "torch"}  # a part of its builds for CUDA, which runs_triton() asks for
 """Names of distributions that differ from the module's, and of those that need not be installed here."""
 
 
