@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lit_lora.kernels.cuda_stand_ins import is_on_cuda
+from lit_lora.kernels.cuda_way import HALF
 
 # On import bitsandbytes 0.50 warns that it cannot load an optional kernel, which nothing here uses: an inference kernel
 # of lower precision.
@@ -117,7 +118,7 @@ def rounds_products(module: nn.Module) -> bool:
     """Whether the layer multiplies in half precision, or with inputs of 8 bits: equal rows then differ by rounding."""
     if not is_linear_like(module):
         return False
-    return _is_8bit(module) or compute_dtype(module, torch.float32) in (torch.float16, torch.bfloat16)
+    return _is_8bit(module) or compute_dtype(module, torch.float32) in HALF
 
 
 def read_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:

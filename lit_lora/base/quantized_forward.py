@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_lora.base import base_weight
 from lit_lora.base.quantized_linear import autocast_dtype, quantized_linear
+from lit_lora.kernels.cuda_way import HALF
 
 
 class _Prepared:
@@ -49,7 +50,7 @@ def compute_in_half_(model: nn.Module, dtype: torch.dtype) -> None:
 
     float32 is what transformers writes where nobody chose, and on a GPU ten times slower.
     """
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in HALF:
         return
     layers: list[Any] = [module for module in model.modules() if base_weight.is_4bit(module)]
     changed = [layer for layer in layers if base_weight.compute_dtype(layer, dtype) is torch.float32]

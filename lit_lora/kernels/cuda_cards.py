@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.kernels.cuda_stand_ins import is_on_cuda
+from lit_lora.kernels.cuda_way import HALF
 
 _AMPERE = (8, 0)
 """The first with bfloat16 and with FlashAttention (arXiv:2307.08691)."""
@@ -59,7 +60,7 @@ def half_dtype(device: torch.device) -> torch.dtype:
 def has_flash_attention(query: Tensor) -> bool:
     """Whether torch's FlashAttention takes such heads, ``(..., E)``, forward and backward."""
     card = capability(query)
-    if card is None or card < _AMPERE or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256:
+    if card is None or card < _AMPERE or query.dtype not in HALF or query.shape[-1] > 256:
         return False
     # Without it were built some wheels for Windows.
     return not query.is_cuda or torch.backends.cuda.is_flash_attention_available()

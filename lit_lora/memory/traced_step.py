@@ -25,6 +25,7 @@ from lit_lora.base.quantize import is_left_plain, quantize_
 from lit_lora.base.whole_model import readable
 from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
+from lit_lora.kernels.cuda_cards import STAND_IN
 from lit_lora.language_model.forward import Batch, ForwardPath, language_model_loss, placeholder_batch
 from lit_lora.memory.storage_tracker import WORKSPACE, Peak, StorageTracker
 from lit_lora.memory.valueless import without_values
@@ -87,7 +88,8 @@ def trace_step(settings: StepSettings) -> TracedStep:
     as_on_cuda = device != settings.device
     if as_on_cuda:
         notes.append(
-            "traced without CUDA: operators chosen as on a CPU, types and attention as on a card of capability 8.0"
+            "traced without CUDA: operators chosen as on a CPU, types and attention as on a card of capability "
+            f"{'.'.join(map(str, STAND_IN))}"
         )
     purpose = "its step cannot be traced. Run a short fit instead, which reports its peak"
     with without_values(purpose, as_on_cuda=as_on_cuda), tracker:

@@ -14,6 +14,13 @@ from lit_lora.data.resume import align_loop_progress
 
 NUM_EXAMPLES, BATCHES, EPOCHS = 10, 5, 3
 
+SMALL_RUNS = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+]
+"""Marks: what Lightning warns of here is how the runs are."""
+
 
 class Stopped(Exception):
     """Stands for whatever ends a run early."""

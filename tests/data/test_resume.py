@@ -14,6 +14,7 @@ from tests.data.resume_runs import (
     BATCHES,
     EPOCHS,
     NUM_EXAMPLES,
+    SMALL_RUNS,
     Recorder,
     SaveAt,
     Stopped,
@@ -24,11 +25,7 @@ from tests.data.resume_runs import (
     whole_run,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-]
+pytestmark = SMALL_RUNS
 
 
 STOPS = [

@@ -8,6 +8,7 @@ import torch
 
 from lit_lora.data.datamodule import SFTDataModule
 from tests.data.resume_runs import (
+    SMALL_RUNS,
     Recorder,
     SaveAt,
     Stopped,
@@ -17,11 +18,7 @@ from tests.data.resume_runs import (
     whole_run,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-]
+pytestmark = SMALL_RUNS
 
 
 @pytest.mark.parametrize(

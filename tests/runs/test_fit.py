@@ -15,19 +15,10 @@ import lit_lora
 from lit_lora import LoRAConfig, LoRALightningModule, OptimizationConfig, SFTDataModule
 from lit_lora.__main__ import main
 from lit_lora.callbacks import ConvergenceAssertion
-from tests.tiny import config
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config("Llama", vocab_size=260, initializer_range=0.2).save_pretrained("base")
-    rows = [{"prompt": f"say {i}", "completion": f"it is {i * i}"} for i in range(40)]
-    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def parts(rank: int = 4):

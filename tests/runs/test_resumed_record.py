@@ -20,7 +20,6 @@ from lit_lora import LoRAConfig, LoRALightningModule, OptimizationConfig, SFTDat
 from lit_lora.callbacks import ConvergenceAssertion, GradientNormLogger, TrainingCheckpoint
 from lit_lora.files.checkpoint import AtomicCheckpointIO, read_checkpoint
 from lit_lora.runs.outcome import Outcome
-from tests.tiny import config
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -54,14 +53,6 @@ class KillAt(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config("Llama", vocab_size=260, initializer_range=0.2).save_pretrained("base")
-    rows = [{"prompt": f"say {i}", "completion": f"it is {i * i}"} for i in range(40)]
-    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def killed(folder: str, step: int, max_steps: int) -> None:
