@@ -52,7 +52,7 @@ _PUBLIC = {
     "load_base_model": "base.load",
     "load_tokenizer": "base.load",
     "fit": "runs.fit",
-    "Outcome": "runs.outcome",
+    "Outcome": "report.outcome",
     "load": "evaluation.load",
     "generate": "evaluation.generate",
     "score": "evaluation.score",
@@ -112,8 +112,8 @@ if TYPE_CHECKING:
     from lit_lora.memory.estimate import MemoryEstimate, estimate_memory
     from lit_lora.metrics import StepMetrics, TrainingMetrics, assert_loss_convergence
     from lit_lora.module import LoRALightningModule
+    from lit_lora.report.outcome import Outcome
     from lit_lora.runs.fit import fit
-    from lit_lora.runs.outcome import Outcome
 
 
 def __getattr__(name: str) -> Any:

@@ -38,6 +38,13 @@ def _own_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def _no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the page of a run takes a second, which only tests of it spend."""
+    if request.node.get_closest_marker("report") is None:
+        monkeypatch.setattr("lit_lora.runs.run_record.RunRecord._write_report", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def real_model() -> str:
     """Name of the fetched SmolLM2-135M-Instruct."""

@@ -35,6 +35,7 @@ _SECTIONS = (
     ("Data", "data."),
     ("Trainer, the most used settings", "trainer."),
     ("Output", "quiet"),
+    ("Output", "report"),
 )
 
 

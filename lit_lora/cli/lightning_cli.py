@@ -33,9 +33,9 @@ from lit_lora.files import strict_yaml
 from lit_lora.files.checkpoint import read_checkpoint
 from lit_lora.files.shipped import shipped
 from lit_lora.module import LoRALightningModule
+from lit_lora.report.outcome import Outcome
 from lit_lora.runs.config_file import ConfigFile
 from lit_lora.runs.fit import CALLBACKS, TRAINER_DEFAULTS, as_shown, concluded, is_over, left_out, wired
-from lit_lora.runs.outcome import Outcome
 from lit_lora.runs.run_folder import RunFolder
 from lit_lora.runs.run_record import PredictionWriter, RunRecord
 from lit_lora.runs.said import readable
@@ -52,6 +52,9 @@ PARTS: dict[str, Callable[..., Any]] = {
 """What checks the values of a config, by key."""
 
 QUIET = "print the verdict only; warnings and errors are shown in any case."
+REPORT = "write report.html, a page to look at, into the run folder at the end."
+OWN_FLAGS = ("quiet", "report")
+"""Options that are no setting of a part of the run, and leave no trace in its config."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -134,6 +137,7 @@ class LoRACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give every proving callback its key, and the run itself what is no setting of a part of it."""
         parser.add_argument("--quiet", type=bool, default=False, help=QUIET)
+        parser.add_argument("--report", type=bool, default=True, help=REPORT)
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
 
@@ -144,7 +148,7 @@ class LoRACLI(LightningCLI):
             show_help(parser_of(parser, verb), verb, part)
         unreadable: list[str] = []
         try:
-            rest = in_order(with_flag_values(rest, {"--quiet"}))
+            rest = in_order(with_flag_values(rest, {f"--{name}" for name in OWN_FLAGS}))
             sys.argv[2:], notices = without_contradictions(rest, known_settings(parser_of(parser, verb)), unreadable)
         except ValueError as error:
             refuse([str(error)])
@@ -205,7 +209,9 @@ class LoRACLI(LightningCLI):
         shown = as_shown(vars(settings), [], quiet=config.quiet)
         self.config_file = ConfigFile(self._resolved)
         checkpoint = config.ckpt_path if fits else None
-        self.record = RunRecord(is_over=is_over(checkpoint, config.trainer.default_root_dir, self.config_file))
+        self.record = RunRecord(
+            is_over=is_over(checkpoint, config.trainer.default_root_dir, self.config_file), report=config.report
+        )
         extra: list[Callback] = [self.record, self.config_file] if fits else []
         if self.subcommand == "predict":
             extra.append(PredictionWriter())
@@ -220,9 +226,9 @@ class LoRACLI(LightningCLI):
         self.outcome = concluded(self.trainer, self.model, self.datamodule, self.record, self.config_file)
 
     def _resolved(self) -> dict[str, Any]:
-        """The settings of the run; that it was quiet is none of them."""
+        """The settings of the run; what it showed is none of them."""
         self._dump_config()
-        return {name: value for name, value in self.config_dump.items() if name != "quiet"}
+        return {name: value for name, value in self.config_dump.items() if name not in OWN_FLAGS}
 
 
 class _Parsed(Exception):

@@ -1,11 +1,13 @@
 """The command line of a verb that is a function: its parameters are the options, and mistakes get one report.
 
-A required parameter can be given by its place or by its name, ``--adapter runs/x/adapter``.
+A required parameter can be given by its place or by its name, ``--adapter runs/x/adapter``. A last one that is a list
+takes all words that are left.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -27,7 +29,7 @@ def call(function: Callable[..., Any], arguments: Sequence[str]) -> None:
     """
     verb = function.__name__
     flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
-    given = in_order(_by_place(function, with_flag_values(arguments, flags)))
+    given = in_order(_by_place(function, _as_list(function, with_flag_values(arguments, flags))))
     unreadable: list[str] = []
     known = set(inspect.signature(function).parameters)
     if list(settings(given, known, unreadable)) and unreadable:
@@ -52,6 +54,20 @@ def call(function: Callable[..., Any], arguments: Sequence[str]) -> None:
             parser_mode=strict_yaml.install(),
             allow_abbrev=False,
         )
+
+
+def _as_list(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+    """The words of a list in one, as YAML writes it."""
+    required = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    if not required or not str(required[-1].annotation).startswith("list["):
+        return list(arguments)
+    given = options(arguments)
+    words = [option.tokens[0] for option in given if not option.key]
+    first = len(required) - 1
+    if len(words) <= first:
+        return list(arguments)
+    rest = [token for option in given if option.key for token in option.tokens]
+    return [*words[:first], json.dumps(words[first:]), *rest]
 
 
 def _by_place(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:

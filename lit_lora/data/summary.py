@@ -31,6 +31,12 @@ class DataSummary:
     """The first example: what is not supervised stands in 〔 〕."""
 
     def __str__(self) -> str:
+        example = [f"  | {line}" for line in self.preview.splitlines()]
+        return "\n".join([self.in_numbers, "  first example, 〔not supervised〕:", *example])
+
+    @property
+    def in_numbers(self) -> str:
+        """What is in the data, and what was left out of it."""
         statistics = self.statistics
         share = self.num_supervised / self.num_tokens
         layout = "packed, no padding" if self.padding_share is None else f"{self.padding_share:.0%} padding"
@@ -48,7 +54,6 @@ class DataSummary:
         }
         lines += [f"  {count:,} {what}" for what, count in counts.items() if count]
         lines += [f"    {problem}" for problem in statistics.bad_rows]
-        lines += ["  first example, 〔not supervised〕:", *(f"  | {line}" for line in self.preview.splitlines())]
         return "\n".join(lines)
 
 

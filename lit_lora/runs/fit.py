@@ -33,8 +33,8 @@ from lit_lora.files.checkpoint import AtomicCheckpointIO, read_checkpoint
 from lit_lora.files.csv_log import PatientCSVLogger
 from lit_lora.files.environment import ALLOCATION_VARIABLES
 from lit_lora.module import LoRALightningModule
+from lit_lora.report.outcome import Outcome, read_outcome
 from lit_lora.runs.config_file import ConfigFile
-from lit_lora.runs.outcome import Outcome, read_outcome
 from lit_lora.runs.run_record import RunRecord
 from lit_lora.runs.said import readable
 from lit_lora.runs.start import choose_start, one_run
@@ -72,6 +72,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     seed: int = 42,
     quiet: bool = False,
+    report: bool = True,
     **trainer: Any,
 ) -> Outcome | None:
     """Fine-tune from a script, with all that ``lit-lora fit`` does: record, checks, verdict, export, exact resume.
@@ -84,6 +85,7 @@ def fit(
         callbacks: in place of the ones of their class that are there anyway (``ConvergenceAssertion(0.5)``), or more.
         seed: of adapters, dropout and whatever else draws random numbers.
         quiet: print the verdict only; warnings and errors are shown in any case.
+        report: write ``report.html``, a page to look at, into the folder at the end.
         trainer: settings of Lightning's Trainer: ``max_steps``, ``gradient_clip_val``, ...
 
     Returns:
@@ -111,7 +113,7 @@ def fit(
             L.seed_everything(seed, verbose=False)
             kinds = tuple(type(callback) for callback in callbacks)
             config = ConfigFile(lambda: _settings(module, data, settings, seed))
-            record = RunRecord(is_over=is_over(start.checkpoint, start.folder, config))
+            record = RunRecord(is_over=is_over(start.checkpoint, start.folder, config), report=report)
             settings["default_root_dir"] = start.folder
             shown = as_shown(settings, callbacks, quiet=quiet)
             out = left_out(shown, callbacks)

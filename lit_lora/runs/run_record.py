@@ -25,7 +25,9 @@ from lit_lora.files.atomic import atomic_write, make_folder, remove_partial_file
 from lit_lora.files.csv_log import PatientCSVLogger
 from lit_lora.metrics import FILE_NAME
 from lit_lora.module import LoRALightningModule
-from lit_lora.runs.outcome import Outcome, read_outcome
+from lit_lora.report.circumstances import add_start, circumstances, described
+from lit_lora.report.outcome import Outcome, read_outcome
+from lit_lora.report.page import write_report
 
 RECORD = "record"
 """Name of the verdict on a record that is not whole."""
@@ -39,11 +41,13 @@ class RunRecord(L.Callback):
     Args:
         is_over: whether the run is resumed as it ended, by something else than its number of steps or epochs (early
             stopping, a limit of time): it is then not trained on.
+        report: write a page to look at into the folder, at the end of the run, however that comes.
     """
 
-    def __init__(self, *, is_over: bool = False) -> None:
+    def __init__(self, *, is_over: bool = False, report: bool = True) -> None:
         super().__init__()
         self.is_over = is_over
+        self.report = report
         self._started = self._ended = self._stopped_early = False
 
     @rank_zero_only
@@ -75,6 +79,7 @@ class RunRecord(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on there is something to record."""
         self._started = True
+        self._note_circumstances(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the metrics so far."""
@@ -101,6 +106,8 @@ class RunRecord(L.Callback):
             self.save(trainer, pl_module)
             if any(check.verdict is not None and check.verdict.passed is False for check in _checks(trainer)):
                 self.conclude(trainer)
+            else:
+                self._write_report(trainer)
         except Exception as error:  # metrics may wait for a device that has failed
             rank_zero_warn(f"The record was not written after the exception: {error!r}")
 
@@ -140,8 +147,34 @@ class RunRecord(L.Callback):
         failures = [] if outcome == earlier else self._write(trainer, outcome, measured=earlier is None)
         if failures:
             raise OSError(f"the record of the run could not be written: {'; '.join(failures)}")
+        if self._started or earlier is None:
+            self._write_report(trainer)
         print(f"  {'run folder':<16}{folder}")
         return outcome
+
+    @rank_zero_only
+    def _note_circumstances(self, trainer: L.Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        entry = circumstances(step=trainer.global_step, device=_device(trainer), num_processes=trainer.world_size)
+        data = trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
+        try:
+            add_start(Path(trainer.default_root_dir), entry, described(data))
+        except OSError as error:
+            rank_zero_warn(f"Where the run runs was not recorded: {error}")
+
+    @rank_zero_only
+    def _write_report(self, trainer: L.Trainer) -> None:
+        """The page is made from what has been recorded; where it fails, that stays, and so does the outcome."""
+        if not self.report or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = trainer.default_root_dir
+        try:
+            path = write_report(folder)
+        except Exception as error:  # whatever a chart cannot be made of, a run has been trained
+            rank_zero_warn(f"The report was not written: {error!r}. Try again with `lit-lora report {folder}`")
+        else:
+            print(f"  {'report':<16}{path}")
 
     def _outcome(self, trainer: L.Trainer, earlier: Outcome | None) -> Outcome:
         verdicts = [check.verdict or Verdict(check.name, None, "not judged") for check in _checks(trainer)]

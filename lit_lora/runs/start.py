@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.files.checkpoint import read_checkpoint
-from lit_lora.runs.outcome import read_outcome
+from lit_lora.report.outcome import read_outcome
 from lit_lora.runs.run_folder import RunFolder, find_checkpoint, new_run_folder, resumed_run_folder, run_folders
 from lit_lora.wording import setting
 

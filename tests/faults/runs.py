@@ -156,6 +156,7 @@ class Project:
             "checkpoint": {"every_n_steps": 2},
             "convergence": {"min_decrease": -9.0},
             "export": {"every_n_steps": 2},
+            "report": False,
         }  # fmt: skip
 
     def fit(

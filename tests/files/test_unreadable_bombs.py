@@ -26,7 +26,7 @@ from lit_lora.data.tokenize import run_tokenizer
 from lit_lora.files import strict_yaml
 from lit_lora.files.checkpoint import CHECKSUM, DamagedCheckpointError, newest_checkpoint, read_checkpoint
 from lit_lora.metrics import TrainingMetrics
-from lit_lora.runs.outcome import FILE_NAME, Outcome, read_outcome
+from lit_lora.report.outcome import FILE_NAME, Outcome, read_outcome
 from lit_lora.training.training_state import _check_layout, layout
 
 pytestmark = pytest.mark.timeout(60)

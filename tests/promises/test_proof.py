@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_lora.runs.outcome import EXIT_NOT_PROVED
+from lit_lora.report.outcome import EXIT_NOT_PROVED
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
 pytestmark = [

@@ -19,7 +19,7 @@ import lit_lora
 from lit_lora import LoRAConfig, LoRALightningModule, OptimizationConfig, SFTDataModule, TrainingMetrics
 from lit_lora.callbacks import ConvergenceAssertion, GradientNormLogger, TrainingCheckpoint
 from lit_lora.files.checkpoint import AtomicCheckpointIO, read_checkpoint
-from lit_lora.runs.outcome import Outcome
+from lit_lora.report.outcome import Outcome
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

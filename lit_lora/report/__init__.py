@@ -1,0 +1,1 @@
+"""What a run says of itself: its outcome, and a page to look at."""
