@@ -41,6 +41,8 @@ OTHER_WORDS = {
 BEFORE = {
     "docs/inference.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl",
     "docs/multi_process.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl --print_config > my.yaml",
+    "docs/runs.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl\n"
+    "lit-lora fit --config lora_mlp.yaml --data.train my.jsonl",
 }
 """Commands that a page takes as done."""
 
