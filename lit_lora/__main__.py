@@ -26,6 +26,7 @@ TOOLS = {
     "evaluate": "exact match and loss on held-out examples, before and after",
     "estimate": "peak memory of a fit, and whether it fits",
     "report": "a page to look at, of one run or of several side by side",
+    "verify": "check the files of a run, and repeat some of its steps",
     "merge": "fold an adapter into its base: a folder for plain transformers",
     "export": "write an adapter from a checkpoint or folder, for other tools",
     "tiers": "five QLoRA runs, 10 steps to 7B; skips what this machine cannot run",

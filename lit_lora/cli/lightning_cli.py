@@ -7,22 +7,24 @@ new run never writes into the folder of an earlier one: it takes the next free n
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_lora.callbacks.verdict import NotProvedError
 from lit_lora.cli.command_line import in_order, with_flag_values, without_contradictions
 from lit_lora.cli.config_check import DATA_KEYS, parser_of, problems_in, problems_of
 from lit_lora.cli.help import asked_part, show_help
@@ -95,6 +97,56 @@ def parse_fit(arguments: Sequence[str]) -> Any:
     raise AssertionError("the command line was run")
 
 
+def replay(config: Path, checkpoint: Path | None, folder: Path, until: int, num_processes: int) -> None:
+    """Train as a config says, in this process and another folder, until a step: see ``lit_lora.runs.verification``.
+
+    Args:
+        config: of the run.
+        checkpoint: to go on from; None for the start of the run.
+        folder: to train in; nothing is written elsewhere.
+        until: step to stop after, with the schedule of the whole run.
+        num_processes: that the run had; as many micro-batches are accumulated here.
+
+    Raises:
+        ValueError: for what no run can go on with.
+    """
+    options: dict[str, Any] = {"report": False, "quiet": True, "ckpt_path": checkpoint}
+    options |= {"trainer.default_root_dir": folder, "trainer.logger": None, "checkpoint.dirpath": None}
+    options |= {"export.folder": None, "export.best_folder": None}
+    if num_processes > 1:
+        trainer = strict_yaml.read(config)["trainer"]
+        accumulated = num_processes * trainer["accumulate_grad_batches"]
+        options |= {"trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
+        options |= {"trainer.accumulate_grad_batches": accumulated}
+    given = [f"--{name}={'null' if value is None else value}" for name, value in options.items()]
+    stopping = type("Replay", (LoRACLI,), {"further_callbacks": [_StopAfter(until)]})
+    before = list(sys.argv)
+    sys.argv = [sys.argv[0], "fit", "--config", str(config), *given]
+    try:
+        with one_run(), redirect_stdout(io.StringIO()):
+            _run(stopping)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except NotProvedError:
+        pass  # a part of a run need not prove what the whole did
+    except SystemExit as error:
+        raise ValueError("its config is refused, see above") from error
+    finally:
+        sys.argv = before
+
+
+class _StopAfter(Callback):
+    """Ends a run after a step, as early stopping does."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Ask the Trainer to stop."""
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.step
+
+
 @for_command_line()
 def _run(cli: type[LoRACLI] | None = None) -> LoRACLI:
     return (cli or LoRACLI)(
@@ -117,6 +169,8 @@ class LoRACLI(LightningCLI):
     """How the run ended; of a fit, on its first process."""
     trains = True
     """Whether a fit is run, which must have an end, and not only parsed."""
+    further_callbacks: Sequence[Callback] = ()
+    """Of a fit, beside the configured ones."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Run the command line; see :func:`run`."""
@@ -212,7 +266,7 @@ class LoRACLI(LightningCLI):
         self.record = RunRecord(
             is_over=is_over(checkpoint, config.trainer.default_root_dir, self.config_file), report=config.report
         )
-        extra: list[Callback] = [self.record, self.config_file] if fits else []
+        extra: list[Callback] = [self.record, self.config_file, *self.further_callbacks] if fits else []
         if self.subcommand == "predict":
             extra.append(PredictionWriter())
         for key in left_out(shown):

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.files.atomic import atomic_write
 
@@ -35,6 +37,7 @@ def circumstances(*, step: int, device: str, num_processes: int) -> dict[str, An
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "system": platform.platform(),
         "processor": processor(),
+        "num_threads": torch.get_num_threads(),
         "device": device,
         "num_processes": num_processes,
     }

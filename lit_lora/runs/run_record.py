@@ -28,6 +28,7 @@ from lit_lora.module import LoRALightningModule
 from lit_lora.report.circumstances import add_start, circumstances, described
 from lit_lora.report.outcome import Outcome, read_outcome
 from lit_lora.report.page import write_report
+from lit_lora.runs.sha256sums import write_sums
 
 RECORD = "record"
 """Name of the verdict on a record that is not whole."""
@@ -149,6 +150,7 @@ class RunRecord(L.Callback):
             raise OSError(f"the record of the run could not be written: {'; '.join(failures)}")
         if self._started or earlier is None:
             self._write_report(trainer)
+            write_sums(folder)
         print(f"  {'run folder':<16}{folder}")
         return outcome
 
