@@ -23,6 +23,7 @@ TRAINER_VERBS = {
 TOOLS = {
     "fetch": "download a small base model",
     "generate": "prompt in, text out, with and without an adapter",
+    "chat": "talk to a model, with its adapter or without",
     "evaluate": "exact match and loss on held-out examples, before and after",
     "estimate": "peak memory of a fit, and whether it fits",
     "report": "a page to look at, of one run or of several side by side",

@@ -20,6 +20,7 @@ SMALLER = {
     "validate": ["--trainer.accelerator=cpu", "--data.limit=24"],
     "estimate": ["--model.base=smollm2-135m-instruct", "--trainer.max_steps=3"],
     "generate": ["--max_new_tokens=3"],
+    "chat": ["--max_new_tokens=3"],
     "evaluate": ["--max_new_tokens=3", "--limit=3"],
     "tiers": ["--only=[1]"],
 }

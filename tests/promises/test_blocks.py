@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -51,6 +52,7 @@ PYTHON = [page for page in PAGES if blocks(page, "python")]
 @pytest.fixture
 def reader(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> Stranger:
     """Someone who follows a page: with data of their own, and a tiny model in the place of the quickstart's."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\n"))  # said to a chat
     home = stranger.folder / "home"
     monkeypatch.setenv("LIT_LORA_HOME", str(home))
     monkeypatch.setenv("LIT_LORA_CACHE", str(stranger.folder / "cache"))
