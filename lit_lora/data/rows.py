@@ -1,0 +1,61 @@
+"""A row of a source, and the report of the rows that cannot be used: all of them, by file and line."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+MAX_PROBLEMS_SHOWN = 10
+_MAX_NAMES_SHOWN, _MAX_SHOWN = 20, 60
+
+
+class Row(NamedTuple):
+    """One row of a source."""
+
+    line: int
+    """Line number in its file, from 1; for Parquet files and datasets the row number."""
+    fields: dict[str, Any]
+
+
+@dataclass
+class Problems:
+    """What is wrong with a source, collected so that one report names all of it."""
+
+    source: str
+    """Name of the file or dataset."""
+    shown: list[str] = field(default_factory=list)
+    """The first problems, ready to print."""
+    count: int = 0
+    """How many there are in all."""
+    file: str | None = None
+    """Which file of the source is being read: put before each line number."""
+
+    def add(self, line: int, message: str) -> None:
+        """Note that the row at ``line`` cannot be used, and why."""
+        self.count += 1
+        if len(self.shown) < MAX_PROBLEMS_SHOWN:
+            self.shown.append(f"{self.file or self.source}:{line}: {message}")
+
+    def merge(self, later: Problems) -> None:
+        """Add the problems of a later part of the source."""
+        self.count += later.count
+        self.shown += later.shown[: MAX_PROBLEMS_SHOWN - len(self.shown)]
+
+    def __str__(self) -> str:
+        rest = self.count - len(self.shown)
+        return "\n".join([*(f"  {problem}" for problem in self.shown), *([f"  ... and {rest} more"] if rest else [])])
+
+
+def shown(value: Any) -> str:
+    """A value of a file, as long as one can read: a hostile or broken file may hold a name of a gigabyte."""
+    text = repr(value[:_MAX_SHOWN]) if isinstance(value, str) else reprlib.repr(value)
+    return text if len(text) <= _MAX_SHOWN + 2 else f"{text[:_MAX_SHOWN]}..."
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """A list of names, likewise."""
+    listed = ", ".join(map(shown, names[:_MAX_NAMES_SHOWN]))
+    rest = len(names) - _MAX_NAMES_SHOWN
+    return f"[{listed}{f', and {rest:,} more' if rest > 0 else ''}]"
