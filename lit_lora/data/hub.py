@@ -48,8 +48,8 @@ def load(source: str, similar: str = "") -> Any:
     except Exception as error:  # datasets raises many unrelated types for "not there"; all become one message
         raise ValueError(
             f"{source!r} is neither a file nor a dataset that can be loaded ({type(error).__name__}: {error}). "
-            "Expected a .json, .jsonl, .csv or .parquet file (or .gz or .zst of one), a folder or pattern of them, or a "
-            f"Hub dataset as name, name:config, name@split or name:config@split{similar}"
+            "Expected a .json, .jsonl, .csv or .parquet file (or .gz or .zst of one), a folder or pattern of them, or "
+            f"a Hub dataset as name, name:config, name@split or name:config@split{similar}"
         ) from error
 
 

@@ -37,7 +37,7 @@ class Block(NamedTuple):
     """Put before line numbers."""
     kind: Literal["lines", "rows", "arrow"]
     payload: bytes
-    """Lines of JSON; or pickled pairs of a line number and a row or what is wrong with it; or a record batch of Arrow."""
+    """Lines of JSON; or pickled pairs of a line number and a row, or what is wrong with it; or a batch of Arrow."""
     first: int
     """Number of the first line or row."""
     too_long: dict[int, str]

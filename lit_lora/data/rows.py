@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ class Problems:
     """The first problems, ready to print."""
     count: int = 0
     """How many there are in all."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What is done with rows that are good but not taken as they are, and how often: a column that is not used, ..."""
     file: str | None = None
     """Which file of the source is being read: put before each line number."""
 
@@ -38,10 +41,15 @@ class Problems:
         if len(self.shown) < MAX_PROBLEMS_SHOWN:
             self.shown.append(f"{self.file or self.source}:{line}: {message}")
 
-    def merge(self, later: Problems) -> None:
-        """Add the problems of a later part of the source."""
-        self.count += later.count
-        self.shown += later.shown[: MAX_PROBLEMS_SHOWN - len(self.shown)]
+    def note(self, message: str, count: int = 1) -> None:
+        """Count what is done with a row; the message does not name it."""
+        self.notes[message] += count
+
+    def merge(self, other: Problems) -> None:
+        """Add those of later rows of the same source."""
+        self.count += other.count
+        self.shown = (self.shown + other.shown)[:MAX_PROBLEMS_SHOWN]
+        self.notes += other.notes
 
     def __str__(self) -> str:
         rest = self.count - len(self.shown)

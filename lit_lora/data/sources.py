@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,13 @@ def existing_file(source: str) -> Path:
     size_gib, memory_gib = size / 2**30, psutil.virtual_memory().total / 2**30
     if suffix_of(path) == ".json" and size_gib > memory_gib:
         raise ValueError(
-            f"{path} has {size_gib:,.0f} GiB and this machine {memory_gib:.0f} GiB of memory, into which a .json file is "
-            "read: save it as JSON Lines (.jsonl), which is read in pieces"
+            f"{path} has {size_gib:,.0f} GiB and this machine {memory_gib:.0f} GiB of memory, into which a .json file "
+            "is read: save it as JSON Lines (.jsonl), which is read in pieces"
+        )
+    if size > (disk := shutil.disk_usage(path).total):
+        raise ValueError(
+            f"{path} has {size_gib:,.0f} GiB and this machine's disk {disk / 2**30:,.0f} GiB, so most of it is not "
+            "there: copy it again"
         )
     return path
 
