@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.data.data_record import data_record
-from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, tokenizer_digest
+from lit_lora.data.dataset import Examples, TokenizedDataset, check_vocabulary, tokenizer_digest
 from lit_lora.data.limits import check_limits
 from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only, prompts_of
 from lit_lora.data.packing import collate_packed, collate_padded
@@ -125,9 +125,9 @@ class SFTDataModule(pl.LightningDataModule):
         self.packing = packing
         self.num_workers = num_workers
         self.cache_dir = cache_folder("tokenized") if cache_dir is None else Path(cache_dir).expanduser()
-        self.train_data: TokenizedDataset | None = None
-        self.validation_data: TokenizedDataset | None = None
-        self.test_data: TokenizedDataset | None = None
+        self.train_data: Examples | None = None
+        self.validation_data: Examples | None = None
+        self.test_data: Examples | None = None
         self.summary: DataSummary | None = None
         self._tokenizer = tokenizer
         self._tokenizer_name: str | None = None
@@ -199,10 +199,11 @@ class SFTDataModule(pl.LightningDataModule):
         """
         self._check_trainer()
         self._train_sampler, self._loaded_state = None, None
-        train = self._tokenized(self.train_source)
+        source = self._tokenized(self.train_source)
+        train: Examples = source
         if self.validation_fraction:
-            chosen = split_indices(len(train), self.validation_fraction, self.batch_settings.seed)
-            train, self.validation_data = train.select(chosen[0]), train.select(chosen[1])
+            chosen = split_indices(len(source), self.validation_fraction, self.batch_settings.seed)
+            train, self.validation_data = source.select(chosen[0]), source.select(chosen[1])
         elif self.validation_source is not None:
             self.validation_data = self._tokenized(self.validation_source)
         if self.test_source is not None:
@@ -382,16 +383,16 @@ class SFTDataModule(pl.LightningDataModule):
             self._datasets[source] = tokenize_source(source, self.tokenizer, settings, cache_dir=self.cache_dir)
         return self._datasets[source]
 
-    def _num_batches(self, data: TokenizedDataset | None) -> int:
+    def _num_batches(self, data: Examples | None) -> int:
         """Of this rank, in an epoch."""
         return 0 if data is None else -(-len(plan_batches(data.lengths, self.batch_settings)) // self._world_size)
 
-    def _evaluation_loader(self, data: TokenizedDataset) -> DataLoader:
+    def _evaluation_loader(self, data: Examples) -> DataLoader:
         settings = replace(self.batch_settings, shuffle=False)
         sampler = ResumableBatchSampler(data.lengths, settings, rank=self._rank, world_size=self._world_size)
         return self._loader(data, sampler)
 
-    def _loader(self, data: TokenizedDataset, sampler: ResumableBatchSampler) -> DataLoader:
+    def _loader(self, data: Examples, sampler: ResumableBatchSampler) -> DataLoader:
         self._check_vocabulary(data)
         return ResumableDataLoader(
             data,
@@ -408,7 +409,7 @@ class SFTDataModule(pl.LightningDataModule):
         """A DataLoader draws from a generator for every iterator; the global one would differ after a resume."""
         return torch.Generator().manual_seed(self.batch_settings.seed)
 
-    def _check_vocabulary(self, data: TokenizedDataset) -> None:
+    def _check_vocabulary(self, data: Examples) -> None:
         module = None if self.trainer is None else self.trainer.lightning_module
         model = getattr(module, "model", None)
         if isinstance(model, PreTrainedModel):

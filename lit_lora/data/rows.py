@@ -28,6 +28,8 @@ class Problems:
     """Name of the file or dataset."""
     shown: list[str] = field(default_factory=list)
     """The first problems, ready to print."""
+    lines: list[int] = field(default_factory=list)
+    """Of each that is shown."""
     count: int = 0
     """How many there are in all."""
     notes: Counter[str] = field(default_factory=Counter)
@@ -40,16 +42,21 @@ class Problems:
         self.count += 1
         if len(self.shown) < MAX_PROBLEMS_SHOWN:
             self.shown.append(f"{self.file or self.source}:{line}: {message}")
+            self.lines.append(line)
 
     def note(self, message: str, count: int = 1) -> None:
         """Count what is done with a row; the message does not name it."""
         self.notes[message] += count
 
-    def merge(self, other: Problems) -> None:
-        """Add those of later rows of the same source."""
+    def merge(self, other: Problems, *, same_rows: bool = False) -> None:
+        """Add those of later rows of the same source, or others of the same rows, in the order of the lines."""
         self.count += other.count
-        self.shown = (self.shown + other.shown)[:MAX_PROBLEMS_SHOWN]
         self.notes += other.notes
+        both = [*zip(self.lines, self.shown, strict=True), *zip(other.lines, other.shown, strict=True)]
+        if same_rows:
+            both.sort(key=lambda problem: problem[0])
+        self.lines = [line for line, _ in both[:MAX_PROBLEMS_SHOWN]]
+        self.shown = [message for _, message in both[:MAX_PROBLEMS_SHOWN]]
 
     def __str__(self) -> str:
         rest = self.count - len(self.shown)

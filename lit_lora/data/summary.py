@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lit_lora.data.dataset import DatasetStatistics, TokenizedDataset
+from lit_lora.data.dataset import DatasetStatistics, Examples
 from lit_lora.data.sampler import BatchSettings, plan_batches
 
 PREVIEW_TOKENS = 400
@@ -54,7 +54,7 @@ class DataSummary:
 
 
 def summarize(
-    dataset: TokenizedDataset,
+    dataset: Examples,
     tokenizer: PreTrainedTokenizerBase,
     settings: BatchSettings,
     *,
@@ -66,12 +66,12 @@ def summarize(
     padding_share = None
     if settings.padded:
         padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
-        padding_share = 1 - len(dataset.ids) / padded
+        padding_share = 1 - dataset.num_tokens / padded
     return DataSummary(
         statistics=dataset.statistics,
         num_examples=len(dataset),
-        num_tokens=len(dataset.ids),
-        num_supervised=int(dataset.mask.sum()),
+        num_tokens=dataset.num_tokens,
+        num_supervised=dataset.num_supervised,
         num_validation=num_validation,
         num_batches=len(batches),
         padding_share=padding_share,
@@ -79,7 +79,7 @@ def summarize(
     )
 
 
-def preview(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> str:
+def preview(dataset: Examples, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> str:
     """One example as text, with what is not supervised in 〔 〕; long ones are cut."""
     example = dataset[index]
     ids, mask = example.ids[:PREVIEW_TOKENS], example.mask[:PREVIEW_TOKENS]
