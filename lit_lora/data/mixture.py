@@ -7,49 +7,17 @@ stopped, so no example comes a second time before all others of its source have 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_lora.data.data_source import DataSource
 from lit_lora.wording import setting
 
 _ORDER_OF_A_PASS = 2
 """Tells these random orders from those of the sampler."""
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """One of several sources of data."""
-
-    path: str
-    """a file, folder, pattern or Hub dataset, as for a single source"""
-    weight: float | None = None
-    """share of the examples of an epoch: where all sources have weights, relative to their sum; else a fraction below
-    1 (0.01 for one replayed example in a hundred), and the sources without weight share the rest by their epochs"""
-    epochs: float | None = None
-    """how often an epoch of the run goes through this source; 1 if neither this nor weight is given"""
-    format: str | None = None
-    """as data.format, for this source"""
-    columns: dict[str, str] | None = None
-    """as data.columns, for this source"""
-    name: str | None = None
-    """in messages and in metrics (val_loss/NAME); by default the file's name without its ending"""
-    limit: int | None = None
-    """use only the first rows, this many"""
-
-    def __post_init__(self) -> None:
-        if self.weight is not None and self.epochs is not None:
-            raise ValueError(f"the source {self.path} has both weight and epochs: give one of them")
-        for name in ("weight", "epochs"):
-            value = getattr(self, name)
-            if value is not None and not (0 < value < math.inf):
-                raise ValueError(f"{name} of the source {self.path} must be above 0, got {value}")
-        if self.name is not None and not self.name.strip():
-            raise ValueError(f"name of the source {self.path} is empty: leave it out, or give one")
 
 
 @dataclass(frozen=True)
@@ -67,12 +35,8 @@ class Mixture:
 
         Args:
             sizes: examples of each source.
-            sources: with their weights and epochs.
-
-        Raises:
-            ValueError: if the weights leave nothing for sources without.
+            sources: with their weights and epochs; see :func:`check_mixture`.
         """
-        check_weights(sources)
         weights = [source.weight for source in sources]
         counted = [0.0 if s.weight is not None else n * (s.epochs or 1.0) for n, s in zip(sizes, sources, strict=True)]
         shares = [weight or 0.0 for weight in weights]
@@ -115,34 +79,45 @@ class Mixture:
         return np.concatenate(chosen)
 
 
-def check_weights(sources: Sequence[DataSource]) -> None:
+def check_mixture(sources: Sequence[DataSource], key: str) -> None:
     """Check the weights of sources against each other.
 
+    Args:
+        sources: of training data.
+        key: of their setting.
+
     Raises:
-        ValueError: if they leave nothing for sources without.
+        ValueError: if they leave nothing for sources without, or there is nothing to weigh.
     """
     weights = [source.weight for source in sources]
+    if len(sources) == 1 and weights[0] is not None:
+        raise ValueError(
+            f"{setting(key)} is a single source, {sources[0].name}, so its weight has no effect: leave it out"
+        )
     total = sum(weight or 0.0 for weight in weights)
     if None in weights and total >= 1:
-        without = next(source.path for source in sources if source.weight is None)
+        without = next(source.name for source in sources if source.weight is None)
         raise ValueError(
-            f"the weights of {setting('data.train')} sum up to {total:g}, which leaves nothing of an epoch for {without}"
-            ", a source without weight: give fractions that sum up to less than 1, or give every source a weight"
+            f"the weights of {setting(key)} sum up to {total:g}, which leaves nothing of an epoch for {without}, a "
+            "source without weight: give fractions that sum up to less than 1, or give every source one"
         )
+
+
+def check_no_mixture(sources: Sequence[DataSource], key: str) -> None:
+    """Check that nothing is weighed where each example is looked at once.
+
+    Raises:
+        ValueError: if it is.
+    """
+    for source in sources:
+        for name in ("weight", "epochs"):
+            if getattr(source, name) is not None:
+                raise ValueError(
+                    f"{name} of {source.name} has no effect in {setting(key)}, of which each example is looked at "
+                    "once: leave it out"
+                )
 
 
 def permutation(count: int, *seeds: int) -> NDArray[np.int64]:
     """A random order of ``count`` items, the same under every NumPy (which promises that of raw bits only)."""
     return np.argsort(np.random.PCG64([count, *seeds]).random_raw(count), kind="stable")
-
-
-def as_source(given: Any) -> DataSource:
-    """A source as it was given: by name, by its settings, or in memory."""
-    if isinstance(given, DataSource):
-        return given
-    if isinstance(given, Mapping):
-        known = DataSource.__dataclass_fields__
-        if unknown := [name for name in given if name not in known]:
-            raise ValueError(f"a source has no setting {unknown[0]!r}, expected {', '.join(known)}")
-        return DataSource(**given)
-    return DataSource(given)

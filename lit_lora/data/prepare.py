@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_lora.data.array_file import InMemory
 from lit_lora.data.dataset import DatasetStatistics, TokenizedDataset, cache_path, load_cached, tokenizer_digest
-from lit_lora.data.formats import Examples, layout_of, parse_examples
-from lit_lora.data.sources import Problems, Row, files_of, name_of, read_rows, source_digest
+from lit_lora.data.formats import Example, Examples, layout_of, parse_examples
+from lit_lora.data.readers import rows_of
+from lit_lora.data.sources import Problems, Row, files_of, name_of, read_blocks, read_rows, source_digest
 from lit_lora.data.tokenizing import Tokenized, tokenized
 from lit_lora.data.waiting import one_at_a_time, say, warn_not_cached
 from lit_lora.files.atomic import atomic_write
@@ -75,6 +76,22 @@ def read_examples(source: Any, settings: SourceSettings) -> Examples:
         examples.items = parse_examples(counted, problems, layout, ignore=settings.ignore_columns)
     check_problems(problems, len(examples.items), settings)
     return examples
+
+
+def find_examples(source: Any, settings: SourceSettings, places: Collection[str]) -> dict[str, Example]:
+    """The examples at some places of a source, by their place, see :meth:`TokenizedDataset.place`."""
+    found: dict[str, Example] = {}
+    layout = None
+    for block in read_blocks(source):
+        problems = Problems(name_of(source))
+        for row in rows_of(block, problems):
+            place = f"{block.file}, line {row.line}"
+            layout = layout or layout_of(row, block.file, settings.format, settings.columns)
+            if place in places:
+                (found[place],) = parse_examples([row], problems, layout)
+        if len(found) == len(places):
+            break
+    return found
 
 
 def tokenize_source(
