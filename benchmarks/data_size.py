@@ -117,7 +117,8 @@ for _ in range(20_000):
 def write_rows(path: Path, rows: int) -> None:
     """Conversations of about 200 tokens, of words of the shipped data, no two alike."""
     text = (FOLDER / "data" / "requests_train.jsonl").read_text(encoding="utf-8")
-    words = sorted({word for line in text.splitlines() for word in json.loads(line)["prompt"].split()})
+    turns = [turn for line in text.splitlines() for turn in json.loads(line)["messages"]]
+    words = sorted({word for turn in turns for word in turn["content"].split() if word.isalpha()})
     pick = random.Random(0)
     with path.open("w") as file:
         for number in range(rows):

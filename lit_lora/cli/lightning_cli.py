@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_lora.cli.command_line import in_order, with_flag_values, without_contradictions
-from lit_lora.cli.config_check import DATA_KEYS, parser_of, problems_in, problems_of
+from lit_lora.cli.config_check import DATA_KEYS, parser_of, problems_in, problems_of, with_shipped
 from lit_lora.cli.help import asked_part, show_help
 from lit_lora.cli.parse_errors import reason
 from lit_lora.cli.setting_check import known_settings, refuse
@@ -169,7 +169,7 @@ class LoRACLI(LightningCLI):
         """
         for key in DATA_KEYS:
             if config.get(key):
-                config[key] = shipped(config[key]) or config[key]
+                config[key] = with_shipped(config[key])
         found = problems_of(config, parser, sys.argv[1:], PARTS)
         if not found and self.trains and self.config["subcommand"] == "fit":
             found = missing_end(**vars(config.trainer))

@@ -14,15 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from lit_lora.data.hub import is_dataset
 from lit_lora.data.readers import COMPRESSED
-from lit_lora.data.rows import shown
+from lit_lora.data.rows import Rows, shown
 from lit_lora.data.waiting import say
 from lit_lora.wording import setting
-
-if TYPE_CHECKING:
-    Rows = Any
-    """A name (``str``), a ``datasets.Dataset``, or an iterable of rows (``dict``)."""
-else:
-    Rows = str  # what a command line can give
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,13 @@ class DataSource:
                 raise ValueError(f"{name} of the source {described(self.path)} must be above 0, got {value}")
         if self.name is not None and not self.name.strip():
             raise ValueError(f"name of the source {described(self.path)} is empty: leave it out, or give one")
+
+
+if TYPE_CHECKING:
+    Given = Any
+    """A name, a ``datasets.Dataset``, an iterable of dicts, or a list of sources."""
+else:
+    Given = str | list[str | DataSource]  # what a command line can give
 
 
 class RowsInMemory:
@@ -176,4 +177,4 @@ def _name(path: Any) -> str:
         return folders[-1] if folders and "*" not in folders[-1] else "files"
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
-    return name.rpartition(".")[0] or name
+    return name.rpartition(".")[0] or name or "data"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.data.data_record import data_record
-from lit_lora.data.data_source import DataSource, sources_of
+from lit_lora.data.data_source import Given, sources_of
 from lit_lora.data.dataset import ChosenExamples, Examples, check_vocabulary, tokenizer_digest
 from lit_lora.data.limits import check_limits
 from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only
@@ -33,12 +33,6 @@ from lit_lora.files.atomic import remove_partial_files
 from lit_lora.files.environment import cache_folder
 from lit_lora.wording import setting
 
-if TYPE_CHECKING:
-    Given = Any
-    """A name, a ``datasets.Dataset``, an iterable of dicts, or a list of sources."""
-else:
-    Given = str | list[str | DataSource]  # what a command line can give
-
 DEFAULT_BATCH_SIZE = 4
 ABANDONED_S = 3600.0
 """Age at which no process can be writing a temporary file of the cache any more."""
@@ -50,7 +44,7 @@ class SFTDataModule(pl.LightningDataModule):
     Args:
         train: training data: a .json, .jsonl, .csv or .parquet file (or .gz or .zst of one), a folder or pattern of
             them, a folder of ``save_to_disk``, or a Hub dataset (``name``, ``name:config``, ``name@split``); or a list
-            of sources, each such a name or a :class:`DataSource` with weight or epochs. In Python also a
+            of sources, each such a name or a ``DataSource`` with weight or epochs. In Python also a
             ``datasets.Dataset`` or an iterable of dicts.
         validation: validation data, as for train; of several sources each has a loss of its own, ``val_loss/NAME``.
         validation_fraction: share of ``train`` to validate on, of each of its sources, if ``validation`` is not given.

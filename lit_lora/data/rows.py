@@ -6,7 +6,13 @@ import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    Rows = Any
+    """Where rows are from: a name (``str``), a ``datasets.Dataset``, or an iterable of rows (``dict``)."""
+else:
+    Rows = str  # what a command line can give
 
 MAX_PROBLEMS_SHOWN = 10
 _MAX_NAMES_SHOWN, _MAX_SHOWN = 20, 60
