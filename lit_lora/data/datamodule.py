@@ -117,7 +117,7 @@ class SFTDataModule(pl.LightningDataModule):
             train_on_turns=train_on_turns,
             reasoning=reasoning,
             long_rows=long_rows,
-            ignore_columns=tuple(ignore_columns or ()),
+            ignore_columns=list(ignore_columns or []),
         )
         self.batch_settings = BatchSettings(
             batch_size=batch_size, max_tokens=max_tokens_per_batch, padded=not packing, shuffle=shuffle, seed=seed
