@@ -26,7 +26,7 @@ _THINKING = re.compile(r"\s*(<(think|thinking|reasoning|thought)>|\[THINK\])(.*?
 _SAID, _NAME, _KEY, _VALUE = "qwyx", "zwxk", "kqzy", "vwqx"
 """Letters that no template writes by itself, and none of them changes."""
 
-_JSON = re.compile(rf'(?<!\\)\{{\s*"{_KEY}"\s*:\s*"{_VALUE}"\s*\}}')
+_JSON = re.compile(rf'(?<![\\{{])\{{\s*"{_KEY}"\s*:\s*"{_VALUE}"\s*\}}')
 _PROBE_TOOL = {
     "type": "function",
     "function": {
@@ -37,7 +37,7 @@ _PROBE_TOOL = {
 }
 _OWN_KEYS = frozenset({"role", "content", "reasoning_content", "tool_calls", "weight"})
 _PLAIN_KEYS = frozenset({"role", "content"})
-_NO_SYSTEM = "the chat template has no system role: the system message is put before the next user message"
+_NO_SYSTEM = "the chat template shows no system message beside an answer: it is put before the next user message"
 
 
 class _CallForm(NamedTuple):
@@ -104,10 +104,13 @@ class TemplateNeeds:
 
     @cached_property
     def shows_system(self) -> bool:
-        """Whether a system message at the beginning is written."""
-        user = {"role": "user", "content": self.content(_SAID)}
-        text = self.rendered([{"role": "system", "content": self.content(_NAME)}, user])
-        return (text is not None and _NAME in text) or self.rendered([user]) is None
+        """Whether a system message at the beginning is written, where an answer is asked for and where one is given."""
+        system, user, assistant = (
+            {"role": role, "content": self.content(text)}
+            for role, text in (("system", _NAME), ("user", _SAID), ("assistant", _VALUE))
+        )
+        texts = [self.rendered([system, user]), self.rendered([system, user, assistant])]
+        return all(text is not None and _NAME in text for text in texts) or self.rendered([user]) is None
 
     @cached_property
     def takes_parts(self) -> bool:
@@ -161,7 +164,7 @@ class TemplateNeeds:
         """Reasoning where the template looks for it: transformers gives it under all of its names."""
         if "reasoning_content" not in turn or not words.isdisjoint(("reasoning_content", "thinking", "reasoning")):
             return
-        if any("</think>" in word for word in words):
+        if any("think>" in word for word in words):
             turn["content"] = f"<think>\n{turn.pop('reasoning_content')}\n</think>\n\n{turn['content']}"
 
     def _fit_calls(self, turn: dict[str, Any]) -> None:
@@ -199,7 +202,5 @@ def _folded(turns: Conversation) -> Conversation:
     texts = [turn["content"] for turn in itertools.takewhile(lambda turn: turn["role"] == "system", turns)]
     rest = turns[len(texts) :]
     if not rest or rest[0]["role"] != "user":
-        raise BadRow(
-            "the chat template has no system role, and no user message follows to put the system message before"
-        )
+        raise BadRow("the chat template shows no system message, and no user message follows to put it before")
     return [{**rest[0], "content": "\n\n".join([*texts, rest[0]["content"]])}, *rest[1:]]
