@@ -132,9 +132,16 @@ class TemplateNeeds:
         except BadRow:
             return None
 
-    def rendered_call(self) -> str:
-        """What the template writes after a question that is answered by a tool call."""
-        return self._rendered_call(self._call_form)
+    def rendered_call(self, *, followed: bool = False) -> str:
+        """What the template writes after a question that is answered by a tool call, and after the tool's result."""
+        return self._rendered_call(self._call_form, followed=followed)
+
+    @cached_property
+    def _shows_inline(self) -> bool:
+        """Whether reasoning that stands at the beginning of an answer is written."""
+        answer = {"role": "assistant", "content": self.content(inline(_NAME, _VALUE))}
+        text = self.rendered([{"role": "user", "content": self.content(_SAID)}, answer])
+        return text is not None and _NAME in text
 
     @cached_property
     def _call_form(self) -> _CallForm:
@@ -145,12 +152,16 @@ class TemplateNeeds:
                 shown.append((not _JSON.search(written), form))
         return min(shown)[1] if shown else _CallForm(False, False)
 
-    def _rendered_call(self, form: _CallForm) -> str:
+    def _rendered_call(self, form: _CallForm, *, followed: bool = False) -> str:
         arguments: Any = {_KEY: _VALUE}
         function = {"name": _NAME, "arguments": json.dumps(arguments) if form.as_json else arguments}
         call = {"type": "function", "id": "a1b2c3d4e", "function": function}  # an id as long as some ask for
         turn = {"role": "assistant", "tool_calls": [call]} | ({} if form.without_content else {"content": ""})
-        text = self.rendered([{"role": "user", "content": self.content(_SAID)}, turn], [_PROBE_TOOL])
+        turns = [{"role": "user", "content": self.content(_SAID)}, turn]
+        if followed:
+            role = self._role("tool", self.template.words([_PROBE_TOOL]))
+            turns.append({"role": role, "content": self.content("x"), "name": _NAME, "tool_call_id": call["id"]})
+        text = self.rendered(turns, [_PROBE_TOOL])
         return "" if text is None else text.rpartition(_SAID)[2]
 
     def _role(self, role: str, words: frozenset[str]) -> str:
@@ -164,8 +175,8 @@ class TemplateNeeds:
         """Reasoning where the template looks for it: transformers gives it under all of its names."""
         if "reasoning_content" not in turn or not words.isdisjoint(("reasoning_content", "thinking", "reasoning")):
             return
-        if any("think>" in word for word in words):
-            turn["content"] = f"<think>\n{turn.pop('reasoning_content')}\n</think>\n\n{turn['content']}"
+        if any("think>" in word for word in words) and self._shows_inline:
+            turn["content"] = inline(turn.pop("reasoning_content"), turn["content"])
 
     def _fit_calls(self, turn: dict[str, Any]) -> None:
         form = self._call_form
@@ -175,6 +186,11 @@ class TemplateNeeds:
         ]
         if form.without_content and not turn["content"]:
             del turn["content"]
+
+
+def inline(reasoning: str, answer: str) -> str:
+    """Reasoning at the beginning of an answer, as the models that write it themselves do."""
+    return f"<think>\n{reasoning}\n</think>\n\n{answer}"
 
 
 def without_thinking(content: str) -> str:

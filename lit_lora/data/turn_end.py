@@ -123,15 +123,19 @@ def _after_answer(template: ChatTemplate, *, followed: bool = False) -> str:
 
 
 def _call_end(template: ChatTemplate) -> list[int]:
-    """The special token that a tool call ends with; none where it ends with text, or the template refuses one."""
-    with template.limit([[{}] * 5]):
-        text = TemplateNeeds(template).rendered_call().rstrip()
-    tokens = _added_tokens(template.tokenizer, text)
-    if not tokens:
+    """The special token that a tool call ends with, or else what begins a tool's result; none where there is none."""
+    needs = TemplateNeeds(template)
+    with template.limit([[{}] * 10]):
+        call = needs.rendered_call().rstrip()
+        followed = needs.rendered_call(followed=True)
+    tokens = _added_tokens(template.tokenizer, call)
+    added = template.tokenizer.added_tokens_decoder
+    if tokens and tokens[-1][0] + len(added[tokens[-1][1]].content) == len(call) and added[tokens[-1][1]].special:
+        return [tokens[-1][1]]
+    if not call or not followed.startswith(call):
         return []
-    start, token_id = tokens[-1]
-    token = template.tokenizer.added_tokens_decoder[token_id]
-    return [token_id] if token.special and start + len(token.content) == len(text) else []
+    following = _added_tokens(template.tokenizer, followed[len(call) :])
+    return [token_id for _, token_id in following[:1] if added[token_id].special]
 
 
 def _split(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> tuple[str, bool]:

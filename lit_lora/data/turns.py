@@ -19,7 +19,7 @@ from lit_lora.data.chat_template import ChatTemplate, common_length
 from lit_lora.data.conversation import BadRow, Conversation
 from lit_lora.data.formats import Example
 from lit_lora.data.sources import Problems, shown
-from lit_lora.data.template_needs import Reasoning, TemplateNeeds, reasoning_of, without_thinking
+from lit_lora.data.template_needs import Reasoning, TemplateNeeds, inline, reasoning_of, without_thinking
 from lit_lora.data.turn_end import EndPattern
 
 TrainOnTurns = Literal["all", "last"]
@@ -135,7 +135,7 @@ class ChatReader:
                     f"turns 1 to {index} are rendered differently when turn {index + 1} follows, so that prompt and "
                     "answer cannot be told apart: set a chat_template without that, or split the conversation"
                 )
-            if opened := prompt[start:].strip():
+            if opened := prompt[start:]:
                 self.problems.note(
                     f"the chat template begins an answer with {shown(opened)} when it is to be written, and not where "
                     "it is learned: answers are learned without it"
@@ -218,7 +218,7 @@ def _with_reasoning(prompt: str, text: str, turn: dict[str, Any]) -> str | None:
     Such a template shows answers as they come back to the model, and the reasoning has no place there. What the model
     writes after the prompt is what the data says.
     """
-    content = _text(turn)
+    content = inline(turn["reasoning_content"], _text(turn)) if "reasoning_content" in turn else _text(turn)
     answer = without_thinking(content)
     place = text.rfind(answer.strip()) if answer.strip() and answer != content else -1
     if place < 0 or _has(text, reasoning_of({"content": content})):
