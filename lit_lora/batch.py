@@ -39,6 +39,9 @@ class Batch(TypedDict, total=False):
     target_ids: Tensor
     """``(S,)``: what is to be predicted there."""
 
+    target_weights: Tensor
+    """``(S,)``, float32: how much each of them counts in the loss; not there where each counts once."""
+
     labels: Tensor
     """``(B, L)``: token ids, -100 where unsupervised; a label belongs to the token that it stands at."""
 

@@ -124,7 +124,7 @@ class SFTDataModule(pl.LightningDataModule):
             train_on_turns=train_on_turns,
             reasoning=reasoning,
             long_rows=long_rows,
-            ignore_columns=tuple(ignore_columns or ()),
+            ignore_columns=list(ignore_columns or []),
         )
         self.batch_settings = BatchSettings(
             batch_size=batch_size, max_tokens=max_tokens_per_batch, padded=not packing, shuffle=shuffle, seed=seed
@@ -373,7 +373,6 @@ class SFTDataModule(pl.LightningDataModule):
         order["mixture"] = None if self._mixture is None else [*map(list, (self._mixture.sizes, self._mixture.quotas))]
         source = {
             **asdict(self.source_settings),
-            "ignore_columns": list(self.source_settings.ignore_columns),
             "train": self._train.plain(),
             "validation_fraction": self.validation_fraction,
             "tokenizer": tokenizer_digest(self.tokenizer)[:12],

@@ -6,8 +6,8 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class SourceSettings:
     train_on_turns: Literal["all", "last"] = "all"
     reasoning: Literal["keep", "mask", "drop"] = "keep"
     long_rows: Literal["truncate", "drop", "split"] = "truncate"
-    ignore_columns: Sequence[str] = ()
+    ignore_columns: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -52,6 +52,8 @@ class SourceSettings:
             raise ValueError(f"limit must be at least 1 row, got {self.limit}")
         if self.on_bad_rows not in ("error", "drop"):
             raise ValueError(f"on_bad_rows must be 'error' or 'drop', got {self.on_bad_rows!r}")
+        if self.train_on_prompt and self.train_on_turns != "all":
+            raise ValueError("train_on_turns has no effect beside train_on_prompt, which learns all: set one of them")
 
     def encoding(self) -> dict[str, Any]:
         """What :func:`encode_examples` is told."""

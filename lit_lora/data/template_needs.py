@@ -26,7 +26,7 @@ _THINKING = re.compile(r"\s*(<(think|thinking|reasoning|thought)>|\[THINK\])(.*?
 _SAID, _NAME, _KEY, _VALUE = "qwyx", "zwxk", "kqzy", "vwqx"
 """Letters that no template writes by itself, and none of them changes."""
 
-_JSON = re.compile(rf'(?<!\\)\{{\s*"{_KEY}"\s*:\s*"{_VALUE}"\s*\}}')
+_JSON = re.compile(rf'(?<![\\{{])\{{\s*"{_KEY}"\s*:\s*"{_VALUE}"\s*\}}')
 _PROBE_TOOL = {
     "type": "function",
     "function": {
@@ -37,7 +37,7 @@ _PROBE_TOOL = {
 }
 _OWN_KEYS = frozenset({"role", "content", "reasoning_content", "tool_calls", "weight"})
 _PLAIN_KEYS = frozenset({"role", "content"})
-_NO_SYSTEM = "the chat template has no system role: the system message is put before the next user message"
+_NO_SYSTEM = "the chat template shows no system message beside an answer: it is put before the next user message"
 
 
 class _CallForm(NamedTuple):
@@ -104,10 +104,13 @@ class TemplateNeeds:
 
     @cached_property
     def shows_system(self) -> bool:
-        """Whether a system message at the beginning is written."""
-        user = {"role": "user", "content": self.content(_SAID)}
-        text = self.rendered([{"role": "system", "content": self.content(_NAME)}, user])
-        return (text is not None and _NAME in text) or self.rendered([user]) is None
+        """Whether a system message at the beginning is written, where an answer is asked for and where one is given."""
+        system, user, assistant = (
+            {"role": role, "content": self.content(text)}
+            for role, text in (("system", _NAME), ("user", _SAID), ("assistant", _VALUE))
+        )
+        texts = [self.rendered([system, user]), self.rendered([system, user, assistant])]
+        return all(text is not None and _NAME in text for text in texts) or self.rendered([user]) is None
 
     @cached_property
     def takes_parts(self) -> bool:
@@ -129,9 +132,16 @@ class TemplateNeeds:
         except BadRow:
             return None
 
-    def rendered_call(self) -> str:
-        """What the template writes after a question that is answered by a tool call."""
-        return self._rendered_call(self._call_form)
+    def rendered_call(self, *, followed: bool = False) -> str:
+        """What the template writes after a question that is answered by a tool call, and after the tool's result."""
+        return self._rendered_call(self._call_form, followed=followed)
+
+    @cached_property
+    def _shows_inline(self) -> bool:
+        """Whether reasoning that stands at the beginning of an answer is written."""
+        answer = {"role": "assistant", "content": self.content(inline(_NAME, _VALUE))}
+        text = self.rendered([{"role": "user", "content": self.content(_SAID)}, answer])
+        return text is not None and _NAME in text
 
     @cached_property
     def _call_form(self) -> _CallForm:
@@ -142,12 +152,16 @@ class TemplateNeeds:
                 shown.append((not _JSON.search(written), form))
         return min(shown)[1] if shown else _CallForm(False, False)
 
-    def _rendered_call(self, form: _CallForm) -> str:
+    def _rendered_call(self, form: _CallForm, *, followed: bool = False) -> str:
         arguments: Any = {_KEY: _VALUE}
         function = {"name": _NAME, "arguments": json.dumps(arguments) if form.as_json else arguments}
         call = {"type": "function", "id": "a1b2c3d4e", "function": function}  # an id as long as some ask for
         turn = {"role": "assistant", "tool_calls": [call]} | ({} if form.without_content else {"content": ""})
-        text = self.rendered([{"role": "user", "content": self.content(_SAID)}, turn], [_PROBE_TOOL])
+        turns = [{"role": "user", "content": self.content(_SAID)}, turn]
+        if followed:
+            role = self._role("tool", self.template.words([_PROBE_TOOL]))
+            turns.append({"role": role, "content": self.content("x"), "name": _NAME, "tool_call_id": call["id"]})
+        text = self.rendered(turns, [_PROBE_TOOL])
         return "" if text is None else text.rpartition(_SAID)[2]
 
     def _role(self, role: str, words: frozenset[str]) -> str:
@@ -161,8 +175,8 @@ class TemplateNeeds:
         """Reasoning where the template looks for it: transformers gives it under all of its names."""
         if "reasoning_content" not in turn or not words.isdisjoint(("reasoning_content", "thinking", "reasoning")):
             return
-        if any("</think>" in word for word in words):
-            turn["content"] = f"<think>\n{turn.pop('reasoning_content')}\n</think>\n\n{turn['content']}"
+        if any("think>" in word for word in words) and self._shows_inline:
+            turn["content"] = inline(turn.pop("reasoning_content"), turn["content"])
 
     def _fit_calls(self, turn: dict[str, Any]) -> None:
         form = self._call_form
@@ -172,6 +186,11 @@ class TemplateNeeds:
         ]
         if form.without_content and not turn["content"]:
             del turn["content"]
+
+
+def inline(reasoning: str, answer: str) -> str:
+    """Reasoning at the beginning of an answer, as the models that write it themselves do."""
+    return f"<think>\n{reasoning}\n</think>\n\n{answer}"
 
 
 def without_thinking(content: str) -> str:
@@ -199,7 +218,5 @@ def _folded(turns: Conversation) -> Conversation:
     texts = [turn["content"] for turn in itertools.takewhile(lambda turn: turn["role"] == "system", turns)]
     rest = turns[len(texts) :]
     if not rest or rest[0]["role"] != "user":
-        raise BadRow(
-            "the chat template has no system role, and no user message follows to put the system message before"
-        )
+        raise BadRow("the chat template shows no system message, and no user message follows to put it before")
     return [{**rest[0], "content": "\n\n".join([*texts, rest[0]["content"]])}, *rest[1:]]

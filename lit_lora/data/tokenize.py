@@ -39,8 +39,8 @@ class Encoded(NamedTuple):
 
 class _Tokens(NamedTuple):
     ids: list[int]
-    offsets: list[tuple[int, int]] | None
-    """Characters of each token; None from a slow tokenizer."""
+    offsets: list[tuple[int, ...]] | None
+    """Where each token begins and ends, in characters; None from a slow tokenizer."""
 
 
 def format_prompt(
@@ -198,28 +198,32 @@ def _masked(tokenizer: PreTrainedTokenizerBase, line: int, learned: LearnedText,
     tokens = _parted(tokenizer, learned, tokens)
     position = _positions(tokenizer, learned.text, tokens)
     ids = tokens.ids
-    weights = [0.0] * len(ids)
+    mask = [False] * len(ids)
+    weights = None if all(span.weight == 1 for span in learned.spans) else [0.0] * len(ids)
     for start, end, weight in learned.spans:
         first, stop = position(start), position(end)
-        weights[first:stop] = [weight] * (stop - first)
+        mask[first:stop] = [True] * (stop - first)
+        if weights is not None:
+            weights[first:stop] = [weight] * (stop - first)
     if learned.needs_end and learned.spans:
-        ids, weights = [*ids, tokenizer.eos_token_id], [*weights, learned.spans[-1].weight]
-    weights[:1] = [0.0][: len(ids)]
-    plain = all(span.weight == 1 for span in learned.spans)
-    return Encoded(line, ids, [weight > 0 for weight in weights], False, None if plain else weights)
+        ids, mask = [*ids, tokenizer.eos_token_id], [*mask, True]
+        weights = None if weights is None else [*weights, learned.spans[-1].weight]
+    mask[:1] = [False][: len(ids)]
+    if weights is not None:
+        weights[:1] = [0.0][: len(ids)]
+    return Encoded(line, ids, mask, False, weights)
 
 
 def _parted(tokenizer: PreTrainedTokenizerBase, learned: LearnedText, tokens: _Tokens) -> _Tokens:
     """The tokens, where none reaches over the end of a prompt: a model goes on from the prompt's own tokens."""
     if tokens.offsets is None:
         return tokens
-    starts = [start for start, _ in tokens.offsets]
-    first = [bisect_left(starts, border) for border in learned.borders]
+    first = [bisect_left(tokens.offsets, (border,)) for border in learned.borders]
     over = [b for b, k in zip(learned.borders, first, strict=True) if k and tokens.offsets[k - 1][1] > b]
     if not over:
         return tokens
     ids: list[int] = []
-    offsets: list[tuple[int, int]] = []
+    offsets: list[tuple[int, ...]] = []
     for start, end in itertools.pairwise([0, *over, len(learned.text)]):
         part = (
             _continued(tokenizer, learned.text[start:end]) if start else _tokenize(tokenizer, [learned.text[:end]])[0]
@@ -242,9 +246,8 @@ def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> _Tokens:
 
 def _positions(tokenizer: PreTrainedTokenizerBase, text: str, tokens: _Tokens) -> Callable[[int], int]:
     """A function from a character to the first token that starts at or after it."""
-    if tokens.offsets is not None:
-        starts = [start for start, _ in tokens.offsets]
-        return lambda character: bisect_left(starts, character)
+    if (offsets := tokens.offsets) is not None:
+        return lambda character: bisect_left(offsets, (character,))
 
     def position(character: int) -> int:
         prefix = _tokenize(tokenizer, [text[:character]])[0].ids

@@ -77,30 +77,33 @@ class EndPattern:
         enders |= set(turn_end(tokenizer).ids)
         texts = {str(tokenizer.convert_ids_to_tokens(token_id)) for token_id in enders}
         self.pattern = _any_of(texts)
-        self._tail = re.compile(rf"(?:\s|{self.pattern.pattern})*\Z")
+        self._texts = tuple(sorted(texts, key=len, reverse=True))
         self._before_space = re.compile(rf"(?:{self.pattern.pattern})\s*\Z")
+        tokens = [str(token.content) for token in added.values()]
+        self._pieces = re.compile(rf"{_any_of(tokens).pattern}|<[^<>\s]+>|.", re.DOTALL)
         self._only_last = self._text_at_the_end_only(template)
 
     def end_of(self, text: str, start: int) -> int | None:
         """Where the answer from ``start`` to the end of a conversation ends, with its end token; None without one."""
         if self._only_last and text.endswith(self._only_last):
             text = text[: -len(self._only_last)]
-        tail = self._tail.search(text, start)
-        assert tail is not None
-        ends = [match.end() for match in self.pattern.finditer(text, tail.start())]
-        return ends[-1] if ends else None
+        text = text.rstrip()
+        return len(text) if text.endswith(self._texts) and len(text) > start else None
 
     def is_tail(self, text: str) -> bool:
         """Whether there is nothing in it but end tokens and white space."""
-        return self._tail.fullmatch(text) is not None
+        return not self.pattern.sub("", text).strip()
+
+    def common(self, a: str, b: str) -> int:
+        """How many characters two texts have in common from their beginning, and no part of a tag or special token."""
+        a_pieces, b_pieces = self._pieces.findall(a), self._pieces.findall(b)
+        return len("".join(a_pieces[: common_length(a_pieces, b_pieces)]))
 
     def _text_at_the_end_only(self, template: ChatTemplate) -> str:
         """What follows the end token of the last answer, but of no other: no model comes to write it."""
-        tokens = [str(token.content) for token in template.tokenizer.added_tokens_decoder.values()]
-        pieces = re.compile(f"{_any_of(tokens).pattern}|.", re.DOTALL)
-        last, followed = (pieces.findall(_after_answer(template, followed=f)) for f in (False, True))
-        common = common_length(last, followed)
-        return "".join(last[common:]) if self._before_space.search("".join(last[:common])) else ""
+        last = _after_answer(template)
+        common = self.common(last, _after_answer(template, followed=True))
+        return last[common:] if self._before_space.search(last[:common]) else ""
 
 
 def _any_of(texts: Sequence[str] | set[str]) -> re.Pattern[str]:
@@ -120,15 +123,19 @@ def _after_answer(template: ChatTemplate, *, followed: bool = False) -> str:
 
 
 def _call_end(template: ChatTemplate) -> list[int]:
-    """The special token that a tool call ends with; none where it ends with text, or the template refuses one."""
-    with template.limit([[{}] * 5]):
-        text = TemplateNeeds(template).rendered_call().rstrip()
-    tokens = _added_tokens(template.tokenizer, text)
-    if not tokens:
+    """The special token that a tool call ends with, or else what begins a tool's result; none where there is none."""
+    needs = TemplateNeeds(template)
+    with template.limit([[{}] * 10]):
+        call = needs.rendered_call().rstrip()
+        followed = needs.rendered_call(followed=True)
+    tokens = _added_tokens(template.tokenizer, call)
+    added = template.tokenizer.added_tokens_decoder
+    if tokens and tokens[-1][0] + len(added[tokens[-1][1]].content) == len(call) and added[tokens[-1][1]].special:
+        return [tokens[-1][1]]
+    if not call or not followed.startswith(call):
         return []
-    start, token_id = tokens[-1]
-    token = template.tokenizer.added_tokens_decoder[token_id]
-    return [token_id] if token.special and start + len(token.content) == len(text) else []
+    following = _added_tokens(template.tokenizer, followed[len(call) :])
+    return [token_id for _, token_id in following[:1] if added[token_id].special]
 
 
 def _split(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> tuple[str, bool]:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lit_lora.data.chat_template import ChatTemplate, common_length
 from lit_lora.data.conversation import BadRow, Conversation
 from lit_lora.data.formats import Example
 from lit_lora.data.sources import Problems, shown
-from lit_lora.data.template_needs import Reasoning, TemplateNeeds, reasoning_of, without_thinking
+from lit_lora.data.template_needs import Reasoning, TemplateNeeds, inline, reasoning_of, without_thinking
 from lit_lora.data.turn_end import EndPattern
 
 TrainOnTurns = Literal["all", "last"]
@@ -53,6 +53,8 @@ class _Turn(NamedTuple):
     start: int
     end: int | None
     """After its end token; None where there is none."""
+    as_asked: bool = False
+    """Whether ``text`` goes on from the prompt in another way than the template writes it."""
 
 
 class ChatReader:
@@ -117,9 +119,15 @@ class ChatReader:
     def _turn(self, example: Example, turns: Conversation, index: int, weight: float) -> _Turn:
         prompt = self._render(example, turns[:index], generation=True)
         text = self._render(example, turns[: index + 1])
+        if (whole := _with_reasoning(prompt, text, turns[index])) is not None:
+            self.problems.note(
+                "the chat template cuts the reasoning out of an answer, and begins an answer with reasoning: it is "
+                "learned from there"
+            )
+            return _Turn(index, weight, whole, len(prompt), self.ends.end_of(whole, len(prompt)), True)
         start = len(prompt)
         if not text.startswith(prompt):
-            start = common_length(text, prompt)
+            start = self.ends.common(text, prompt)
             before = self._render(example, turns[:index])
             needed = (self.ends.end_of(before, 0) or len(before)) if before.strip() else 0
             if start < min(needed, len(before.rstrip())):
@@ -127,7 +135,7 @@ class ChatReader:
                     f"turns 1 to {index} are rendered differently when turn {index + 1} follows, so that prompt and "
                     "answer cannot be told apart: set a chat_template without that, or split the conversation"
                 )
-            if opened := prompt[start:].strip():
+            if opened := prompt[start:]:
                 self.problems.note(
                     f"the chat template begins an answer with {shown(opened)} when it is to be written, and not where "
                     "it is learned: answers are learned without it"
@@ -155,7 +163,7 @@ class ChatReader:
         text = last.text[: last.end or len(last.text.rstrip())]
         _check_shown(turns[: last.at], text)
         marked = None
-        if self.template.marks(example.tools):
+        if self.template.marks(example.tools) and not any(turn.as_asked for turn in group):
             marked = self.template.marked_spans(turns[: last.at + 1], example.tools, example.options)
         spans: list[Span] = []
         for turn in reversed(group):
@@ -202,6 +210,24 @@ class ChatReader:
             position = stop
         spans.append(Span(position, len(text), 1.0))
         return LearnedText(text, [span for span in spans if span.start < span.end], [], end is None)
+
+
+def _with_reasoning(prompt: str, text: str, turn: dict[str, Any]) -> str | None:
+    """The text with the reasoning that the template cut out of it, where the prompt has begun it; else None.
+
+    Such a template shows answers as they come back to the model, and the reasoning has no place there. What the model
+    writes after the prompt is what the data says.
+    """
+    content = inline(turn["reasoning_content"], _text(turn)) if "reasoning_content" in turn else _text(turn)
+    answer = without_thinking(content)
+    place = text.rfind(answer.strip()) if answer.strip() and answer != content else -1
+    if place < 0 or _has(text, reasoning_of({"content": content})):
+        return None
+    tag = content.strip()[: content.strip().index(">") + 1] if content.strip().startswith("<") else "[THINK]"
+    if not prompt.rstrip().endswith(tag):
+        return None
+    body = content.strip()[len(tag) :]
+    return prompt + (body.lstrip("\n") if prompt.endswith("\n") else body) + text[place + len(answer.strip()) :]
 
 
 def _stands_in(turn: _Turn, text: str) -> bool:

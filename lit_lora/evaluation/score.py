@@ -269,7 +269,12 @@ def mean_loss(
         tokenizer, examples.items, examples.problems, max_length=max_length, train_on_prompt=train_on_prompt
     )
     tokenized = [
-        TokenizedExample(index, np.array(example.ids, np.int32), np.array(example.mask, np.bool_))
+        TokenizedExample(
+            index,
+            np.array(example.ids, np.int32),
+            np.array(example.mask, np.bool_),
+            None if example.weights is None else np.array(example.weights, np.float32),
+        )
         for index, example in enumerate(encoded)
         if any(example.mask)
     ]
@@ -277,12 +282,14 @@ def mean_loss(
         raise ValueError(f"none of the {len(encoded)} examples has a target token among its first {max_length}")
     check_vocabulary(model, [example.ids for example in encoded])
     path = choose_path(model)
-    nll_sum, num_targets = 0.0, 0
+    nll_sum, num_targets = 0.0, 0.0
     for start in range(0, len(tokenized), batch_size):
         packed: Any = collate_packed(tokenized[start : start + batch_size])
         batch: Any = {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in packed.items()}
         nll_sum += float(language_model_loss(model, batch, path).nll_sum)
-        num_targets += batch["target_ids"].numel()
+        num_targets += (
+            float(batch["target_weights"].sum()) if "target_weights" in batch else batch["target_ids"].numel()
+        )
     if not math.isfinite(nll_sum):
         raise ValueError(f"the loss is {nll_sum}: base or adapter holds NaN or infinity, or overflows in {model.dtype}")
     return nll_sum / num_targets

@@ -30,6 +30,8 @@ class LossOutput(NamedTuple):
     """How many of them were predicted right; None if not counted."""
     num_tokens: int | None = None
     """Real (unpadded) tokens in the micro-batch; the number of targets if None."""
+    target_weight: Tensor | None = None
+    """Sum of the targets' weights, scalar, where the loss counts each target times a weight; their number if None."""
 
 
 class StepWindow:
@@ -40,6 +42,7 @@ class StepWindow:
         self.num_targets = 0
         self.num_tokens = 0
         self.num_batches = 0
+        self.target_weight: Tensor | float = 0.0
 
     def add(self, output: LossOutput) -> None:
         """Add a micro-batch."""
@@ -47,20 +50,26 @@ class StepWindow:
         self.num_targets += output.num_targets
         self.num_tokens += output.num_targets if output.num_tokens is None else output.num_tokens
         self.num_batches += 1
+        weight = output.num_targets if output.target_weight is None else output.target_weight.detach().double()
+        self.target_weight = self.target_weight + weight
 
     def totals(self, device: torch.device) -> Tensor:
-        """Loss sum, targets and tokens, ``(3,)`` float64."""
-        counts = torch.tensor([self.num_targets, self.num_tokens], dtype=torch.float64)
+        """Loss sum, targets, tokens and the targets' weight, ``(4,)`` float64."""
+        weight = self.target_weight
+        counts = [self.num_targets, self.num_tokens, 0.0 if isinstance(weight, Tensor) else weight]
         loss_sum = torch.as_tensor(self.loss_sum, dtype=torch.float64, device=device)
-        return torch.cat([loss_sum.reshape(1), counts.to(device, non_blocking=True)])
+        counted = torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
+        if isinstance(weight, Tensor):  # on the device, where it is not to be waited for
+            counted[2] = weight
+        return torch.cat([loss_sum.reshape(1), counted])
 
     def state_dict(self) -> dict[str, Any]:
         """As plain numbers."""
-        return {**vars(self), "loss_sum": float(self.loss_sum)}
+        return {**vars(self), "loss_sum": float(self.loss_sum), "target_weight": float(self.target_weight)}
 
     def add_state(self, state: dict[str, Any]) -> None:
         """Add the sums of a saved window; those of several ranks may follow one another."""
-        for name, value in state.items():
+        for name, value in {"target_weight": state["num_targets"], **state}.items():  # older ones have no weights
             setattr(self, name, getattr(self, name) + value)
 
 
@@ -71,7 +80,7 @@ class StepRecorder:
         self.record = MetricsRecord()
         self.window = StepWindow()
         self.totals: Tensor | None = None
-        """Of the step that is being taken, over all ranks: loss sum, targets, tokens; ``(3,)`` float64."""
+        """Of the step being taken, over all ranks: loss sum, targets, tokens, the targets' weight; ``(4,)`` float64."""
         self._norms: Tensor | None = None
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
         self._ended_s: float | None = None
@@ -89,7 +98,13 @@ class StepRecorder:
     def loss(self) -> Tensor:
         """Mean loss per target of the step that is being taken, on the device; 0 where there are none."""
         assert self.totals is not None, "reduce comes first"
-        return (self.totals[0] / self.totals[1].clamp(min=1)).float()
+        return (self.totals[0] / self.divisor).float()
+
+    @property
+    def divisor(self) -> Tensor:
+        """What a sum over the step is divided by for its mean: the weight of its targets, or 1 where it has none."""
+        assert self.totals is not None, "reduce comes first"
+        return self.totals[3].where(self.totals[3] > 0, 1.0)
 
     @property
     def num_targets(self) -> Tensor:
@@ -130,9 +145,9 @@ class StepRecorder:
         pending, self._pending = self._pending, []
         if pending:
             for (known, _), values in zip(pending, torch.stack([v for _, v in pending]).tolist(), strict=True):
-                loss_sum, num_targets, num_tokens, grad_norm, param_norm, loss_scale = values
+                loss_sum, num_targets, num_tokens, weight, grad_norm, param_norm, loss_scale = values
                 step = StepMetrics(
-                    loss=loss_sum / num_targets if num_targets else math.nan,
+                    loss=loss_sum / weight if weight else math.nan,
                     grad_norm=grad_norm,
                     param_norm=param_norm,
                     loss_scale=loss_scale,
@@ -171,7 +186,11 @@ class EvaluationMeans(nn.Module):
         """
         targets = max(1, output.num_targets)
         self.num_targets.update(output.num_targets)
-        self.loss.update(output.loss_sum.detach() / targets, weight=output.num_targets)
+        if output.target_weight is None:
+            self.loss.update(output.loss_sum.detach() / targets, weight=output.num_targets)
+        else:
+            weight = output.target_weight.detach()
+            self.loss.update(output.loss_sum.detach() / weight.where(weight > 0, 1.0), weight=weight)
         if output.num_correct is not None:
             self.token_accuracy.update(output.num_correct / targets, weight=output.num_targets)
 

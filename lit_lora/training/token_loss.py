@@ -3,7 +3,8 @@
 The loss of an optimizer step is the sum over its supervised tokens divided by their number, over all micro-batches and
 all ranks, so that four batches of one equal one batch of four however long the examples are. Lightning divides by the
 number of micro-batches instead; :meth:`TokenLossModule.optimizer_step` puts that right before anyone reads the
-gradients.
+gradients. Where tokens have weights, it is the sum of weight times loss divided by the sum of the weights, likewise
+over the whole step: weights are relative to each other, and the same weight for all changes nothing.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class TokenLossModule(L.LightningModule):
         """One optimizer step on gradients that are normalised by the supervised tokens of the whole step.
 
         After the closure's backward pass a gradient is ``sum over micro-batches and ranks of nll_sum / (C * N * W)``
-        for the constant C, N micro-batches and W ranks, so it is multiplied by ``C * N * W / supervised tokens``.
+        for the constant C, N micro-batches and W ranks, so it is multiplied by ``C * N * W / supervised tokens``
+        (or the weight of these tokens).
         That happens before callbacks see, clip or log gradients, and before a loss scaler unscales them.
         """
         evaluations = itertools.count()
@@ -85,11 +87,11 @@ class TokenLossModule(L.LightningModule):
         self._point.leave()
 
     def _normalise_gradients(self) -> None:
-        totals = self._recorder.reduce(self.device, self._sum_over_ranks)
+        self._recorder.reduce(self.device, self._sum_over_ranks)
         factor = _LOSS_DIVISOR * self.trainer.accumulate_grad_batches * self.trainer.world_size
         gradients = [p.grad for p in self._optimized() if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, (factor / totals[1].clamp(min=1)).to(gradients[0].dtype))
+            torch._foreach_mul_(gradients, (factor / self._recorder.divisor).to(gradients[0].dtype))
 
     def _optimized(self) -> list[Tensor]:
         # Not by a walk over all modules, twice a step: for a small model on a GPU that is a tenth of the host's work.
