@@ -59,6 +59,13 @@ class SFTDataModule(pl.LightningDataModule):
         on_bad_rows: "error" to refuse data with bad rows, "drop" to skip them.
         cache_dir: folder for tokenized data; by default ``$LIT_LORA_CACHE/tokenized`` or
             ``~/.cache/lit_lora/tokenized``.
+        train_on_turns: "all" assistant turns are learned, or only the "last" of a conversation. A turn with ``weight``
+            counts that much, one with ``weight: 0`` or ``train: false`` is not learned.
+        reasoning: "keep" learns the reasoning of an answer where the chat template shows it, "mask" shows it without
+            learning it, "drop" leaves it out.
+        long_rows: rows over ``max_length``: "truncate" cuts off their end, "drop" leaves them out, "split" makes
+            several examples of them: conversations between two exchanges, plain text anywhere.
+        ignore_columns: columns, and keys of a turn, that are known not to be used.
     """
 
     def __init__(
@@ -82,6 +89,10 @@ class SFTDataModule(pl.LightningDataModule):
         limit: int | None = None,
         on_bad_rows: Literal["error", "drop"] = "error",
         cache_dir: str | Path | None = None,
+        train_on_turns: Literal["all", "last"] = "all",
+        reasoning: Literal["keep", "mask", "drop"] = "keep",
+        long_rows: Literal["truncate", "drop", "split"] = "truncate",
+        ignore_columns: list[str] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= validation_fraction < 1:
@@ -103,6 +114,10 @@ class SFTDataModule(pl.LightningDataModule):
             train_on_prompt=train_on_prompt,
             limit=limit,
             on_bad_rows=on_bad_rows,
+            train_on_turns=train_on_turns,
+            reasoning=reasoning,
+            long_rows=long_rows,
+            ignore_columns=tuple(ignore_columns or ()),
         )
         self.batch_settings = BatchSettings(
             batch_size=batch_size, max_tokens=max_tokens_per_batch, padded=not packing, shuffle=shuffle, seed=seed

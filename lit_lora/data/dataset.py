@@ -38,6 +38,8 @@ class TokenizedExample(NamedTuple):
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
     """True where the token is supervised."""
+    weights: NDArray[np.float32] | None = None
+    """How much each token counts; None where every supervised one counts once."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class DatasetStatistics:
     num_bad_rows: int
     bad_rows: list[str] = field(default_factory=list)
     """The first of them, with line numbers."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was done with rows that were not taken as they are, and how often."""
 
 
 class TokenizedDataset(Dataset[TokenizedExample]):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lit_lora.data.formats import Conversation
+from lit_lora.data.conversation import Conversation
 from lit_lora.data.tokenize import format_prompt
 
 

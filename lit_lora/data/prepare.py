@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
@@ -19,8 +20,8 @@ from lit_lora.data.dataset import (
     load_cached,
     tokenizer_digest,
 )
-from lit_lora.data.formats import Examples, parse_examples
-from lit_lora.data.sources import Problems, read_rows, source_digest
+from lit_lora.data.formats import Examples, layout_of, parse_examples
+from lit_lora.data.sources import Problems, Row, read_rows, source_digest
 from lit_lora.data.tokenize import Encoded, encode_examples
 from lit_lora.wording import advice
 
@@ -38,6 +39,10 @@ class SourceSettings:
     train_on_prompt: bool = False
     limit: int | None = None
     on_bad_rows: Literal["error", "drop"] = "error"
+    train_on_turns: Literal["all", "last"] = "all"
+    reasoning: Literal["keep", "mask", "drop"] = "keep"
+    long_rows: Literal["truncate", "drop", "split"] = "truncate"
+    ignore_columns: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -46,6 +51,11 @@ class SourceSettings:
             raise ValueError(f"limit must be at least 1 row, got {self.limit}")
         if self.on_bad_rows not in ("error", "drop"):
             raise ValueError(f"on_bad_rows must be 'error' or 'drop', got {self.on_bad_rows!r}")
+
+    def encoding(self) -> dict[str, Any]:
+        """What :func:`encode_examples` is told."""
+        names = ("max_length", "train_on_prompt", "train_on_turns", "reasoning", "long_rows")
+        return {name: getattr(self, name) for name in names} | {"ignore": self.ignore_columns}
 
 
 def read_examples(source: str, settings: SourceSettings) -> Examples:
@@ -56,8 +66,15 @@ def read_examples(source: str, settings: SourceSettings) -> Examples:
         ValueError: if nothing can be read, or rows are bad and ``settings.on_bad_rows`` is "error".
     """
     problems = Problems(source)
-    rows = read_rows(source, problems)
-    examples = parse_examples(rows, problems, format=settings.format, columns=settings.columns, limit=settings.limit)
+    rows = itertools.islice(read_rows(source, problems), settings.limit)
+    examples = Examples(problems=problems)
+    if (first := next(rows, None)) is not None:
+        layout = layout_of(first, source, settings.format, settings.columns)
+        counted = _counted(itertools.chain([first], rows), examples)
+        examples.format, examples.items = (
+            layout.format,
+            parse_examples(counted, problems, layout, ignore=settings.ignore_columns),
+        )
     _check_problems(examples, settings)
     return examples
 
@@ -103,8 +120,7 @@ def _tokenize(
             tokenizer,
             batch,
             examples.problems,
-            max_length=settings.max_length,
-            train_on_prompt=settings.train_on_prompt,
+            **settings.encoding(),
         )
         done = start + len(batch)
         if time.monotonic() - shown > PROGRESS_EVERY_S:
@@ -128,8 +144,15 @@ def _tokenize(
         num_unsupervised=len(encoded) - len(kept),
         num_bad_rows=examples.problems.count,
         bad_rows=examples.problems.shown,
+        notes=dict(examples.problems.notes),
     )
     return TokenizedDataset.from_encoded(kept, statistics)
+
+
+def _counted(rows: Iterable[Row], examples: Examples) -> Iterator[Row]:
+    for row in rows:
+        examples.num_rows += 1
+        yield row
 
 
 def _check_problems(examples: Examples, settings: SourceSettings) -> None:

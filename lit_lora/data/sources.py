@@ -47,12 +47,24 @@ class Problems:
     """The first problems, ready to print."""
     count: int = 0
     """How many there are in all."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What is done with rows that are good but not taken as they are, and how often: a column that is not used, ..."""
 
     def add(self, line: int, message: str) -> None:
         """Note that the row at ``line`` cannot be used, and why."""
         self.count += 1
         if len(self.shown) < MAX_PROBLEMS_SHOWN:
             self.shown.append(f"{self.source}:{line}: {message}")
+
+    def note(self, message: str, count: int = 1) -> None:
+        """Count what is done with a row; the message does not name it."""
+        self.notes[message] += count
+
+    def merge(self, other: Problems) -> None:
+        """Add those of later rows of the same source."""
+        self.count += other.count
+        self.shown = (self.shown + other.shown)[:MAX_PROBLEMS_SHOWN]
+        self.notes += other.notes
 
     def __str__(self) -> str:
         rest = self.count - len(self.shown)

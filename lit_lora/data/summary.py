@@ -48,6 +48,7 @@ class DataSummary:
         }
         lines += [f"  {count:,} {what}" for what, count in counts.items() if count]
         lines += [f"    {problem}" for problem in statistics.bad_rows]
+        lines += [f"  {count:,} times: {note}" for note, count in sorted(statistics.notes.items())]
         lines += ["  first example, 〔not supervised〕:", *(f"  | {line}" for line in self.preview.splitlines())]
         return "\n".join(lines)
 

@@ -9,15 +9,16 @@ this, and nothing is masked by token id, so ``pad_token == eos_token`` is harmle
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lit_lora.base.whole_model import is_panic
-from lit_lora.data.formats import BadRow, Conversation, Example
+from lit_lora.data.conversation import BadRow, Conversation
+from lit_lora.data.formats import Example
 from lit_lora.data.sources import Problems
 from lit_lora.files.compute_limit import LimitExceeded, compute_limit
 from lit_lora.wording import in_words_of
@@ -48,6 +49,10 @@ class Encoded(NamedTuple):
     mask: list[bool]
     """True where the token is supervised, that is, predicted from those before it. Never true for the first."""
     truncated: bool
+    weights: list[float] | None = None
+    """How much each token counts, 0 where it is not supervised; None where every supervised one counts once."""
+    part: int = 0
+    """Which example of its row it is, from 0: a row may be split into several."""
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -102,6 +107,10 @@ def encode_examples(
     *,
     max_length: int,
     train_on_prompt: bool = False,
+    train_on_turns: Literal["all", "last"] = "all",
+    reasoning: Literal["keep", "mask", "drop"] = "keep",
+    long_rows: Literal["truncate", "drop", "split"] = "truncate",
+    ignore: Collection[str] = (),
 ) -> list[Encoded]:
     """Tokenize a batch of examples and mark what is supervised.
 

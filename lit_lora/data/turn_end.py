@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_lora.data.formats import BadRow
+from lit_lora.data.conversation import BadRow
 from lit_lora.data.tokenize import chat_template, render, render_limit
 
 _QUESTION, _ANSWER = "qwyx", "zwxk"
