@@ -16,7 +16,7 @@ PAIRS = "preference pairs"
 """What stands for the name of a format."""
 
 _PROMPTS = ("prompt", "question", "instruction", "conversations")
-_BESIDE = ("system", "tools", "input")
+_BESIDE = ("system", "tools", "input", "chat_template_kwargs")
 """Columns that belong to either answer."""
 
 
@@ -27,8 +27,8 @@ class Pair(NamedTuple):
     rejected: dict[str, Any]
     format: str
     """Of both, as ``data.format`` has it."""
-    columns: dict[str, str]
-    """With which the chosen answers alone can be trained on."""
+    columns: dict[str, str] | None
+    """With which the chosen answers alone can be trained on; None where no setting does it."""
     unused: list[str]
     """Columns that are in neither."""
 
@@ -80,25 +80,27 @@ def split(fields: Mapping[str, Any], columns: Mapping[str, str] | None) -> Pair:
         return _pair(rows, format, {field: names[CHOSEN]}, fields, used)
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     rows = {name: {field: _joined(before, answer), **beside} for name, answer in turns.items()}
-    return _pair(rows, format, _of_prompt(prompt_name, names), fields, used | {prompt_name})
+    read = isinstance(answers[CHOSEN], list) and not is_sharegpt  # as the format prompt_completion reads turns
+    return _pair(rows, format, _of_prompt(prompt_name, names) if read else None, fields, used | {prompt_name})
 
 
 def refusal(fields: Mapping[str, Any], columns: Mapping[str, str] | None) -> str:
     """Why a pair is not trained on, and how its chosen answer is."""
-    pair = split(fields, columns)
+    chosen = split(fields, columns).columns
+    by_hand = "write the chosen ones to a file of their own"
+    how = by_hand if chosen is None else advice("set {}", "data.columns", chosen, otherwise=by_hand)
     return (
-        f"these are {PAIRS}: two answers to each prompt, {CHOSEN} and {REJECTED}. What is trained here is one answer to "
-        + advice(
-            "each prompt: for the chosen ones alone, set {}",
-            "data.columns",
-            pair.columns,
-            otherwise="each prompt: write the chosen ones to a file of their own",
-        )
+        f"these are {PAIRS}: each prompt has two answers, {CHOSEN} and {REJECTED}, and training takes one. "
+        f"To train on the chosen ones alone, {how}; lit-lora data shows both"
     )
 
 
 def _pair(
-    rows: dict[str, dict[str, Any]], format: str, columns: dict[str, str], fields: Mapping[str, Any], used: set[str]
+    rows: dict[str, dict[str, Any]],
+    format: str,
+    columns: dict[str, str] | None,
+    fields: Mapping[str, Any],
+    used: set[str],
 ) -> Pair:
     unused = [name for name in fields if name not in used]
     return Pair(rows[CHOSEN], rows[REJECTED], format, columns, unused)

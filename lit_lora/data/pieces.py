@@ -1,7 +1,7 @@
 """An example as a reader sees it: its text in pieces, each with what it counts in training.
 
-What is not trained on stands in 〔 〕, a weight other than one beside its piece, and ■ after a supervised token that ends
-an answer. The marks are there with colours, too: colours are for the eye, the marks can be copied and searched.
+What is not trained on stands in 〔 〕, a weight other than one beside its piece, and ■ after a supervised token that
+ends an answer. The marks are there with colours, too: they can be copied and searched.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import yaml
 
 from lit_lora.data.pieces import LEGEND, as_text
 from lit_lora.data.report_page import page_of
-from lit_lora.data.report_parts import Cut, Lengths, LookedAt, PairCounts, ProblemKind, ShownExample, Suggested
+from lit_lora.data.report_parts import Cut, Lengths, LookedAt, PairCounts, ShownExample, Suggested
 
 _BAR = 40
 """Columns of the longest bar of the histogram."""
@@ -21,7 +21,8 @@ _BOLD, _RED, _PLAIN = "\033[1m", "\033[31m", "\033[0m"
 class DataReport:
     """What a model will see of some data. ``str(report)`` is for reading; see :func:`lit_lora.inspect_data`."""
 
-    model: str
+    model: dict[str, Any]
+    """Settings of the model: which it is."""
     tokenizer: str
     template: str
     """Which chat template writes the conversations."""
@@ -52,7 +53,7 @@ class DataReport:
         """The suggested settings, as a config file of ``fit``."""
         suggested = {entry.key: entry for entry in self.suggested}
         settings = self.settings | {key: entry.value for key, entry in suggested.items()}
-        lines = ["model:", *_yaml_lines("base", self.model), "data:"]
+        lines = ["model:", *(line for key, value in self.model.items() for line in _yaml_lines(key, value)), "data:"]
         for key, value in settings.items():
             lines += _yaml_lines(key, value, suggested[key].reason if key in suggested else "")
         return "\n".join(lines) + "\n"
@@ -84,7 +85,9 @@ class DataReport:
         if self.lengths is not None:
             lines += ["", *_length_lines(self.lengths, bold, plain), "", *_cut_lines(self.cuts, bold, plain)]
         if self.examples:
-            weighted = any(piece.weight not in (0, 1) for e in self.examples for part in e.parts.values() for piece in part)
+            weighted = any(
+                piece.weight not in (0, 1) for e in self.examples for part in e.parts.values() for piece in part
+            )
             legend = f"{LEGEND}, 〔×weight text〕" if weighted else LEGEND
             lines += ["", f"{bold}as the model sees it{plain}: {legend}"]
         for example in self.examples:
@@ -104,7 +107,11 @@ class DataReport:
 
 
 def _source_lines(source: LookedAt) -> Iterator[str]:
-    rows = f"all {source.num_rows:,} rows" if source.is_whole else f"the first {source.num_rows:,} rows, and there are more"
+    rows = (
+        f"all {source.num_rows:,} rows"
+        if source.is_whole
+        else f"the first {source.num_rows:,} rows, and there are more"
+    )
     yield f"{source.name} ({source.format}): looked at {rows}"
     share = source.num_supervised / source.num_tokens if source.num_tokens else 0
     yield (
@@ -119,7 +126,7 @@ def _source_lines(source: LookedAt) -> Iterator[str]:
 def _pair_lines(pairs: PairCounts) -> Iterator[str]:
     n = max(1, pairs.num_pairs)
     yield (
-        f"  {_counted(pairs.num_pairs, 'pair')}: on average {pairs.num_prompt_tokens / n:,.0f} tokens of shared prompt, "
+        f"  {_counted(pairs.num_pairs, 'pair')}: on average {pairs.num_prompt_tokens / n:,.0f} tokens of prompt, "
         f"{pairs.num_chosen_tokens / n:,.0f} chosen, {pairs.num_rejected_tokens / n:,.0f} rejected; the chosen answer "
         f"is the longer one in {pairs.num_chosen_longer / n:.0%}"
     )

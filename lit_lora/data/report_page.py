@@ -19,7 +19,7 @@ _TEMPLATE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What {{ model }} sees of {{ sources | map(attribute="name") | join(", ") }}</title>
+<title>What {{ model.base }} sees of {{ sources | map(attribute="name") | join(", ") }}</title>
 <style>
 :root { color-scheme: light dark; --line: #8886; --bar: #4a90d9; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -36,7 +36,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 </style>
 </head>
 <body>
-<h1>What {{ model }} sees of {{ sources | map(attribute="name") | join(", ") }}</h1>
+<h1>What {{ model.base }} sees of {{ sources | map(attribute="name") | join(", ") }}</h1>
 <p>Tokenizer: {{ tokenizer }}, {{ template }}.
 {% if ends %}Answers end with
 {% for token, count in ends.items() %}<code>{{ token }}</code> ({{ count | grouped }}){{ ", " if not loop.last }}
@@ -84,7 +84,8 @@ the chosen answer is the longer one in {{ source.pairs.num_chosen_longer | share
 <table>
 {% for bin in lengths.bins %}
 <tr><td class="n">{{ bin.shortest | grouped }}&ndash;{{ bin.longest | grouped }}
-<td class="bar"><div style="width: {{ (100 * bin.count / most) | round(1) }}%"></div><td class="n">{{ bin.count | grouped }}</tr>
+<td class="bar"><div style="width: {{ (100 * bin.count / most) | round(1) }}%"></div>
+<td class="n">{{ bin.count | grouped }}</tr>
 {% endfor %}
 </table>
 <h2>What max_length would cut</h2>

@@ -47,13 +47,15 @@ class Problems:
     """The first problems, ready to print."""
     count: int = 0
     """How many there are in all."""
+    most_shown: int = MAX_PROBLEMS_SHOWN
+    """How many of them :attr:`shown` holds."""
     notes: Counter[str] = field(default_factory=Counter)
     """What is done with rows that are good but not taken as they are, and how often: a column that is not used, ..."""
 
     def add(self, line: int, message: str) -> None:
         """Note that the row at ``line`` cannot be used, and why."""
         self.count += 1
-        if len(self.shown) < MAX_PROBLEMS_SHOWN:
+        if len(self.shown) < self.most_shown:
             self.shown.append(f"{self.source}:{line}: {message}")
 
     def note(self, message: str, count: int = 1) -> None:
@@ -63,7 +65,7 @@ class Problems:
     def merge(self, other: Problems) -> None:
         """Add those of later rows of the same source."""
         self.count += other.count
-        self.shown = (self.shown + other.shown)[:MAX_PROBLEMS_SHOWN]
+        self.shown = (self.shown + other.shown)[: self.most_shown]
         self.notes += other.notes
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ _STEP = 64
 _USUAL_BATCH = 4
 """Examples of a micro-batch."""
 _WORTH_KEEPING = 1.5
-"""Longest over the 99th percentile, up to which nothing is cut; and sizes of batches, up to which they count as even."""
+"""Up to this ratio of the longest to the 99th percentile nothing is cut; of batches to their mean, they are even."""
 
 
 def suggest(lengths: NDArray[np.int64], *, context: int | None) -> tuple[Suggested, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,9 +12,6 @@ from lit_lora.config import QuantizationConfig
 
 if TYPE_CHECKING:
     from lit_lora.evaluation.score import HeldOut, Scores
-
-
-_LINE_EVERY_S = 30.0
 
 
 def evaluate(
@@ -75,6 +71,7 @@ def evaluate(
     if not math.isfinite(min_gain):
         raise ValueError(f"min_gain must be a finite number of percentage points, got {min_gain}")
 
+    from lit_lora.cli.progress import Counting
     from lit_lora.evaluation.load import load
     from lit_lora.evaluation.score import read_held_out, score
     from lit_lora.interchange.adapter_folder import folder_record, local_folder
@@ -108,7 +105,7 @@ def evaluate(
         )
     if held_out.prompts and record.format == "text":
         print("the adapter was trained on plain text, and is asked in the chat template", file=sys.stderr)
-    with _Progress() as progress:
+    with Counting() as progress:
         scores = score(loaded, held_out, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
     _show(held_out, scores, show)
     print(f"\n{scores}")
@@ -122,37 +119,6 @@ def evaluate(
         raise RuntimeError(
             f"exact match rose by less than {min_gain} percentage points: the adapter did not learn the task"
         )
-
-
-class _Progress:
-    """How many prompts are answered, on stderr: in one line on a terminal, elsewhere in lines now and then."""
-
-    def __init__(self) -> None:
-        from lit_lora.callbacks._support.displays import display
-
-        self._display = display(_LINE_EVERY_S, stream="stderr")
-        self._name = ""
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __call__(self, name: str, done: int, of: int) -> None:
-        from lit_lora.callbacks._support.pace import Pace
-        from lit_lora.callbacks._support.progress_text import Progress
-
-        now_s = time.monotonic()
-        if name != self._name:
-            self._name, self._pace, self._shown_at_s = name, Pace(), now_s
-        self._pace.mark(now_s, done)
-        if done == of or now_s - self._shown_at_s >= self._display.interval_s:
-            self._shown_at_s = now_s
-            left = self._pace.seconds_left(of) if done < of else None
-            self._display.show(Progress(f"{name}:", done, of, seconds_left=left))
-        if done == of:
-            self._display.close(leave=True)
-
-    def __exit__(self, *_: object) -> None:
-        self._display.close(leave=True)
 
 
 def _show(held_out: HeldOut, scores: Scores, count: int) -> None:

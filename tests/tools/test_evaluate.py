@@ -114,15 +114,15 @@ def test_progress_is_lines_in_a_pipe_and_one_line_on_a_terminal(adapter, data, c
     main(arguments)
     piped = capsys.readouterr()
     assert "\r" not in piped.err + piped.out
-    assert piped.err.splitlines() == ["without the adapter: 7/7", "with the adapter: 7/7"]
+    assert piped.err.splitlines() == ["without the adapter 7/7", "with the adapter 7/7"]
     monkeypatch.setattr(TerminalLine, "interval_s", 0.0)
     with terminal(monkeypatch, 80) as screen:
         main(arguments)
-    drawn = [re.search(r"with(out)? the adapter: (\d)/7", frame) for frame in screen.frames]
+    drawn = [re.search(r"with(out)? the adapter (\d)/7", frame) for frame in screen.frames]
     assert [f"{match[1]} {match[2]}" for match in drawn if match] == [
         f"{name} {count}" for name in ("out", None) for count in (3, 6, 7, 7)
     ]
-    assert len([row for row in screen.rows if "the adapter: " in row]) == 2
+    assert len([row for row in screen.rows if "the adapter " in row]) == 2
 
 
 @pytest.mark.parametrize(
