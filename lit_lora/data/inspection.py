@@ -6,9 +6,8 @@ number of them takes a few bytes each. Nothing is cut on the way, to tell what e
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,9 +23,11 @@ from lit_lora.data.pairs import CHOSEN, PAIRS, REJECTED, is_pair, refusal
 from lit_lora.data.pieces import Piece, pieces_of
 from lit_lora.data.prepare import SourceSettings
 from lit_lora.data.problem_kinds import ProblemKinds
+from lit_lora.data.readers import rows_of
 from lit_lora.data.report import DataReport
 from lit_lora.data.report_parts import Bin, Cut, Lengths, LookedAt, PairCounts, ShownExample
-from lit_lora.data.sources import Problems, Row, read_rows
+from lit_lora.data.rows import Problems, Row
+from lit_lora.data.sources import name_of, read_blocks
 from lit_lora.data.suggestion import suggest
 from lit_lora.data.tokenize import Encoded, encode_examples
 from lit_lora.data.turn_end import turn_end
@@ -36,9 +37,8 @@ DEFAULT_ROWS = 10_000
 NO_LIMIT = 2**40
 """Tokens that no example has."""
 
-_BATCH_ROWS, _BATCH_CHARACTERS = 500, 4_000_000
 _MOST_PROBLEMS = 10_000
-"""Of a batch that are told apart."""
+"""Of a block of rows that are told apart."""
 _MAX_LENGTHS = tuple(2**power for power in range(6, 21))
 """That the report compares; those of them that matter are shown."""
 _MOST_BINS = 14
@@ -142,36 +142,42 @@ class _Look:
         self._counts = np.zeros(3, dtype=np.int64)
         """Examples, tokens and supervised tokens."""
 
-    def at(self, source: str, limit: int | None) -> LookedAt:
+    def at(self, source: Any, limit: int | None) -> LookedAt:
         """Look at a source.
 
         Raises:
             ValueError: if it is empty, or its columns fit no format.
         """
-        kinds, num_rows, pairs = ProblemKinds(), 0, None
-        unreadable, problems = (Problems(source, most_shown=_MOST_PROBLEMS) for _ in range(2))
-        rows = read_rows(source, unreadable)
-        first = next(rows, None)
-        layout = self._layout(first, source)
-        before = self._counts.copy()
-        for batch in _batches(itertools.islice(itertools.chain([] if first is None else [first], rows), limit)):
-            num_rows += len(batch)
+        name, kinds, problems = name_of(source), ProblemKinds(), Problems(name_of(source), most=_MOST_PROBLEMS)
+        layout: Layout | None = None
+        pairs: PairCounts | None = None
+        num_rows, is_settled, is_whole, before = 0, False, True, self._counts.copy()
+        for block in read_blocks(source):
+            if limit is not None and num_rows >= limit:
+                is_whole = False
+                break
+            rows = list(rows_of(block, problems))
+            num_rows += problems.count
+            room = len(rows) if limit is None else max(0, limit - num_rows)
+            is_whole, rows = room >= len(rows), rows[:room]
+            num_rows += len(rows)
+            if rows and not is_settled:
+                layout, is_settled = self._layout(rows[0], block.file), True
             if layout is not None:
-                self._add(source, self._encoded(batch, problems, layout))
-            else:
+                self._add(block.file, self._encoded(rows, problems, layout))
+            elif rows:
                 columns, ignore = self.settings.columns, self.settings.ignore_columns
-                found = encode_pairs(batch, problems, self._encoded, columns=columns, ignore=ignore)
-                pairs = self._add_pairs(source, found, pairs or PairCounts(0, 0, 0, 0, 0))
+                found = encode_pairs(rows, problems, self._encoded, columns=columns, ignore=ignore)
+                pairs = self._add_pairs(block.file, found, pairs or PairCounts(0, 0, 0, 0, 0))
             kinds.take(problems)
-            self.progress(f"looking at {source}: row", num_rows, None)
-        is_whole = next(rows, None) is None
-        num_rows += unreadable.count
-        kinds.take(unreadable)
+            self.progress(f"looking at {name}: row", num_rows, None)
+            if not is_whole:
+                break
         if not num_rows:
-            raise ValueError(f"{source} holds no examples: expected at least one row of data")
+            raise ValueError(f"{name} holds no examples: expected at least one row of data")
         num_examples, num_tokens, num_supervised = map(int, self._counts - before)
         return LookedAt(
-            name=source,
+            name=name,
             format=layout.format if layout is not None else PAIRS if pairs is not None else "no row can be read",
             num_rows=num_rows,
             is_whole=is_whole,
@@ -197,10 +203,8 @@ class _Look:
         enough = next((cut.max_length for cut in found if not cut.num_cut), found[-1].max_length)
         return tuple(cut for cut in found if cut.is_set or least <= cut.max_length <= enough)
 
-    def _layout(self, first: Row | None, source: str) -> Layout | None:
-        """None for pairs, and where there is no row."""
-        if first is None:
-            return None
+    def _layout(self, first: Row, source: str) -> Layout | None:
+        """What the columns mean; None for pairs."""
         format, columns = self.settings.format, self.settings.columns
         if is_pair(first.fields, format, columns):
             self.refusal = refusal(first.fields, columns)
@@ -259,28 +263,6 @@ class _Look:
         elif self.settings.long_rows == "split":
             kept, kept_supervised = np.full_like(kept, len(ids)), np.full_like(kept, mask.sum())
         self._lost += np.stack([is_cut, len(ids) - kept, mask.sum() - kept_supervised, kept_supervised == 0])
-
-
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """So many rows that all of their text is small, since it is held several times while it is tokenized."""
-    batch: list[Row] = []
-    num_characters = 0
-    for row in rows:
-        batch.append(row)
-        num_characters += _num_characters(row.fields)
-        if len(batch) == _BATCH_ROWS or num_characters > _BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-def _num_characters(value: Any) -> int:
-    if isinstance(value, Mapping):
-        return sum(map(_num_characters, value.values()))
-    if isinstance(value, list):
-        return sum(map(_num_characters, value))
-    return len(value) if isinstance(value, str) else 1
 
 
 def _lengths(lengths: NDArray[np.int64]) -> Lengths:

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from lit_lora.data.formats import Layout, layout_of
 from lit_lora.data.pairs import CHOSEN, REJECTED, Pair, is_pair, split
-from lit_lora.data.problem_kinds import told
-from lit_lora.data.sources import Problems, Row, shown
+from lit_lora.data.rows import Problems, Row, shown
 from lit_lora.data.tokenize import Encoded
 
 Encode = Callable[[list[Row], Problems, Layout], list[Encoded]]
@@ -57,14 +56,15 @@ def encode_pairs(
             by_format.setdefault(pair.format, []).append(Row(place, (pair.chosen, pair.rejected)[number]))
         sides.append({})
         for format, given in by_format.items():
-            found = Problems("", most_shown=len(given))
+            found = Problems(problems.source, most=len(given))
             layout = layout_of(given[0], problems.source, format)
             for encoded in encode(given, found, layout):
                 sides[-1][encoded.line] = encoded  # the last one of a row that makes several: it has the answer
-            for place, message in told(found):
+            for _, place, message in found.first:
                 if place not in bad:
                     bad.add(place)
                     problems.add(rows[place].line, f"{side}: {message}")
+            problems.notes += found.notes
     both = [place for place in pairs if all(place in side for side in sides)]
     for place in both:
         if sides[0][place].ids == sides[1][place].ids:

@@ -142,8 +142,9 @@ def _by_source(sources: Sequence[LookedAt]) -> Iterator[str]:
 def _problem_lines(source: LookedAt) -> Iterator[str]:
     for kind in source.problems:
         yield f"  {kind.count:,} x {kind.message}"
-        more = " ..." if kind.count > len(kind.lines) else ""
-        yield f"      {source.name}, {'lines' if kind.count > 1 else 'line'} {', '.join(map(str, kind.lines))}{more}"
+        places = [f"{file}:{', '.join(map(str, lines))}" for file, lines in kind.lines.items()]
+        more = " ..." if kind.count > sum(map(len, kind.lines.values())) else ""
+        yield f"      {'; '.join(places)}{more}"
 
 
 def _length_lines(lengths: Lengths, bold: str, plain: str) -> Iterator[str]:

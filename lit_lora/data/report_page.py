@@ -71,7 +71,7 @@ the chosen answer is the longer one in {{ source.pairs.num_chosen_longer | share
 <tr><th class="n">rows<th>problem<th>lines</tr>
 {% for source in sources %}{% for kind in source.problems %}
 <tr><td class="n">{{ kind.count | grouped }}<td>{{ kind.message }}
-<td>{{ source.name }}: {{ kind.lines | join(", ") }}{{ " ..." if kind.count > kind.lines | length else "" }}</tr>
+<td>{% for file, lines in kind.lines.items() %}{{ file }}: {{ lines | join(", ") }}<br>{% endfor %}</tr>
 {% endfor %}{% endfor %}
 </table>
 {% endif %}

@@ -15,8 +15,8 @@ class ProblemKind:
     message: str
     """Of the first of them."""
     count: int
-    lines: tuple[int, ...]
-    """Of the first of them, some dozen."""
+    lines: dict[str, tuple[int, ...]]
+    """Of the first of them, some dozen, by file."""
 
 
 @dataclass(frozen=True)
