@@ -141,6 +141,8 @@ def _turn(turn: Any, number: int, name: str, role_key: str, content_key: str) ->
         read["tool_calls"] = calls
     if isinstance(content, list):
         content = _joined(content, where)
+    elif isinstance(content, Mapping) and role == "tool":
+        content = json.dumps(content, ensure_ascii=False, default=str)
     may_be_empty = bool(calls) or role == "tool"
     text = "" if content is None and may_be_empty else content
     read["content"] = checked_text(text, f"{content_key!r} {where}", may_be_empty=may_be_empty)
@@ -165,11 +167,12 @@ def _tool_calls(given: dict[str, Any], where: str) -> list[dict[str, Any]]:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRow(f"a tool call {where} is {shown(call)}, expected an object with 'name' and 'arguments'")
         arguments = function.get("arguments", function.get("parameters"))
+        arguments = {} if arguments is None or arguments == "" else arguments
         if isinstance(arguments, str) and not isinstance(_decoded(arguments, f"the arguments {where}"), dict):
             raise BadRow(f"the arguments of a tool call {where} are {shown(arguments)}, expected a JSON object")
-        if not isinstance(arguments, str | Mapping | None):
+        if not isinstance(arguments, str | Mapping):
             raise BadRow(f"the arguments of a tool call {where} are {shown(arguments)}, expected an object or JSON")
-        named = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+        named = {"name": function["name"], "arguments": arguments}
         others = {key: call[key] for key in ("id",) if call is not function and call.get(key) is not None}
         read.append({"type": "function", **others, "function": named})
     return read
