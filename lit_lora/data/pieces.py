@@ -1,6 +1,6 @@
 """An example as a reader sees it: its text in pieces, each with what it counts in training.
 
-What is not trained on stands in 〔 〕, a weight other than one beside its piece, and ■ after a supervised token that
+What is not supervised stands in 〔 〕, a weight other than one beside its piece, and ■ after a supervised token that
 ends an answer. The marks are there with colours, too: they can be copied and searched.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 MOST_TOKENS = 400
 """Of an example that are shown: from its beginning, and a quarter of them from its end."""
 
-LEGEND = "〔not trained on〕, ■ where an answer ends"
+LEGEND = "〔not supervised〕, ■ where an answer ends"
 _BOLD, _DIM, _GREEN, _YELLOW, _PLAIN = "\033[1m", "\033[2m", "\033[32m", "\033[33m", "\033[0m"
 
 
@@ -28,7 +28,7 @@ class Piece:
 
     text: str
     weight: float
-    """In the loss; 0 for what is not trained on."""
+    """In the loss; 0 for what is not supervised."""
     is_end: bool = False
     """Whether it is a supervised token that ends an answer."""
     num_left_out: int = 0
@@ -37,7 +37,7 @@ class Piece:
 
 def pieces_of(
     tokenizer: PreTrainedTokenizerBase,
-    ids: Sequence[int],
+    ids: ArrayLike,
     weights: ArrayLike,
     ends: Collection[int],
     *,
@@ -78,7 +78,7 @@ def as_text(pieces: Iterable[Piece], *, colour: bool = False) -> str:
 
     Args:
         pieces: from :func:`pieces_of`.
-        colour: what is not trained on dim, what is green, ends bold and other weights than one yellow.
+        colour: what is not supervised dim, what is green, ends bold and other weights than one yellow.
     """
     parts = []
     for piece in pieces:

@@ -100,9 +100,9 @@ class DataReport:
         if not self.ends and not self.num_open:
             return []
         ends = ", ".join(f"{token} ({count:,})" for token, count in self.ends.items())
-        lines = [f"answers end with {ends}, which is trained on" if ends else "no answer ends with a token for it"]
+        lines = [f"answers end with {ends}, which is supervised" if ends else "no answer ends with a token for it"]
         if self.num_open and ends:
-            lines.append(f"{self.num_open:,} stretches that are trained on end without such a token")
+            lines.append(f"{self.num_open:,} supervised stretches end without such a token")
         return lines
 
 
@@ -114,13 +114,10 @@ def _source_lines(source: LookedAt) -> Iterator[str]:
     )
     yield f"{source.name} ({source.format}): looked at {rows}"
     share = source.num_supervised / source.num_tokens if source.num_tokens else 0
-    yield (
-        f"  {_counted(source.num_examples, 'example')}, {source.num_tokens:,} tokens, {source.num_supervised:,} "
-        f"trained on ({share:.0%})"
-    )
+    yield (f"  {_counted(source.num_examples, 'example')}, {source.num_tokens:,} tokens, {share:.0%} supervised")
     if source.pairs is not None:
         yield from _pair_lines(source.pairs)
-    yield from (f"  {count:,} x {note}" for note, count in source.notes.items())
+    yield from (f"  {count:,} times: {note}" for note, count in source.notes.items())
 
 
 def _pair_lines(pairs: PairCounts) -> Iterator[str]:
@@ -141,7 +138,7 @@ def _by_source(sources: Sequence[LookedAt]) -> Iterator[str]:
 
 def _problem_lines(source: LookedAt) -> Iterator[str]:
     for kind in source.problems:
-        yield f"  {kind.count:,} x {kind.message}"
+        yield f"  {_counted(kind.count, 'row')}: {kind.message}"
         places = [f"{file}:{', '.join(map(str, lines))}" for file, lines in kind.lines.items()]
         more = " ..." if kind.count > sum(map(len, kind.lines.values())) else ""
         yield f"      {'; '.join(places)}{more}"
@@ -161,7 +158,7 @@ def _length_lines(lengths: Lengths, bold: str, plain: str) -> Iterator[str]:
 
 def _cut_lines(cuts: Sequence[Cut], bold: str, plain: str) -> Iterator[str]:
     yield f"{bold}what max_length would cut{plain}"
-    yield f"  {'max_length':>10}  {'examples cut':>12}  {'tokens lost':>12}  {'trained on':>12}  {'dropped':>8}"
+    yield f"  {'max_length':>10}  {'examples cut':>12}  {'tokens lost':>12}  {'supervised':>12}  {'dropped':>8}"
     for cut in cuts:
         yield (
             f"  {cut.max_length:>10,}  {cut.num_cut:>12,}  {cut.num_tokens_lost:>12,}  {cut.num_supervised_lost:>12,}  "
@@ -170,7 +167,7 @@ def _cut_lines(cuts: Sequence[Cut], bold: str, plain: str) -> Iterator[str]:
 
 
 def _example_lines(example: ShownExample, colour: bool) -> Iterator[str]:
-    yield f"{example.source}:{example.line}, {example.num_tokens:,} tokens, {example.num_supervised:,} trained on"
+    yield f"{example.source}:{example.line}, {example.num_tokens:,} tokens, {example.num_supervised:,} supervised"
     for name, pieces in example.parts.items():
         if name:
             yield f"  {name}:"

@@ -40,13 +40,13 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 <p>Tokenizer: {{ tokenizer }}, {{ template }}.
 {% if ends %}Answers end with
 {% for token, count in ends.items() %}<code>{{ token }}</code> ({{ count | grouped }}){{ ", " if not loop.last }}
-{% endfor %}, which is trained on.{% endif %}
-{% if num_open %}{{ num_open | grouped }} stretches that are trained on end without such a token.{% endif %}</p>
+{% endfor %}; they are supervised.{% endif %}
+{% if num_open %}{{ num_open | grouped }} stretches that are supervised end without such a token.{% endif %}</p>
 {% for warning in warnings %}<p class="bad">Warning: {{ warning }}</p>
 {% endfor %}
 <h2>Sources</h2>
 <table>
-<tr><th>source<th>format<th class="n">rows<th class="n">examples<th class="n">tokens<th class="n">trained on</tr>
+<tr><th>source<th>format<th class="n">rows<th class="n">examples<th class="n">tokens<th class="n">supervised</tr>
 {% for source in sources %}
 <tr><td>{{ source.name }}<td>{{ source.format }}
 <td class="n">{{ source.num_rows | grouped }}{{ "" if source.is_whole else " of more" }}
@@ -90,7 +90,7 @@ the chosen answer is the longer one in {{ source.pairs.num_chosen_longer | share
 </table>
 <h2>What max_length would cut</h2>
 <table>
-<tr><th class="n">max_length<th class="n">examples cut<th class="n">tokens lost<th class="n">of them trained on
+<tr><th class="n">max_length<th class="n">examples cut<th class="n">tokens lost<th class="n">of them supervised
 <th class="n">examples dropped</tr>
 {% for cut in cuts %}
 <tr{% if cut.is_set %} class="is_set"{% endif %}>
@@ -102,11 +102,11 @@ the chosen answer is the longer one in {{ source.pairs.num_chosen_longer | share
 {% endif %}
 {% if examples %}
 <h2>As the model sees it</h2>
-<p><span class="off">〔not trained on〕</span> <span class="on">trained on</span> <span class="end">where an answer
+<p><span class="off">〔not supervised〕</span> <span class="on">supervised</span> <span class="end">where an answer
 ends ■</span></p>
 {% for example in examples %}
 <p class="less">{{ example.source }}:{{ example.line }}, {{ example.num_tokens | grouped }} tokens,
-{{ example.num_supervised | grouped }} trained on</p>
+{{ example.num_supervised | grouped }} supervised</p>
 {% for name, pieces in example.parts.items() %}
 {% if name %}<p>{{ name }}</p>{% endif %}
 <pre>{% for piece in pieces -%}

@@ -43,7 +43,7 @@ def _batches(lengths: NDArray[np.int64], max_length: int) -> tuple[Suggested, ..
     total = sum(len(batch) * int(lengths[batch].max()) for batch in padded)
     packing = Suggested("packing", True, f"padded, {1 - int(lengths.sum()) / total:.0%} of a batch would be padding")
     usual = float(lengths.mean()) * _USUAL_BATCH
-    at_most = min(_USUAL_BATCH, len(lengths)) * int(lengths.max())
+    at_most = _USUAL_BATCH * int(lengths.max())
     if at_most <= _WORTH_KEEPING * usual:
         return Suggested("batch_size", _USUAL_BATCH, f"of about {usual:,.0f} tokens, {at_most:,} at most"), packing
     most = max(max_length, _rounded(usual))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lit_lora.data.dataset import DatasetStatistics, TokenizedDataset
+from lit_lora.data.pieces import LEGEND, as_text, pieces_of
 from lit_lora.data.sampler import BatchSettings, plan_batches
+from lit_lora.data.turn_end import turn_end
 
-PREVIEW_TOKENS = 400
+_NUM_LOOKED_AT = 1000
+"""Examples that are searched for what ends an answer."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,11 @@ class DataSummary:
     """Micro-batches in an epoch, over all ranks."""
     padding_share: float | None
     """Share of padding in the batches of the first epoch; None where batches are packed."""
+    ends: dict[str, int]
+    """What ends an answer and is supervised -> in how many of the examples that were looked at."""
+    num_looked_at: int
     preview: str
-    """The first example: what is not supervised stands in 〔 〕."""
+    """The first example, see :mod:`lit_lora.data.pieces`."""
 
     def __str__(self) -> str:
         statistics = self.statistics
@@ -38,6 +44,8 @@ class DataSummary:
             f"{statistics.source} ({statistics.format}): {self.num_examples:,} examples, {self.num_tokens:,} tokens, "
             f"{share:.0%} supervised; {self.num_batches:,} micro-batches an epoch, {layout}",
         ]
+        ends = ", ".join(f"{token} (in {count:,} of {self.num_looked_at:,})" for token, count in self.ends.items())
+        lines.append(f"  supervised end of an answer: {ends or 'no token for it'}")
         if self.num_validation:
             lines.append(f"  {self.num_validation:,} examples for validation")
         counts = {
@@ -49,7 +57,7 @@ class DataSummary:
         lines += [f"  {count:,} {what}" for what, count in counts.items() if count]
         lines += [f"    {problem}" for problem in statistics.bad_rows]
         lines += [f"  {count:,} times: {note}" for note, count in sorted(statistics.notes.items())]
-        lines += ["  first example, 〔not supervised〕:", *(f"  | {line}" for line in self.preview.splitlines())]
+        lines += [f"  first example, {LEGEND}:", *(f"  | {line}" for line in self.preview.splitlines())]
         return "\n".join(lines)
 
 
@@ -75,17 +83,24 @@ def summarize(
         num_validation=num_validation,
         num_batches=len(batches),
         padding_share=padding_share,
+        ends=supervised_ends(dataset, tokenizer),
+        num_looked_at=min(len(dataset), _NUM_LOOKED_AT),
         preview=preview(dataset, tokenizer),
     )
 
 
+def supervised_ends(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokens that end an answer and are supervised, and in how many of the first examples each is."""
+    ids = turn_end(tokenizer).ids
+    found: Counter[int] = Counter()
+    for index in range(min(len(dataset), _NUM_LOOKED_AT)):
+        example = dataset[index]
+        found.update(np.unique(example.ids[example.mask & np.isin(example.ids, ids)]).tolist())
+    return {str(tokenizer.convert_ids_to_tokens(token)): count for token, count in found.most_common()}
+
+
 def preview(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> str:
-    """One example as text, with what is not supervised in 〔 〕; long ones are cut."""
+    """One example as text with marks; long ones are cut."""
     example = dataset[index]
-    ids, mask = example.ids[:PREVIEW_TOKENS], example.mask[:PREVIEW_TOKENS]
-    borders = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(ids)]
-    pieces = []
-    for start, end in itertools.pairwise(borders):
-        text = str(tokenizer.decode(ids[start:end].tolist()))
-        pieces.append(text if mask[start] else f"〔{text}〕")
-    return "".join(pieces) + (" ..." if len(example.ids) > PREVIEW_TOKENS else "")
+    weights = example.mask if example.weights is None else example.weights
+    return as_text(pieces_of(tokenizer, example.ids, weights, turn_end(tokenizer).ids))
