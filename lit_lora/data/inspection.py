@@ -19,13 +19,13 @@ from lit_lora.base.load import load_config, load_tokenizer
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.data.formats import Layout, layout_of, parse_examples
 from lit_lora.data.pair_inspection import EncodedPair, encode_pairs
-from lit_lora.data.pairs import CHOSEN, PAIRS, REJECTED, is_pair, refusal
+from lit_lora.data.pairs import CHOSEN, PAIRS, REJECTED, is_pair, refusal, split
 from lit_lora.data.pieces import Piece, pieces_of
 from lit_lora.data.prepare import SourceSettings
 from lit_lora.data.problem_kinds import ProblemKinds
 from lit_lora.data.readers import rows_of
 from lit_lora.data.report import DataReport
-from lit_lora.data.report_parts import Bin, Cut, Lengths, LookedAt, PairCounts, ShownExample
+from lit_lora.data.report_parts import Bin, Cut, Lengths, LookedAt, PairCounts, ShownExample, Suggested
 from lit_lora.data.rows import Problems, Row
 from lit_lora.data.sources import name_of, read_blocks
 from lit_lora.data.suggestion import suggest
@@ -101,7 +101,7 @@ def inspect_data(
         num_open=look.num_open,
         examples=tuple(look.shown),
         settings={"train": data, **given},
-        suggested=suggest(lengths, context=context) if len(lengths) else (),
+        suggested=(*look.to_train_on_pairs, *(suggest(lengths, context=context) if len(lengths) else ())),
         warnings=tuple(_warnings(look, sources, config.vocab_size, context)),
     )
 
@@ -133,6 +133,9 @@ class _Look:
         self.num_open = 0
         self.highest_id = 0
         self.refusal: str | None = None
+        """Of pairs: why they are not trained on."""
+        self.to_train_on_pairs: tuple[Suggested, ...] = ()
+        """What has their chosen answers trained on."""
         self._encoding = replace(settings, max_length=NO_LIMIT).encoding()
         self._end_ids = turn_end(tokenizer).ids
         self._lengths: list[NDArray[np.int64]] = []
@@ -208,6 +211,8 @@ class _Look:
         format, columns = self.settings.format, self.settings.columns
         if is_pair(first.fields, format, columns):
             self.refusal = refusal(first.fields, columns)
+            if chosen := split(first.fields, columns).columns:
+                self.to_train_on_pairs = (Suggested("columns", chosen, "the chosen answers alone"),)
             return None
         return layout_of(first, source, format, columns)
 

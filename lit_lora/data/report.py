@@ -114,9 +114,10 @@ def _source_lines(source: LookedAt) -> Iterator[str]:
     )
     yield f"{source.name} ({source.format}): looked at {rows}"
     share = source.num_supervised / source.num_tokens if source.num_tokens else 0
-    yield (f"  {_counted(source.num_examples, 'example')}, {source.num_tokens:,} tokens, {share:.0%} supervised")
     if source.pairs is not None:
         yield from _pair_lines(source.pairs)
+    else:
+        yield (f"  {_counted(source.num_examples, 'example')}, {source.num_tokens:,} tokens, {share:.0%} supervised")
     yield from (f"  {count:,} times: {note}" for note, count in source.notes.items())
 
 
