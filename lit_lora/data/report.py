@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lit_lora.data.pieces import LEGEND, as_text
+from lit_lora.data.pieces import LEGEND, as_text, visible
 from lit_lora.data.report_page import page_of
 from lit_lora.data.report_parts import Cut, Lengths, LookedAt, PairCounts, ShownExample, Suggested
 
@@ -78,7 +78,7 @@ class DataReport:
         if len(self.sources) > 1:
             lines += ["", f"{bold}tokens by source{plain}", *_by_source(self.sources)]
         lines += [f"tokenizer: {self.tokenizer}, {self.template}", *self._end_lines()]
-        lines += [f"{red}warning{plain}: {warning}" for warning in self.warnings]
+        lines += [f"{red}warning{plain}: {visible(warning)}" for warning in self.warnings]
         if self.num_problems:
             lines += ["", f"{red}problems{plain}: {_counted(self.num_problems, 'row')} cannot be used"]
             lines += [line for source in self.sources for line in _problem_lines(source)]
@@ -112,13 +112,13 @@ def _source_lines(source: LookedAt) -> Iterator[str]:
         if source.is_whole
         else f"the first {source.num_rows:,} rows, and there are more"
     )
-    yield f"{source.name} ({source.format}): looked at {rows}"
+    yield f"{visible(source.name)} ({source.format}): looked at {rows}"
     share = source.num_supervised / source.num_tokens if source.num_tokens else 0
     if source.pairs is not None:
         yield from _pair_lines(source.pairs)
     else:
         yield (f"  {_counted(source.num_examples, 'example')}, {source.num_tokens:,} tokens, {share:.0%} supervised")
-    yield from (f"  {count:,} times: {note}" for note, count in source.notes.items())
+    yield from (f"  {count:,} times: {visible(note)}" for note, count in source.notes.items())
 
 
 def _pair_lines(pairs: PairCounts) -> Iterator[str]:
@@ -132,15 +132,15 @@ def _pair_lines(pairs: PairCounts) -> Iterator[str]:
 
 def _by_source(sources: Sequence[LookedAt]) -> Iterator[str]:
     total = sum(source.num_tokens for source in sources) or 1
-    width = max(len(source.name) for source in sources)
+    width = max(len(visible(source.name)) for source in sources)
     for source in sources:
-        yield f"  {source.name:<{width}}  {source.num_tokens:>12,}  {source.num_tokens / total:>4.0%}"
+        yield f"  {visible(source.name):<{width}}  {source.num_tokens:>12,}  {source.num_tokens / total:>4.0%}"
 
 
 def _problem_lines(source: LookedAt) -> Iterator[str]:
     for kind in source.problems:
-        yield f"  {_counted(kind.count, 'row')}: {kind.message}"
-        places = [f"{file}:{', '.join(map(str, lines))}" for file, lines in kind.lines.items()]
+        yield f"  {_counted(kind.count, 'row')}: {visible(kind.message)}"
+        places = [f"{visible(file)}:{', '.join(map(str, lines))}" for file, lines in kind.lines.items()]
         more = " ..." if kind.count > sum(map(len, kind.lines.values())) else ""
         yield f"      {'; '.join(places)}{more}"
 
@@ -168,7 +168,8 @@ def _cut_lines(cuts: Sequence[Cut], bold: str, plain: str) -> Iterator[str]:
 
 
 def _example_lines(example: ShownExample, colour: bool) -> Iterator[str]:
-    yield f"{example.source}:{example.line}, {example.num_tokens:,} tokens, {example.num_supervised:,} supervised"
+    where = f"{visible(example.source)}:{example.line}"
+    yield f"{where}, {example.num_tokens:,} tokens, {example.num_supervised:,} supervised"
     for name, pieces in example.parts.items():
         if name:
             yield f"  {name}:"
@@ -178,6 +179,8 @@ def _example_lines(example: ShownExample, colour: bool) -> Iterator[str]:
 def _yaml_lines(key: str, value: Any, reason: str = "") -> list[str]:
     """Of a setting, indented as one of a group; the reason as a comment."""
     text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10_000)
+    if visible(text) != text:
+        text = yaml.safe_dump({key: value}, sort_keys=False, default_flow_style=False, width=10_000)
     first, *rest = text.rstrip("\n").split("\n")
     return [f"  {first}  # {reason}" if reason else f"  {first}", *(f"  {line}" for line in rest)]
 

@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from lit_lora import DataReport, SFTDataModule, inspect_data
 from lit_lora.data.pieces import Piece, as_text, pieces_of, visible
@@ -159,7 +161,7 @@ def test_data_cannot_write_to_the_terminal_from_anywhere(look) -> None:
     evil = "\033[2J\u202e"
     report = look(
         {"prompt": f"a{evil}", "completion": f"b{evil}", f"c{evil}": 1}, {"prompt": f"a{evil}", f"x{evil}": 2},
-        {"prompt": "a", "completion": [{f"k{evil}": 1}]}, evil,
+        {"prompt": "a", "completion": [{f"k{evil}": 1}]}, evil, name=f"{evil}.jsonl",
     )  # fmt: skip
     assert "\033" not in str(report)
     assert "\u202e" not in str(report)
@@ -254,8 +256,6 @@ def test_suggested_settings_are_settings(look) -> None:
     ],
 )
 def test_suggestions_follow_the_lengths(lengths, context, expected) -> None:
-    import numpy as np
-
     found = {entry.key: entry.value for entry in suggest(np.array(lengths), context=context)}
     assert found == {**expected, "packing": True}
 
@@ -285,8 +285,6 @@ def test_mistakes_are_told(look, options, error, message) -> None:
 
 
 def test_no_weights_are_loaded(look, monkeypatch) -> None:
-    import torch
-
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a parameter was made")
 
