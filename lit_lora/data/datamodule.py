@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,17 +18,26 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.data.data_record import data_record
-from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, tokenizer_digest
+from lit_lora.data.data_source import DataSource, sources_of
+from lit_lora.data.dataset import ChosenExamples, Examples, check_vocabulary, tokenizer_digest
 from lit_lora.data.limits import check_limits
-from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only, prompts_of
+from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only
+from lit_lora.data.mixture import Mixture, check_mixture, check_no_mixture
 from lit_lora.data.packing import collate_packed, collate_padded
-from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
+from lit_lora.data.prepare import SourceSettings, remove_abandoned_parts
 from lit_lora.data.resume import check_fingerprint, check_not_resumed, rank_batches_consumed
-from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches, split_indices
+from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches
+from lit_lora.data.source_data import SourceData
 from lit_lora.data.summary import DataSummary, summarize
 from lit_lora.files.atomic import remove_partial_files
 from lit_lora.files.environment import cache_folder
 from lit_lora.wording import setting
+
+if TYPE_CHECKING:
+    Given = Any
+    """A name, a ``datasets.Dataset``, an iterable of dicts, or a list of sources."""
+else:
+    Given = str | list[str | DataSource]  # what a command line can give
 
 DEFAULT_BATCH_SIZE = 4
 ABANDONED_S = 3600.0
@@ -39,10 +48,12 @@ class SFTDataModule(pl.LightningDataModule):
     """Instruction data for supervised fine-tuning.
 
     Args:
-        train: training data: a .json, .jsonl, .csv or .parquet file, or a Hub dataset (``name``, ``name:config``,
-            ``name@split``).
-        validation: validation data: a file or Hub dataset, as for train.
-        validation_fraction: share of ``train`` to validate on, if ``validation`` is not given.
+        train: training data: a .json, .jsonl, .csv or .parquet file (or .gz or .zst of one), a folder or pattern of
+            them, a folder of ``save_to_disk``, or a Hub dataset (``name``, ``name:config``, ``name@split``); or a list
+            of sources, each such a name or a :class:`DataSource` with weight or epochs. In Python also a
+            ``datasets.Dataset`` or an iterable of dicts.
+        validation: validation data, as for train; of several sources each has a loss of its own, ``val_loss/NAME``.
+        validation_fraction: share of ``train`` to validate on, of each of its sources, if ``validation`` is not given.
         test: test data, as for train; the validation data if not given.
         format: "alpaca", "sharegpt", "messages", "prompt_completion", "text", or "auto" to tell by the columns.
         columns: names that differ from the format's, for example ``{"prompt": "question", "completion": "answer"}``.
@@ -55,7 +66,7 @@ class SFTDataModule(pl.LightningDataModule):
         seed: seed of the order and of the validation split.
         num_workers: processes that assemble batches. The data is tokenized already, so 0 is enough.
         train_on_prompt: train on the prompts, too.
-        limit: use only the first rows of ``train``, this many.
+        limit: use only the first rows of ``train``, this many (of each source that has no limit of its own).
         on_bad_rows: "error" to refuse data with bad rows, "drop" to skip them.
         cache_dir: folder for tokenized data; by default ``$LIT_LORA_CACHE/tokenized`` or
             ``~/.cache/lit_lora/tokenized``.
@@ -66,15 +77,17 @@ class SFTDataModule(pl.LightningDataModule):
         long_rows: rows over ``max_length``: "truncate" cuts off their end, "drop" leaves them out, "split" makes
             several examples of them: conversations between two exchanges, plain text anywhere.
         ignore_columns: columns, and keys of a turn, that are known not to be used.
+        tokenize_workers: processes that tokenize; by default one for each core (16 at most) where the data is large,
+            else only the run's own.
     """
 
     def __init__(
         self,
-        train: str,
+        train: Given,
         *,
-        validation: str | None = None,
+        validation: Given | None = None,
         validation_fraction: float = 0.0,
-        test: str | None = None,
+        test: Given | None = None,
         format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto",
         columns: dict[str, str] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
@@ -93,19 +106,19 @@ class SFTDataModule(pl.LightningDataModule):
         reasoning: Literal["keep", "mask", "drop"] = "keep",
         long_rows: Literal["truncate", "drop", "split"] = "truncate",
         ignore_columns: list[str] | None = None,
+        tokenize_workers: int | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
         if validation is not None and validation_fraction:
             raise ValueError("validation_fraction has no effect beside a validation file: set one of them")
+        if tokenize_workers is not None and tokenize_workers < 1:
+            raise ValueError(f"tokenize_workers must be at least 1, got {tokenize_workers}")
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
         if batch_size is None and max_tokens_per_batch is None:
             batch_size = DEFAULT_BATCH_SIZE
-        self.train_source = str(train)
-        self.validation_source = None if validation is None else str(validation)
-        self.test_source = None if test is None else str(test)
         self.validation_fraction = validation_fraction
         self.source_settings = SourceSettings(
             format=format,
@@ -125,13 +138,24 @@ class SFTDataModule(pl.LightningDataModule):
         self.packing = packing
         self.num_workers = num_workers
         self.cache_dir = cache_folder("tokenized") if cache_dir is None else Path(cache_dir).expanduser()
-        self.train_data: TokenizedDataset | None = None
-        self.validation_data: TokenizedDataset | None = None
-        self.test_data: TokenizedDataset | None = None
+        unlimited = replace(self.source_settings, limit=None)
+
+        def source_data(key: str, given: Any, settings: SourceSettings = unlimited) -> SourceData:
+            return SourceData(sources_of(given, key), settings, self.cache_dir, tokenize_workers)
+
+        self._train = source_data("data.train", train, self.source_settings)
+        self._validation = None if validation is None else source_data("data.validation", validation)
+        self._test = None if test is None else source_data("data.test", test)
+        check_mixture(self._train.sources, "data.train")
+        for key, data in (("data.validation", self._validation), ("data.test", self._test)):
+            check_no_mixture([] if data is None else data.sources, key)
+        self.train_data: Examples | None = None
+        self.validation_data: Examples | None = None
+        self.test_data: Examples | None = None
         self.summary: DataSummary | None = None
         self._tokenizer = tokenizer
         self._tokenizer_name: str | None = None
-        self._datasets: dict[str, TokenizedDataset] = {}
+        self._mixture: Mixture | None = None
         self._train_sampler: ResumableBatchSampler | None = None
         self._loaded_state: dict[str, Any] | None = None
         self._fingerprint: dict[str, Any] | None = None
@@ -172,21 +196,23 @@ class SFTDataModule(pl.LightningDataModule):
         """What it was built with, for loggers."""
         tokenizer = self._tokenizer
         return {
-            "train": self.train_source,
-            "validation": self.validation_source,
+            "train": self._train.plain(),
+            "validation": None if self._validation is None else self._validation.plain(),
             "validation_fraction": self.validation_fraction,
-            "test": self.test_source,
+            "test": None if self._test is None else self._test.plain(),
             "tokenizer": tokenizer if isinstance(tokenizer, str | None) else tokenizer.name_or_path or str(tokenizer),
             **asdict(self.source_settings),
             **asdict(self.batch_settings),
         }
 
     def prepare_data(self) -> None:
-        """Tokenize every source into the cache, on one process a machine; other runs may be writing there, too."""
+        """Tidy up the cache, where killed runs may have left something.
+
+        Tokenizing is left to :meth:`setup`: while one process is at it, the others wait for its file there, and not in
+        a collective as Lightning has them do here.
+        """
         remove_partial_files(self.cache_dir, older_than_s=ABANDONED_S)
-        for source in (self.train_source, self.validation_source, self.test_source):
-            if source is not None:
-                self._tokenized(source)
+        remove_abandoned_parts(self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Load the tokenized data.
@@ -199,19 +225,24 @@ class SFTDataModule(pl.LightningDataModule):
         """
         self._check_trainer()
         self._train_sampler, self._loaded_state = None, None
-        train = self._tokenized(self.train_source)
         if self.validation_fraction:
-            chosen = split_indices(len(train), self.validation_fraction, self.batch_settings.seed)
-            train, self.validation_data = train.select(chosen[0]), train.select(chosen[1])
-        elif self.validation_source is not None:
-            self.validation_data = self._tokenized(self.validation_source)
-        if self.test_source is not None:
-            self.test_data = self._tokenized(self.test_source)
+            train, self.validation_data = self._train.split(
+                self.tokenizer, self.validation_fraction, self.batch_settings.seed
+            )
+        else:
+            train = self._train.examples(self.tokenizer)
+            if self._validation is not None:
+                self.validation_data = self._validation.examples(self.tokenizer)
+        if self._test is not None:
+            self.test_data = self._test.examples(self.tokenizer)
+        self._mixture = self._train.mixture(train)
         self.train_data = train
         if stage == "fit":
             self._fingerprint = self._take_fingerprint()
             num_validation = 0 if self.validation_data is None else len(self.validation_data)
-            self.summary = summarize(train, self.tokenizer, self.batch_settings, num_validation=num_validation)
+            self.summary = summarize(
+                train, self.tokenizer, self.batch_settings, num_validation=num_validation, mixture=self._mixture
+            )
             rank_zero_info(str(self.summary))
             if self.trainer is not None:
                 check_limits(
@@ -253,6 +284,7 @@ class SFTDataModule(pl.LightningDataModule):
                 world_size=self._world_size,
                 resume_from=resume_from,
                 progress=None if self.trainer is None else self._progress,
+                mixture=self._mixture,
             )
         return self._loader(self.train_data, self._train_sampler)
 
@@ -271,10 +303,17 @@ class SFTDataModule(pl.LightningDataModule):
             raise ValueError(f"there is no test data: set {names}")
         return self._evaluation_loader(data)
 
-    def source_lines(self, example_ids: Sequence[int]) -> list[int]:
-        """The lines in the source of training examples; negative ids, which are fillers, give -1."""
+    def source_lines(self, example_ids: Sequence[int]) -> list[int | str]:
+        """The lines in the source of training examples, with the file's name where there are several files.
+
+        Negative ids, which are fillers, give -1.
+        """
         assert self.train_data is not None, "setup() comes before source_lines()"
-        return [-1 if number < 0 else int(self.train_data.lines[number]) for number in example_ids]
+        data = self.train_data
+        if (isinstance(data, ChosenExamples) and len(data.parts) > 1) or data.statistics.files:
+            return [-1 if number < 0 else data.place(number) for number in example_ids]
+        lines = data.lines
+        return [-1 if number < 0 else int(lines[number]) for number in example_ids]
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts with reference answers, one at a time: ``prompt_ids`` (1, L), ``reference``, ``example_ids`` (1,).
@@ -283,15 +322,13 @@ class SFTDataModule(pl.LightningDataModule):
         asked for.
         """
         pairs = (
-            (self.test_source, self.test_data),
-            (self.validation_source or self.train_source, self.validation_data),
-            (self.train_source, self.train_data),
+            (self._test, self.test_data),
+            (self._validation or self._train, self.validation_data),
+            (self._train, self.train_data),
         )
         source, data = next((source, data) for source, data in pairs if data is not None)
         assert source is not None
-        settings = self._settings_of(source)
-        contents = {example.line: example.content for example in read_examples(source, settings).items}
-        prompts = prompts_of([contents[line] for line in data.lines.tolist()], self.tokenizer, source)
+        prompts = source.prompts(data, self.tokenizer)
         share = prompts[self._rank :: self._world_size]
         return DataLoader(PromptDataset(share), batch_size=1, collate_fn=only, generator=self._generator())
 
@@ -341,9 +378,11 @@ class SFTDataModule(pl.LightningDataModule):
         assert self.train_data is not None
         order = asdict(self.batch_settings)
         order |= {"max_tokens_per_batch": order.pop("max_tokens"), "packing": not order.pop("padded")}
+        order["mixture"] = None if self._mixture is None else [*map(list, (self._mixture.sizes, self._mixture.quotas))]
         source = {
             **asdict(self.source_settings),
-            "train": self.train_source,
+            "ignore_columns": list(self.source_settings.ignore_columns),
+            "train": self._train.plain(),
             "validation_fraction": self.validation_fraction,
             "tokenizer": tokenizer_digest(self.tokenizer)[:12],
         }
@@ -373,25 +412,19 @@ class SFTDataModule(pl.LightningDataModule):
                 f"set {setting('trainer.use_distributed_sampler', False)} for the Trainer"
             )
 
-    def _settings_of(self, source: str) -> SourceSettings:
-        return self.source_settings if source == self.train_source else replace(self.source_settings, limit=None)
-
-    def _tokenized(self, source: str) -> TokenizedDataset:
-        if source not in self._datasets:
-            settings = self._settings_of(source)
-            self._datasets[source] = tokenize_source(source, self.tokenizer, settings, cache_dir=self.cache_dir)
-        return self._datasets[source]
-
-    def _num_batches(self, data: TokenizedDataset | None) -> int:
+    def _num_batches(self, data: Examples | None) -> int:
         """Of this rank, in an epoch."""
-        return 0 if data is None else -(-len(plan_batches(data.lengths, self.batch_settings)) // self._world_size)
+        if data is None:
+            return 0
+        mixture = self._mixture if data is self.train_data else None
+        return -(-len(plan_batches(data.lengths, self.batch_settings, mixture=mixture)) // self._world_size)
 
-    def _evaluation_loader(self, data: TokenizedDataset) -> DataLoader:
+    def _evaluation_loader(self, data: Examples) -> DataLoader:
         settings = replace(self.batch_settings, shuffle=False)
         sampler = ResumableBatchSampler(data.lengths, settings, rank=self._rank, world_size=self._world_size)
         return self._loader(data, sampler)
 
-    def _loader(self, data: TokenizedDataset, sampler: ResumableBatchSampler) -> DataLoader:
+    def _loader(self, data: Examples, sampler: ResumableBatchSampler) -> DataLoader:
         self._check_vocabulary(data)
         return ResumableDataLoader(
             data,
@@ -408,7 +441,7 @@ class SFTDataModule(pl.LightningDataModule):
         """A DataLoader draws from a generator for every iterator; the global one would differ after a resume."""
         return torch.Generator().manual_seed(self.batch_settings.seed)
 
-    def _check_vocabulary(self, data: TokenizedDataset) -> None:
+    def _check_vocabulary(self, data: Examples) -> None:
         module = None if self.trainer is None else self.trainer.lightning_module
         model = getattr(module, "model", None)
         if isinstance(model, PreTrainedModel):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lit_lora.base.load import load_config, load_tokenizer
+from lit_lora.data.data_source import DataSource, described, sources_of
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.data.formats import Layout, layout_of, parse_examples
 from lit_lora.data.pair_inspection import EncodedPair, encode_pairs
@@ -27,7 +28,8 @@ from lit_lora.data.readers import rows_of
 from lit_lora.data.report import DataReport
 from lit_lora.data.report_parts import Bin, Cut, Lengths, LookedAt, PairCounts, ShownExample, Suggested
 from lit_lora.data.rows import Problems, Row
-from lit_lora.data.sources import name_of, read_blocks
+from lit_lora.data.source_data import SourceData
+from lit_lora.data.sources import read_blocks
 from lit_lora.data.suggestion import suggest
 from lit_lora.data.tokenize import Encoded, encode_examples
 from lit_lora.data.turn_end import turn_end
@@ -45,7 +47,7 @@ _MOST_BINS = 14
 
 
 def inspect_data(
-    data: str,
+    train: Any,
     model: str,
     *,
     rows: int | None = DEFAULT_ROWS,
@@ -58,7 +60,7 @@ def inspect_data(
     """Look at data as a model will see it.
 
     Args:
-        data: what ``SFTDataModule`` takes as ``train``; preference pairs, too.
+        train: data, as ``SFTDataModule`` takes it; preference pairs, too.
         model: whose tokenizer and chat template write it, as in ``load_base_model``; its weights are not read.
         rows: look at so many rows of a source, the first; None for all.
         examples: show so many.
@@ -82,11 +84,11 @@ def inspect_data(
     else:
         source, at = (model, revision) if name is None else (name, None)
         tokenizer = load_tokenizer(source, revision=at, trust_remote_code=trust_remote_code)
-    module = SFTDataModule(data, tokenizer=tokenizer, **settings)
+    module = SFTDataModule(train, tokenizer=tokenizer, **settings)
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code).get_text_config()
+    data = SourceData(sources_of(train, "data.train"), module.source_settings, module.cache_dir, None)
     look = _Look(tokenizer, module.source_settings, num_shown=examples, progress=progress or (lambda *_: None))
-    limit = min((n for n in (rows, module.source_settings.limit) if n is not None), default=None)
-    sources = tuple(look.at(source, limit) for source in [module.train_source])
+    sources = tuple(look.at(data, source, rows) for source in data.sources)
     lengths, context = look.lengths(), getattr(config, "max_position_embeddings", None)
     return DataReport(
         model={"base": model}
@@ -100,7 +102,7 @@ def inspect_data(
         ends={str(tokenizer.convert_ids_to_tokens(token)): count for token, count in look.ends.most_common()},
         num_open=look.num_open,
         examples=tuple(look.shown),
-        settings={"train": data, **given},
+        settings={"train": data.plain(), **given},
         suggested=(*look.to_train_on_pairs, *(suggest(lengths, context=context) if len(lengths) else ())),
         warnings=tuple(_warnings(look, sources, config.vocab_size, context)),
     )
@@ -145,17 +147,19 @@ class _Look:
         self._counts = np.zeros(3, dtype=np.int64)
         """Examples, tokens and supervised tokens."""
 
-    def at(self, source: Any, limit: int | None) -> LookedAt:
+    def at(self, data: SourceData, source: DataSource, most_rows: int | None) -> LookedAt:
         """Look at a source.
 
         Raises:
             ValueError: if it is empty, or its columns fit no format.
         """
-        name, kinds, problems = name_of(source), ProblemKinds(), Problems(name_of(source), most=_MOST_PROBLEMS)
+        settings, name = data.settings_of(source), described(source.path)
+        limit = min((n for n in (most_rows, settings.limit) if n is not None), default=None)
+        kinds, problems = ProblemKinds(), Problems(name, most=_MOST_PROBLEMS)
         layout: Layout | None = None
         pairs: PairCounts | None = None
         num_rows, is_settled, is_whole, before = 0, False, True, self._counts.copy()
-        for block in read_blocks(source):
+        for block in read_blocks(data.readable(source)):
             if limit is not None and num_rows >= limit:
                 is_whole = False
                 break
@@ -165,11 +169,11 @@ class _Look:
             is_whole, rows = room >= len(rows), rows[:room]
             num_rows += len(rows)
             if rows and not is_settled:
-                layout, is_settled = self._layout(rows[0], block.file), True
+                layout, is_settled = self._layout(rows[0], block.file, settings), True
             if layout is not None:
                 self._add(block.file, self._encoded(rows, problems, layout))
             elif rows:
-                columns, ignore = self.settings.columns, self.settings.ignore_columns
+                columns, ignore = settings.columns, settings.ignore_columns
                 found = encode_pairs(rows, problems, self._encoded, columns=columns, ignore=ignore)
                 pairs = self._add_pairs(block.file, found, pairs or PairCounts(0, 0, 0, 0, 0))
             kinds.take(problems)
@@ -190,6 +194,11 @@ class _Look:
             problems=kinds.kinds(),
             notes=dict(problems.notes.most_common()),
             pairs=pairs,
+            share=", ".join(
+                f"{name} {value:g}"
+                for name, value in (("weight", source.weight), ("epochs", source.epochs))
+                if value is not None
+            ),
         )
 
     def lengths(self) -> NDArray[np.int64]:
@@ -206,15 +215,15 @@ class _Look:
         enough = next((cut.max_length for cut in found if not cut.num_cut), found[-1].max_length)
         return tuple(cut for cut in found if cut.is_set or least <= cut.max_length <= enough)
 
-    def _layout(self, first: Row, source: str) -> Layout | None:
+    def _layout(self, first: Row, file: str, settings: SourceSettings) -> Layout | None:
         """What the columns mean; None for pairs."""
-        format, columns = self.settings.format, self.settings.columns
+        format, columns = settings.format, settings.columns
         if is_pair(first.fields, format, columns):
             self.refusal = refusal(first.fields, columns)
             if chosen := split(first.fields, columns).columns:
                 self.to_train_on_pairs = (Suggested("columns", chosen, "the chosen answers alone"),)
             return None
-        return layout_of(first, source, format, columns)
+        return layout_of(first, file, format, columns)
 
     def _encoded(self, batch: list[Row], problems: Problems, layout: Layout) -> list[Encoded]:
         examples = parse_examples(batch, problems, layout, ignore=self.settings.ignore_columns)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lit_lora.data.conversation import Conversation
+from lit_lora.data.formats import Example
 from lit_lora.data.tokenize import format_prompt
 
 
@@ -41,13 +41,11 @@ class PromptDataset(Dataset):
         return self.prompts[index]
 
 
-def prompts_of(
-    contents: Sequence[Conversation | str], tokenizer: PreTrainedTokenizerBase, source: str
-) -> list[dict[str, Any]]:
+def prompts_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, source: str) -> list[dict[str, Any]]:
     """What :class:`PromptDataset` holds: of each conversation the last answer is asked for.
 
     Args:
-        contents: conversations.
+        examples: conversations.
         tokenizer: with the layout of prompts.
         source: where they are from, for the error.
 
@@ -55,11 +53,12 @@ def prompts_of(
         ValueError: for plain text.
     """
     prompts = []
-    for index, content in enumerate(contents):
+    for index, example in enumerate(examples):
+        content = example.content
         if isinstance(content, str):
             raise ValueError(f"{source} holds plain text, which has no prompts to answer: use a format with prompts")
         last = max(number for number, turn in enumerate(content) if turn["role"] == "assistant")
-        ids = torch.tensor([format_prompt(tokenizer, content[:last])])
+        ids = torch.tensor([format_prompt(tokenizer, content[:last], example.tools, example.options)])
         reference = content[last]["content"]
         prompts.append({"prompt_ids": ids, "reference": reference, "example_ids": torch.tensor([index])})
     return prompts

@@ -134,7 +134,8 @@ def _by_source(sources: Sequence[LookedAt]) -> Iterator[str]:
     total = sum(source.num_tokens for source in sources) or 1
     width = max(len(visible(source.name)) for source in sources)
     for source in sources:
-        yield f"  {visible(source.name):<{width}}  {source.num_tokens:>12,}  {source.num_tokens / total:>4.0%}"
+        share = f"{source.num_tokens:>12,}  {source.num_tokens / total:>4.0%}"
+        yield f"  {visible(source.name):<{width}}  {share}  {source.share}".rstrip()
 
 
 def _problem_lines(source: LookedAt) -> Iterator[str]:

@@ -48,7 +48,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 <table>
 <tr><th>source<th>format<th class="n">rows<th class="n">examples<th class="n">tokens<th class="n">supervised</tr>
 {% for source in sources %}
-<tr><td>{{ source.name }}<td>{{ source.format }}
+<tr><td>{{ source.name }}{{ ", " if source.share }}{{ source.share }}<td>{{ source.format }}
 <td class="n">{{ source.num_rows | grouped }}{{ "" if source.is_whole else " of more" }}
 <td class="n">{{ source.num_examples | grouped }}<td class="n">{{ source.num_tokens | grouped }}
 <td class="n">{{ source.num_supervised | grouped }} ({{ source.num_supervised | share(source.num_tokens) }})</tr>

@@ -50,6 +50,8 @@ class LookedAt:
     notes: dict[str, int]
     """What is done with rows that are not taken as they are, and with how many: columns that are not used, ..."""
     pairs: PairCounts | None = None
+    share: str = ""
+    """What an epoch takes of it, where it says so: its weight or its epochs."""
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,14 @@ class Problems:
         """Count what is done with a row; the message does not name it."""
         self.notes[message] += count
 
-    def merge(self, other: Problems) -> None:
-        """Add those of later rows of the same source."""
+    def merge(self, other: Problems, *, same_rows: bool = False) -> None:
+        """Add those of later rows of the same source, or others of the same rows, in the order of the lines."""
         self.count += other.count
-        self.first = (self.first + other.first)[: self.most]
         self.notes += other.notes
+        both = self.first + other.first
+        if same_rows:
+            both.sort(key=lambda problem: problem.line)
+        self.first = both[: self.most]
 
     def __str__(self) -> str:
         rest = self.count - len(self.first)
