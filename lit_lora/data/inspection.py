@@ -7,7 +7,7 @@ number of them takes a few bytes each. Nothing is cut on the way, to tell what e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from lit_lora.base.load import load_config, load_tokenizer
 from lit_lora.data.data_source import DataSource, described, sources_of
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.data.formats import Layout, layout_of, parse_examples
+from lit_lora.data.mixture import Mixture
 from lit_lora.data.pair_inspection import EncodedPair, encode_pairs
 from lit_lora.data.pairs import CHOSEN, PAIRS, REJECTED, is_pair, refusal, split
 from lit_lora.data.pieces import Piece, pieces_of
@@ -88,7 +89,7 @@ def inspect_data(
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code).get_text_config()
     data = SourceData(sources_of(train, "data.train"), module.source_settings, module.cache_dir, None)
     look = _Look(tokenizer, module.source_settings, num_shown=examples, progress=progress or (lambda *_: None))
-    sources = tuple(look.at(data, source, rows) for source in data.sources)
+    sources = _with_epoch_shares([look.at(data, source, rows) for source in data.sources], data.sources)
     lengths, context = look.lengths(), getattr(config, "max_position_embeddings", None)
     return DataReport(
         model={"base": model}
@@ -102,7 +103,7 @@ def inspect_data(
         ends={str(tokenizer.convert_ids_to_tokens(token)): count for token, count in look.ends.most_common()},
         num_open=look.num_open,
         examples=tuple(look.shown),
-        settings={"train": data.plain(), **given},
+        settings=({"train": data.plain()} if all(isinstance(s.path, str) for s in data.sources) else {}) | given,
         suggested=(*look.to_train_on_pairs, *(suggest(lengths, context=context) if len(lengths) else ())),
         warnings=tuple(_warnings(look, sources, config.vocab_size, context)),
     )
@@ -277,6 +278,14 @@ class _Look:
         elif self.settings.long_rows == "split":
             kept, kept_supervised = np.full_like(kept, len(ids)), np.full_like(kept, mask.sum())
         self._lost += np.stack([is_cut, len(ids) - kept, mask.sum() - kept_supervised, kept_supervised == 0])
+
+
+def _with_epoch_shares(found: Sequence[LookedAt], sources: Sequence[DataSource]) -> tuple[LookedAt, ...]:
+    if len(found) == 1 or not all(one.is_whole and one.num_examples for one in found):
+        return tuple(found)
+    quotas = Mixture.of([one.num_examples for one in found], sources).quotas
+    tokens = [quota * one.num_tokens / one.num_examples for quota, one in zip(quotas, found, strict=True)]
+    return tuple(replace(one, epoch_share=part / sum(tokens)) for one, part in zip(found, tokens, strict=True))
 
 
 def _lengths(lengths: NDArray[np.int64]) -> Lengths:

@@ -134,8 +134,10 @@ def _by_source(sources: Sequence[LookedAt]) -> Iterator[str]:
     total = sum(source.num_tokens for source in sources) or 1
     width = max(len(visible(source.name)) for source in sources)
     for source in sources:
-        share = f"{source.num_tokens:>12,}  {source.num_tokens / total:>4.0%}"
-        yield f"  {visible(source.name):<{width}}  {share}  {source.share}".rstrip()
+        epoch = "" if source.epoch_share is None else f"{source.epoch_share:.1%} of an epoch's"
+        own = "; ".join(filter(None, (epoch, source.share)))
+        share = f"{source.num_tokens:>12,}  {source.num_tokens / total:>6.1%}"
+        yield f"  {visible(source.name):<{width}}  {share}  {own}".rstrip()
 
 
 def _problem_lines(source: LookedAt) -> Iterator[str]:

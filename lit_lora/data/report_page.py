@@ -51,6 +51,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 <tr><td>{{ source.name }}{{ ", " if source.share }}{{ source.share }}<td>{{ source.format }}
 <td class="n">{{ source.num_rows | grouped }}{{ "" if source.is_whole else " of more" }}
 <td class="n">{{ source.num_examples | grouped }}<td class="n">{{ source.num_tokens | grouped }}
+{% if source.epoch_share is not none %} ({{ source.epoch_share | share(1) }} of an epoch's){% endif %}
+
 <td class="n">{{ source.num_supervised | grouped }} ({{ source.num_supervised | share(source.num_tokens) }})</tr>
 {% endfor %}
 </table>

@@ -51,7 +51,9 @@ class LookedAt:
     """What is done with rows that are not taken as they are, and with how many: columns that are not used, ..."""
     pairs: PairCounts | None = None
     share: str = ""
-    """What an epoch takes of it, where it says so: its weight or its epochs."""
+    """What is set of it: its weight or its epochs."""
+    epoch_share: float | None = None
+    """Its share of the tokens of an epoch, of several sources that were looked at as a whole."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lit_lora import DataReport, SFTDataModule, inspect_data
+from lit_lora.data.data_source import DataSource
 from lit_lora.data.pieces import Piece, as_text, pieces_of, visible
 from lit_lora.data.suggestion import suggest
 from lit_lora.files import strict_yaml
@@ -39,7 +40,7 @@ def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DataR
     return looked
 
 
-def trained(name: str = "my.jsonl", **settings: Any) -> SFTDataModule:
+def trained(name: Any = "my.jsonl", **settings: Any) -> SFTDataModule:
     data = SFTDataModule(name, cache_dir="cache", **{"tokenizer": "bytes", **settings})
     data.setup("fit")
     return data
@@ -258,6 +259,37 @@ def test_suggested_settings_are_settings(look) -> None:
 def test_suggestions_follow_the_lengths(lengths, context, expected) -> None:
     found = {entry.key: entry.value for entry in suggest(np.array(lengths), context=context)}
     assert found == {**expected, "packing": True}
+
+
+def test_sources_are_told_apart(look) -> None:
+    look(*ROWS[:10], name="some.jsonl")
+    look({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}, name="more.jsonl")
+    sources = ["some.jsonl", DataSource("more.jsonl", weight=0.5)]
+    report = inspect_data(sources, "random:tiny.json", tokenizer="bytes", examples=20)
+    assert [(one.name, one.format, one.num_examples) for one in report.sources] == [
+        ("some.jsonl", "prompt_completion", 10), ("more.jsonl", "messages", 1),
+    ]  # fmt: skip
+    data = trained(sources)
+    tokens = [int(data.train_data.lengths[:10].sum()), int(data.train_data.lengths[10])]
+    in_epoch = tokens[0] + 10 * tokens[1]
+    assert [one.num_tokens for one in report.sources] == tokens
+    shares = [one.epoch_share for one in report.sources]
+    assert shares == pytest.approx([tokens[0] / in_epoch, 10 * tokens[1] / in_epoch])
+    assert [one.num_in_epoch for one in data.summary.sources] == [10, 10]
+    assert "more.jsonl (messages): 1 examples" in str(data.summary)
+    assert "10 examples in an epoch" in str(data.summary)
+    assert "weight 0.5" in str(report)
+    assert {example.source for example in report.examples} == {"some.jsonl", "more.jsonl"}
+    settings = strict_yaml.parse(report.yaml())["data"]
+    assert [one["path"] for one in settings["train"]] == ["some.jsonl", "more.jsonl"]
+    assert trained(settings.pop("train"), **settings).summary.num_examples == 11
+
+
+def test_rows_in_memory_are_looked_at(look) -> None:
+    look(*ROWS)
+    report = inspect_data(ROWS, "random:tiny.json", tokenizer="bytes", cache_dir="cache")
+    assert report.sources[0].num_tokens == look(*ROWS).sources[0].num_tokens
+    assert "train" not in strict_yaml.parse(report.yaml())["data"]
 
 
 def test_what_the_model_cannot_take_is_warned_of(look) -> None:
