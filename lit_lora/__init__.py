@@ -51,6 +51,8 @@ _PUBLIC = {
     "linear_cross_entropy": "kernels.linear_cross_entropy",
     "load_base_model": "base.load",
     "load_tokenizer": "base.load",
+    "DataReport": "data.report",
+    "inspect_data": "data.inspection",
     "fit": "runs.fit",
     "Outcome": "runs.outcome",
     "load": "evaluation.load",
@@ -65,6 +67,7 @@ _PUBLIC = {
     "assert_loss_convergence": "metrics",
 }
 __all__ = [
+    "DataReport",
     "InjectionReport",
     "LoRAConfig",
     "LoRALightningModule",
@@ -84,6 +87,7 @@ __all__ = [
     "fit",
     "generate",
     "inject_lora",
+    "inspect_data",
     "linear_cross_entropy",
     "load",
     "load_adapter",
@@ -102,6 +106,8 @@ if TYPE_CHECKING:
     from lit_lora.base.load import load_base_model, load_tokenizer
     from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
     from lit_lora.data.datamodule import SFTDataModule
+    from lit_lora.data.inspection import inspect_data
+    from lit_lora.data.report import DataReport
     from lit_lora.evaluation.export import export
     from lit_lora.evaluation.generate import generate
     from lit_lora.evaluation.load import load

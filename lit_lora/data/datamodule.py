@@ -234,7 +234,9 @@ class SFTDataModule(pl.LightningDataModule):
         if stage == "fit":
             self._fingerprint = self._take_fingerprint()
             num_validation = 0 if self.validation_data is None else len(self.validation_data)
-            self.summary = summarize(train, self.tokenizer, self.batch_settings, num_validation=num_validation)
+            self.summary = summarize(
+                train, self.tokenizer, self.batch_settings, num_validation=num_validation, mixture=self._mixture
+            )
             rank_zero_info(str(self.summary))
             if self.trainer is not None:
                 check_limits(

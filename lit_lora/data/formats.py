@@ -20,6 +20,7 @@ from lit_lora.data.conversation import (
     read_options,
     read_tools,
 )
+from lit_lora.data.pairs import is_pair, refusal
 from lit_lora.data.sources import Problems, Row, shown, shown_names
 from lit_lora.files.meant import closest, did_you_mean
 from lit_lora.wording import advice, setting
@@ -230,9 +231,11 @@ def layout_of(row: Row, source: str, format: str = "auto", columns: Mapping[str,
         columns: field of the format -> column, where they differ.
 
     Raises:
-        ValueError: if the columns fit no format.
+        ValueError: if the columns fit no format, or hold preference pairs.
     """
     try:
+        if is_pair(row.fields, format, columns):
+            raise ValueError(refusal(row.fields, columns))
         return resolve_columns(row.fields, format, columns)
     except ValueError as error:
         raise ValueError(f"{source}:{row.line}: {error}") from error

@@ -26,29 +26,44 @@ class Row(NamedTuple):
     fields: dict[str, Any]
 
 
+class Problem(NamedTuple):
+    """What is wrong with a row."""
+
+    file: str
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.message}"
+
+
 @dataclass
 class Problems:
     """What is wrong with a source, collected so that one report names all of it."""
 
     source: str
     """Name of the file or dataset."""
-    shown: list[str] = field(default_factory=list)
-    """The first problems, ready to print."""
-    lines: list[int] = field(default_factory=list)
-    """Of each that is shown."""
+    first: list[Problem] = field(default_factory=list)
+    """The first of them."""
     count: int = 0
     """How many there are in all."""
     notes: Counter[str] = field(default_factory=Counter)
     """What is done with rows that are good but not taken as they are, and how often: a column that is not used, ..."""
     file: str | None = None
     """Which file of the source is being read: put before each line number."""
+    most: int = MAX_PROBLEMS_SHOWN
+    """How many :attr:`first` holds."""
 
     def add(self, line: int, message: str) -> None:
         """Note that the row at ``line`` cannot be used, and why."""
         self.count += 1
-        if len(self.shown) < MAX_PROBLEMS_SHOWN:
-            self.shown.append(f"{self.file or self.source}:{line}: {message}")
-            self.lines.append(line)
+        if len(self.first) < self.most:
+            self.first.append(Problem(self.file or self.source, line, message))
+
+    @property
+    def shown(self) -> list[str]:
+        """The first problems, ready to print."""
+        return [str(problem) for problem in self.first]
 
     def note(self, message: str, count: int = 1) -> None:
         """Count what is done with a row; the message does not name it."""
@@ -58,14 +73,13 @@ class Problems:
         """Add those of later rows of the same source, or others of the same rows, in the order of the lines."""
         self.count += other.count
         self.notes += other.notes
-        both = [*zip(self.lines, self.shown, strict=True), *zip(other.lines, other.shown, strict=True)]
+        both = self.first + other.first
         if same_rows:
-            both.sort(key=lambda problem: problem[0])
-        self.lines = [line for line, _ in both[:MAX_PROBLEMS_SHOWN]]
-        self.shown = [message for _, message in both[:MAX_PROBLEMS_SHOWN]]
+            both.sort(key=lambda problem: problem.line)
+        self.first = both[: self.most]
 
     def __str__(self) -> str:
-        rest = self.count - len(self.shown)
+        rest = self.count - len(self.first)
         return "\n".join([*(f"  {problem}" for problem in self.shown), *([f"  ... and {rest} more"] if rest else [])])
 
 

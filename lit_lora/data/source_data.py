@@ -62,7 +62,7 @@ class SourceData:
         if not self._datasets:
             self._datasets = [
                 tokenize_source(
-                    self._readable(source),
+                    self.readable(source),
                     tokenizer,
                     self.settings_of(source),
                     cache_dir=self._cache_dir,
@@ -111,12 +111,12 @@ class SourceData:
         found: list[Example] = []
         for number, source in enumerate(self.sources):
             places = [examples.place(index) for index in range(starts[number], starts[number + 1])]
-            of_place = find_examples(self._readable(source), self.settings_of(source), set(places))
+            of_place = find_examples(self.readable(source), self.settings_of(source), set(places))
             found += [of_place[place] for place in dict.fromkeys(places)]
         return prompts_of(found, tokenizer, " and ".join(map(str, self.names)))
 
-    def _readable(self, source: DataSource) -> Any:
-        """A source as readers take it."""
+    def readable(self, source: DataSource) -> Any:
+        """A source as readers take it; rows in memory are written down for that."""
         if isinstance(source.path, RowsInMemory):
             try:
                 return source.path.written(self._cache_dir / "rows")

@@ -20,7 +20,7 @@ import torch
 from lit_lora.__main__ import MOST_CHARACTERS, main
 from lit_lora.base.load import load_tokenizer
 from lit_lora.cli.setting_check import refuse
-from lit_lora.data import sources
+from lit_lora.data import readers
 from lit_lora.data.chat_template import run_tokenizer
 from lit_lora.data.prepare import SourceSettings, read_examples
 from lit_lora.files import strict_yaml

@@ -63,6 +63,8 @@ def reader(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> Stranger:
     rows = [line, *({"prompt": f"{n} + {n}?", "completion": f"{n + n}"} for n in range(60))]
     stranger.write("my.jsonl", rows)
     stranger.write("held_out.jsonl", rows[:6])
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "?"} for row in rows]
+    stranger.write("pairs.jsonl", pairs)
     stranger.write("test.jsonl", rows[:4])
     text = "".join(f'"{row["prompt"]}","{row["completion"]}"\n' for row in rows)
     (stranger.folder / "my.csv").write_text(f"asked,said\n{text}")
