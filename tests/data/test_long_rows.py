@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from lit_lora.data.formats import Example
@@ -13,12 +15,9 @@ from tests.data.test_tokenize import supervised_runs
 
 SYSTEM = {"role": "system", "content": "be brief"}
 CHAT = [
-    turn
+    {"role": role, "content": f"{what} {number}"}
     for number in range(8)
-    for turn in (
-        {"role": "user", "content": f"question {number}"},
-        {"role": "assistant", "content": f"answer {number}"},
-    )
+    for role, what in (("user", "question"), ("assistant", "answer"))
 ]
 
 
@@ -83,4 +82,4 @@ def test_split_text_predicts_every_token_once(max_length) -> None:
 def test_chunks_overlap_by_one(count, max_length) -> None:
     found = chunks(list(range(count)), max_length)
     assert (found[0][0], found[-1][1]) == (0, count)
-    assert all(b[0] == a[1] - 1 for a, b in zip(found, found[1:], strict=False))
+    assert all(b[0] == a[1] - 1 for a, b in itertools.pairwise(found))

@@ -19,7 +19,8 @@ CHAT = [USER, FIRST, USER_2, SECOND]
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}"
-    "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -52,9 +53,8 @@ def test_which_turns_are_learned(turns, settings, expected) -> None:
     assert learned(chat_tokenizer(), turns, **settings) == [expected]
 
 
-@pytest.mark.parametrize("settings", [{}, {"train_on_prompt": True}])
-def test_a_conversation_with_nothing_to_learn_is_counted(settings) -> None:
-    encoded, problems = encode(chat_tokenizer(), [FIRST, USER], train_on_turns="all")
+def test_a_conversation_with_nothing_to_learn_is_counted() -> None:
+    encoded, problems = encode(chat_tokenizer(), [FIRST, USER])
     assert (encoded, problems.count) == ([], 0)
     assert problems.notes["a conversation without a turn to learn (train: false, weight: 0, or only the first)"] == 1
 
@@ -63,10 +63,8 @@ def test_weights_are_those_of_the_turns() -> None:
     tokenizer = chat_tokenizer()
     (example,), _ = encode(tokenizer, [USER, FIRST | {"weight": 0.25}, USER_2, SECOND])
     assert example.weights is not None
-    runs = {
-        weight: [i for i, w in zip(example.ids, example.weights, strict=True) if w == weight] for weight in (0.25, 1)
-    }
-    assert [tokenizer.decode(ids) for ids in runs.values()] == ["first<|im_end|>", "second<|im_end|>"]
+    for weight, text in ((0.25, "first<|im_end|>"), (1, "second<|im_end|>")):
+        assert tokenizer.decode([i for i, w in zip(example.ids, example.weights, strict=True) if w == weight]) == text
     assert [weight > 0 for weight in example.weights] == example.mask
     (plain,), _ = encode(tokenizer, CHAT)
     assert plain.weights is None
@@ -119,7 +117,10 @@ def test_a_template_that_rewrites_earlier_turns_makes_an_example_of_each() -> No
 
 
 LEAVING_OUT = {
-    "the answer": (CHATML.replace("m['content'] +", "(m['content'] if m['role'] == 'user' else '') +"), "the answer of turn 2"),
+    "the answer": (
+        CHATML.replace("m['content'] +", "(m['content'] if m['role'] == 'user' else '') +"),
+        "the answer of turn 2",
+    ),
     "the system message in the middle": (
         CHATML.replace("m['content'] +", "(m['content'] if m['role'] != 'system' or loop.first else '') +"),
         "turn 3 (system), or rewrites it",
