@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -31,7 +31,6 @@ from lit_lora.cli.setting_check import known_settings, refuse
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.files import strict_yaml
 from lit_lora.files.checkpoint import read_checkpoint
-from lit_lora.files.shipped import shipped
 from lit_lora.module import LoRALightningModule
 from lit_lora.runs.config_file import ConfigFile
 from lit_lora.runs.fit import CALLBACKS, TRAINER_DEFAULTS, as_shown, concluded, is_over, left_out, wired
@@ -90,6 +89,13 @@ def parse_fit(arguments: Sequence[str]) -> Any:
     except _Parsed as parsed:
         return parsed.config
     raise AssertionError("the command line was run")
+
+
+def plain(value: Any) -> Any:
+    """Parsed settings as their own classes take them: groups within lists, such as sources of data, as mappings."""
+    if isinstance(value, Namespace):
+        return value.as_dict()
+    return [plain(entry) for entry in value] if isinstance(value, list) else value
 
 
 @for_command_line()
