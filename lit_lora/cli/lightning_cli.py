@@ -31,7 +31,6 @@ from lit_lora.cli.setting_check import known_settings, refuse
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.files import strict_yaml
 from lit_lora.files.checkpoint import read_checkpoint
-from lit_lora.files.shipped import shipped
 from lit_lora.module import LoRALightningModule
 from lit_lora.runs.config_file import ConfigFile
 from lit_lora.runs.fit import CALLBACKS, TRAINER_DEFAULTS, as_shown, concluded, is_over, left_out, wired
