@@ -39,6 +39,8 @@ def data_record(
         "columns": dict(settings.columns) if settings.columns else None,
         "max_length": settings.max_length,
         "train_on_prompt": settings.train_on_prompt,
+        "train_on_turns": None if settings.train_on_turns == "all" else settings.train_on_turns,
+        "reasoning": None if settings.reasoning == "keep" else settings.reasoning,
         "turn_end_ids": end.ids,
         "turn_end_strings": end.strings,
     }

@@ -8,6 +8,7 @@ from the prompt's own tokens. Nothing is masked by token id, so ``pad_token == e
 from __future__ import annotations
 
 import itertools
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from lit_lora.data.conversation import BadRow, Conversation
 from lit_lora.data.formats import Example
 from lit_lora.data.long_rows import LongRows, chunks, halves
 from lit_lora.data.sources import Problems
-from lit_lora.data.template_needs import Reasoning, TemplateNeeds
+from lit_lora.data.template_needs import Reasoning, TemplateNeeds, without_thinking
 from lit_lora.data.turns import ChatReader, LearnedText, TrainOnTurns
 
 
@@ -48,6 +49,8 @@ def format_prompt(
     messages: Conversation,
     tools: Sequence[Any] | None = None,
     options: dict[str, Any] | None = None,
+    *,
+    reasoning: Reasoning = "keep",
 ) -> list[int]:
     """Token ids of ``messages`` and of the start of an answer, as in training.
 
@@ -56,6 +59,7 @@ def format_prompt(
         messages: the conversation so far; the last turn is the user's, or a tool's.
         tools: JSON schemas of the tools that the assistant may call.
         options: further variables of the template.
+        reasoning: "drop" leaves that of earlier answers out.
 
     Raises:
         ValueError: if the template refuses the messages.
@@ -64,12 +68,41 @@ def format_prompt(
     example = Example(0, messages, list(tools) if tools else None, options)
     with template.limit([messages]):
         try:
-            turns = TemplateNeeds(template).adapted(example, Problems(""))
+            turns = TemplateNeeds(template).adapted(example, Problems(""), reasoning)
             text = template.render(turns, example.tools, options, generation=True)
         except BadRow as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(f"{template.name} cannot render these messages ({roles}): {error}") from error
     return _tokenize(tokenizer, [text])[0].ids
+
+
+def last_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """The last answer of a conversation as a model writes it: its text and tool calls, without reasoning and end.
+
+    Args:
+        tokenizer: as used for training.
+        example: of a conversation that ends with an answer.
+
+    Raises:
+        ValueError: if the template cannot show it.
+    """
+    assert not isinstance(example.content, str)
+    answer = example.content[-1]
+    if not answer.get("tool_calls"):
+        return without_thinking(answer["content"]).strip()
+    problems, turns = Problems("the conversation"), [*example.content[:-1], {**answer, "weight": 1.0}]
+    encoded = encode_examples(
+        tokenizer,
+        [example._replace(content=turns)],
+        problems,
+        max_length=sys.maxsize,
+        train_on_turns="last",
+        reasoning="drop",
+    )
+    if problems.count:
+        raise ValueError(problems.shown[0])
+    learned = [token for token, is_learned in zip(encoded[-1].ids, encoded[-1].mask, strict=True) if is_learned]
+    return str(tokenizer.decode(learned, skip_special_tokens=True)).strip()
 
 
 def format_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
