@@ -183,7 +183,9 @@ def main() -> None:
             ),
             f"`SFTDataModule` to the first batch, {WORKERS} workers": ours,
             "the same, tokens in the cache": ours,
-            f"{rows:,} prepared rows: to the first batch of the second epoch": (PREPARED, str(prepared), str(rows), "read"),
+            f"{rows:,} prepared rows: to the first batch of the second epoch": (
+                PREPARED, str(prepared), str(rows), "read"
+            ),
         }  # fmt: skip
         for what, (code, *arguments) in runs.items():
             if args.only and not any(part in what for part in args.only):
@@ -196,8 +198,8 @@ def main() -> None:
             print(table[-1], flush=True)
     command = " ".join(["python -m benchmarks.data_size", *sys.argv[1:]])
     text = (
-        f"# Large data\n\n`{command}`\n\n{machine(WORKERS)}. {args.note}\n\n{args.rows:,} rows of a conversation of about "
-        f"200 tokens, {size:,.0f} MiB of JSON lines. One run each. Of `datasets.map` only the time of `map` itself "
+        f"# Large data\n\n`{command}`\n\n{machine(WORKERS)}. {args.note}\n\n{args.rows:,} rows of a conversation of "
+        f"about 200 tokens, {size:,.0f} MiB of JSON lines. One run each. Of `datasets.map` only the time of `map` itself "
         "counts, not that of reading the JSON.\n\n"
         "| | s | memory, GiB (PSS) | RSS, shared pages counted for each process |\n|---|---|---|---|\n"
         + "\n".join(table)

@@ -50,3 +50,6 @@ class Batch(TypedDict, total=False):
 
     num_tokens: int
     """Tokens that are not padding, for rates."""
+
+    source: int
+    """Which source of the data the examples are from; of one that is trained on, the first's."""

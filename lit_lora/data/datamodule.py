@@ -14,7 +14,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.data.data_record import data_record
@@ -26,7 +26,7 @@ from lit_lora.data.mixture import Mixture, check_mixture, check_no_mixture
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, remove_abandoned_parts
 from lit_lora.data.resume import check_fingerprint, check_not_resumed, rank_batches_consumed
-from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches
+from lit_lora.data.sampler import BatchSettings, OrderedBatchSampler, ResumableBatchSampler, plan_batches, plan_in_order
 from lit_lora.data.source_data import SourceData
 from lit_lora.data.summary import DataSummary, summarize
 from lit_lora.files.atomic import remove_partial_files
@@ -255,6 +255,16 @@ class SFTDataModule(pl.LightningDataModule):
         if self._limit_val_batches is not None and self.trainer is not None:
             self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
+    def source_names(self, stage: str) -> list[str]:
+        """Of the sources that are evaluated, in the order that a batch's ``source`` counts.
+
+        Args:
+            stage: "validate" or "test".
+        """
+        of_validation = self._validation or self._train
+        data = of_validation if stage != "test" else self._test or of_validation
+        return data.names
+
     def train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank, from the place where a loaded checkpoint stopped.
 
@@ -409,15 +419,19 @@ class SFTDataModule(pl.LightningDataModule):
         """Of this rank, in an epoch."""
         if data is None:
             return 0
-        mixture = self._mixture if data is self.train_data else None
-        return -(-len(plan_batches(data.lengths, self.batch_settings, mixture=mixture)) // self._world_size)
+        if data is self.train_data:
+            plan = plan_batches(data.lengths, self.batch_settings, mixture=self._mixture)
+        else:
+            plan = plan_in_order(data.lengths, self.batch_settings, data.starts)
+        return -(-len(plan) // self._world_size)
 
     def _evaluation_loader(self, data: Examples) -> DataLoader:
-        settings = replace(self.batch_settings, shuffle=False)
-        sampler = ResumableBatchSampler(data.lengths, settings, rank=self._rank, world_size=self._world_size)
+        sampler = OrderedBatchSampler(
+            data.lengths, self.batch_settings, data.starts, rank=self._rank, world_size=self._world_size
+        )
         return self._loader(data, sampler)
 
-    def _loader(self, data: Examples, sampler: ResumableBatchSampler) -> DataLoader:
+    def _loader(self, data: Examples, sampler: Sampler[list[int]]) -> DataLoader:
         self._check_vocabulary(data)
         return ResumableDataLoader(
             data,

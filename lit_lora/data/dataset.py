@@ -106,6 +106,11 @@ class TokenizedDataset(Dataset[TokenizedExample]):
         return TokenizedExample(index, ids, mask, weights)
 
     @property
+    def starts(self) -> list[int]:
+        """The first example of each source, and the end."""
+        return [0, len(self)]
+
+    @property
     def ids(self) -> NDArray[np.int32]:
         """All tokens, ``(T,)``, brought into memory."""
         return self._arrays.read("ids")

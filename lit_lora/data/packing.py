@@ -78,4 +78,5 @@ def _targets(examples: Sequence[TokenizedExample], lengths: Sequence[int], start
         "target_ids": torch.from_numpy(ids.astype(np.int64)),
         "example_ids": torch.tensor([example.example_id for example in examples], dtype=torch.int64),
         "num_tokens": sum(length for length, places in zip(lengths, supervised, strict=True) if places.size),
+        "source": examples[0].source,
     }

@@ -97,8 +97,7 @@ class SourceData:
 
     def mixture(self, examples: Examples) -> Mixture | None:
         """Which of these examples an epoch holds; None for each once."""
-        starts = examples.starts if isinstance(examples, ChosenExamples) else [0, len(examples)]
-        mixture = Mixture.of(np.diff(starts).tolist(), self.sources)
+        mixture = Mixture.of(np.diff(examples.starts).tolist(), self.sources)
         return None if mixture.sizes == mixture.quotas else mixture
 
     def prompts(self, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -107,10 +106,9 @@ class SourceData:
         Raises:
             ValueError: for plain text.
         """
-        starts = examples.starts if isinstance(examples, ChosenExamples) else [0, len(examples)]
         found: list[Example] = []
         for number, source in enumerate(self.sources):
-            places = [examples.place(index) for index in range(starts[number], starts[number + 1])]
+            places = [examples.place(index) for index in range(examples.starts[number], examples.starts[number + 1])]
             of_place = find_examples(self.readable(source), self.settings_of(source), set(places))
             found += [of_place[place] for place in dict.fromkeys(places)]
         return prompts_of(found, tokenizer, " and ".join(map(str, self.names)))

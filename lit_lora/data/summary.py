@@ -133,9 +133,8 @@ def summarize(
 
 
 def _sources(dataset: Examples, mixture: Mixture | None) -> tuple[SourceSummary, ...]:
-    statistics, starts = [dataset.statistics], [0, len(dataset)]
-    if isinstance(dataset, ChosenExamples):
-        statistics, starts = [data.statistics for data, _ in dataset.parts], dataset.starts
+    parts = dataset.parts if isinstance(dataset, ChosenExamples) else [(dataset, None)]
+    statistics = [data.statistics for data, _ in parts]
     lengths, supervised = dataset.lengths, dataset.supervised
     return tuple(
         SourceSummary(
@@ -145,7 +144,9 @@ def _sources(dataset: Examples, mixture: Mixture | None) -> tuple[SourceSummary,
             int(supervised[start:stop].sum(dtype=np.int64)),
             stop - start if mixture is None else mixture.quotas[number],
         )
-        for number, (entry, (start, stop)) in enumerate(zip(statistics, itertools.pairwise(starts), strict=True))
+        for number, (entry, (start, stop)) in enumerate(
+            zip(statistics, itertools.pairwise(dataset.starts), strict=True)
+        )
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -170,38 +170,52 @@ class StepRecorder:
 
 
 class EvaluationMeans(nn.Module):
-    """Means over an evaluation, each weighted by targets: loss and token accuracy, over all ranks."""
+    """Means over an evaluation, each weighted by targets: loss and token accuracy, over all ranks.
 
-    def __init__(self) -> None:
+    Args:
+        sources: names of the data's sources, each of which has a mean loss of its own; not of a single one.
+    """
+
+    def __init__(self, sources: Sequence[str] = ()) -> None:
         super().__init__()
         self.loss = MeanMetric()
         self.token_accuracy = MeanMetric()
         self.num_targets = SumMetric()
+        self.sources = list(sources) if len(sources) > 1 else []
+        self._losses = [MeanMetric() for _ in self.sources]
+        self.losses = nn.ModuleList(self._losses)  # for `to`
+        for loss in self._losses:  # a rank may have no batch of a source, and takes part in its mean all the same
+            loss.update(0.0, weight=0.0)
 
-    def add(self, output: LossOutput) -> None:
-        """Add a batch; one without targets changes nothing.
+    def add(self, output: LossOutput, source: int = 0) -> None:
+        """Add a batch of a source; one without targets changes nothing.
 
         It counts as an update all the same: a rank that had nothing but fillers takes part in :meth:`results`, for
         which the others wait.
         """
         targets = max(1, output.num_targets)
+        mean = output.loss_sum.detach() / targets
         self.num_targets.update(output.num_targets)
-        if output.target_weight is None:
-            self.loss.update(output.loss_sum.detach() / targets, weight=output.num_targets)
-        else:
-            weight = output.target_weight.detach()
-            self.loss.update(output.loss_sum.detach() / weight.where(weight > 0, 1.0), weight=weight)
+        self.loss.update(mean, weight=output.num_targets)
+        if self.sources:
+            self._losses[source].update(mean, weight=output.num_targets)
         if output.num_correct is not None:
             self.token_accuracy.update(output.num_correct / targets, weight=output.num_targets)
 
     def results(self, prefix: str) -> dict[str, Tensor]:
-        """``<prefix>_loss`` (nats per token), ``<prefix>_perplexity``, ``<prefix>_token_accuracy`` where counted."""
+        """``<prefix>_loss`` (nats per token), ``<prefix>_perplexity``, ``<prefix>_token_accuracy`` where counted.
+
+        Of several sources also ``<prefix>_loss/<name>`` for each that was looked at.
+        """
         if not self.num_targets.update_called or not self.num_targets.compute():
             return {}
         means = {"loss": self.loss, "token_accuracy": self.token_accuracy}
         results = {f"{prefix}_{name}": mean.compute() for name, mean in means.items() if mean.update_called}
         if f"{prefix}_loss" in results:
             results[f"{prefix}_perplexity"] = results[f"{prefix}_loss"].exp()
+        for name, loss in zip(self.sources, self._losses, strict=True):
+            if (mean := loss.compute()).isfinite():  # 0 of 0 targets is no number; one that is none shows in the whole
+                results[f"{prefix}_loss/{name}"] = mean
         return results
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -28,6 +29,15 @@ LOGGED = ("train_loss", "train_targets", "val_loss", "val_perplexity", "val_toke
 """Metrics of a fit."""
 
 _LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
+
+
+@runtime_checkable
+class KnowsSources(Protocol):
+    """A data module whose evaluation batches say which source they are from: ``SFTDataModule``."""
+
+    def source_names(self, stage: str) -> list[str]:
+        """Of the sources, in the order that a batch's ``source`` counts."""
+        ...
 
 
 class TokenLossModule(L.LightningModule):
@@ -147,22 +157,27 @@ class TokenLossModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the means of loss and accuracy."""
-        self._means.add(self.compute_loss(batch, accuracy=True))
+        self._means.add(self.compute_loss(batch, accuracy=True), _source(batch))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the means of loss and accuracy."""
-        self._means.add(self.compute_loss(batch, accuracy=True))
+        self._means.add(self.compute_loss(batch, accuracy=True), _source(batch))
 
     def on_validation_epoch_start(self) -> None:
         """Start new means."""
-        self._means = EvaluationMeans().to(self.device)
+        self._means = EvaluationMeans(self._source_names("validate")).to(self.device)
 
     def on_test_epoch_start(self) -> None:
         """Start new means."""
-        self._means = EvaluationMeans().to(self.device)
+        self._means = EvaluationMeans(self._source_names("test")).to(self.device)
+
+    def _source_names(self, stage: str) -> list[str]:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
+        return data.source_names(stage) if isinstance(data, KnowsSources) else []
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val_loss`` (nats per token), ``val_perplexity`` and ``val_token_accuracy``."""
+        """Log ``val_loss`` (nats per token; ``val_loss/NAME`` for each of several sources), ``val_perplexity`` and
+        ``val_token_accuracy``."""
         results = self._finish_evaluation("val")
         at_start = self.trainer.num_sanity_val_steps == math.inf and self.trainer.global_step == 0
         whole = not self.trainer.sanity_checking or at_start
@@ -179,3 +194,7 @@ class TokenLossModule(L.LightningModule):
         if not self.trainer.barebones:
             self.log_dict(results, prog_bar=True, rank_zero_only=True)
         return {name: value.item() for name, value in results.items()}
+
+
+def _source(batch: Any) -> int:
+    return int(batch.get("source", 0)) if isinstance(batch, Mapping) else 0
