@@ -199,8 +199,8 @@ def main() -> None:
     command = " ".join(["python -m benchmarks.data_size", *sys.argv[1:]])
     text = (
         f"# Large data\n\n`{command}`\n\n{machine(WORKERS)}. {args.note}\n\n{args.rows:,} rows of a conversation of "
-        f"about 200 tokens, {size:,.0f} MiB of JSON lines. One run each. Of `datasets.map` only the time of `map` itself "
-        "counts, not that of reading the JSON.\n\n"
+        f"about 200 tokens, {size:,.0f} MiB of JSON lines. One run each. Of `datasets.map` only the time of `map` "
+        "itself counts, not that of reading the JSON.\n\n"
         "| | s | memory, GiB (PSS) | RSS, shared pages counted for each process |\n|---|---|---|---|\n"
         + "\n".join(table)
         + "\n"

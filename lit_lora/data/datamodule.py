@@ -12,22 +12,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lit_lora.data.data_record import data_record
-from lit_lora.data.data_source import Given, sources_of
-from lit_lora.data.dataset import ChosenExamples, Examples, check_vocabulary, tokenizer_digest
-from lit_lora.data.limits import check_limits
-from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only
-from lit_lora.data.mixture import Mixture, check_mixture, check_no_mixture
-from lit_lora.data.packing import collate_packed, collate_padded
+from lit_lora.data.data_source import Given
+from lit_lora.data.dataset import Examples, lines_of, tokenizer_digest
+from lit_lora.data.evaluation_batches import OrderedBatchSampler, plan_in_order
+from lit_lora.data.fingerprint import check_fingerprint, fingerprint_of
+from lit_lora.data.limits import check_limits, check_own_sampler
+from lit_lora.data.loaders import PromptDataset, batch_loader, generator_of, only
+from lit_lora.data.mixture import Mixture
+from lit_lora.data.named_tokenizer import loaded_tokenizer
 from lit_lora.data.prepare import SourceSettings, remove_abandoned_parts
-from lit_lora.data.resume import check_fingerprint, check_not_resumed, rank_batches_consumed
-from lit_lora.data.sampler import BatchSettings, OrderedBatchSampler, ResumableBatchSampler, plan_batches, plan_in_order
-from lit_lora.data.source_data import SourceData
+from lit_lora.data.resume import check_not_resumed, rank_batches_consumed
+from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches
+from lit_lora.data.source_data import source_data
 from lit_lora.data.summary import DataSummary, summarize
 from lit_lora.files.atomic import remove_partial_files
 from lit_lora.files.environment import cache_folder
@@ -132,17 +133,12 @@ class SFTDataModule(pl.LightningDataModule):
         self.packing = packing
         self.num_workers = num_workers
         self.cache_dir = cache_folder("tokenized") if cache_dir is None else Path(cache_dir).expanduser()
-        unlimited = replace(self.source_settings, limit=None)
-
-        def source_data(key: str, given: Any, settings: SourceSettings = unlimited) -> SourceData:
-            return SourceData(sources_of(given, key), settings, self.cache_dir, tokenize_workers)
-
-        self._train = source_data("data.train", train, self.source_settings)
-        self._validation = None if validation is None else source_data("data.validation", validation)
-        self._test = None if test is None else source_data("data.test", test)
-        check_mixture(self._train.sources, "data.train")
-        for key, data in (("data.validation", self._validation), ("data.test", self._test)):
-            check_no_mixture([] if data is None else data.sources, key)
+        unlimited, options = replace(self.source_settings, limit=None), (self.cache_dir, tokenize_workers)
+        self._train = source_data("data.train", train, self.source_settings, *options, mixed=True)
+        self._validation = (
+            None if validation is None else source_data("data.validation", validation, unlimited, *options)
+        )
+        self._test = None if test is None else source_data("data.test", test, unlimited, *options)
         self.train_data: Examples | None = None
         self.validation_data: Examples | None = None
         self.test_data: Examples | None = None
@@ -160,24 +156,11 @@ class SFTDataModule(pl.LightningDataModule):
         """The tokenizer, loaded on first use; code that comes with it runs where the module says ``trust_remote_code``.
 
         Raises:
-            ValueError: if none was given and the module does not say which base model it trains.
+            ValueError: see :func:`loaded_tokenizer`.
         """
         if not isinstance(self._tokenizer, PreTrainedTokenizerBase):
-            from lit_lora.base.load import load_tokenizer
-
-            name, revision = self._tokenizer, None
-            module = self.trainer.lightning_module if self.trainer is not None else None
-            if name is None:
-                name, revision = getattr(module, "base", None), getattr(module, "revision", None)
-            if not isinstance(name, str):
-                raise ValueError(
-                    "no tokenizer: the module has no attribute 'base' with the model's name; "
-                    f"set {setting('data.tokenizer')} to a name, a folder, or 'bytes'"
-                )
-            self._tokenizer = load_tokenizer(
-                name, revision=revision, trust_remote_code=getattr(module, "trust_remote_code", False)
-            )
-            self._tokenizer_name = name
+            module = None if self.trainer is None else self.trainer.lightning_module
+            self._tokenizer, self._tokenizer_name = loaded_tokenizer(self._tokenizer, module)
         return self._tokenizer
 
     def trained_on(self) -> dict[str, Any]:
@@ -217,7 +200,8 @@ class SFTDataModule(pl.LightningDataModule):
         Raises:
             ValueError: if the Trainer would replace the sampler, or the data cannot be used.
         """
-        self._check_trainer()
+        if self.trainer is not None:
+            check_own_sampler(self.trainer)
         self._train_sampler, self._loaded_state = None, None
         if self.validation_fraction:
             train, self.validation_data = self._train.split(
@@ -232,7 +216,18 @@ class SFTDataModule(pl.LightningDataModule):
         self._mixture = self._train.mixture(train)
         self.train_data = train
         if stage == "fit":
-            self._fingerprint = self._take_fingerprint()
+            self._fingerprint = fingerprint_of(
+                train,
+                self.validation_data,
+                self.batch_settings,
+                self._mixture,
+                {
+                    **asdict(self.source_settings),
+                    "train": self._train.plain(),
+                    "validation_fraction": self.validation_fraction,
+                    "tokenizer": tokenizer_digest(self.tokenizer)[:12],
+                },
+            )
             num_validation = 0 if self.validation_data is None else len(self.validation_data)
             self.summary = summarize(
                 train, self.tokenizer, self.batch_settings, num_validation=num_validation, mixture=self._mixture
@@ -277,7 +272,7 @@ class SFTDataModule(pl.LightningDataModule):
                 check_not_resumed(self)
             resume_from = None
             if self._loaded_state is not None:
-                resume_from = (self._loaded_state["epoch"], self.rank_batches_consumed(self._world_size))
+                resume_from = (self._loaded_state["epoch"], rank_batches_consumed(self._loaded_state, self._world_size))
             settings = self.batch_settings
             if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
                 settings = replace(settings, shuffle=False)
@@ -308,16 +303,9 @@ class SFTDataModule(pl.LightningDataModule):
         return self._evaluation_loader(data)
 
     def source_lines(self, example_ids: Sequence[int]) -> list[int | str]:
-        """The lines in the source of training examples, with the file's name where there are several files.
-
-        Negative ids, which are fillers, give -1.
-        """
+        """See :func:`lit_lora.data.dataset.lines_of`."""
         assert self.train_data is not None, "setup() comes before source_lines()"
-        data = self.train_data
-        if (isinstance(data, ChosenExamples) and len(data.parts) > 1) or data.statistics.files:
-            return [-1 if number < 0 else data.place(number) for number in example_ids]
-        lines = data.lines
-        return [-1 if number < 0 else int(lines[number]) for number in example_ids]
+        return lines_of(self.train_data, example_ids)
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts with reference answers, one at a time: ``prompt_ids`` (1, L), ``reference``, ``example_ids`` (1,).
@@ -334,7 +322,9 @@ class SFTDataModule(pl.LightningDataModule):
         assert source is not None
         prompts = source.prompts(data, self.tokenizer)
         share = prompts[self._rank :: self._world_size]
-        return DataLoader(PromptDataset(share), batch_size=1, collate_fn=only, generator=self._generator())
+        return DataLoader(
+            PromptDataset(share), batch_size=1, collate_fn=only, generator=generator_of(self.batch_settings.seed)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data and what it depends on; plain types."""
@@ -361,14 +351,6 @@ class SFTDataModule(pl.LightningDataModule):
         self._loaded_state = dict(state_dict)
         self._train_sampler = None
 
-    def rank_batches_consumed(self, world_size: int) -> int:
-        """Micro-batches that each of ``world_size`` ranks had consumed in its epoch when the loaded state was saved.
-
-        Raises:
-            ValueError: if they cannot be divided among the ranks.
-        """
-        return 0 if self._loaded_state is None else rank_batches_consumed(self._loaded_state, world_size)
-
     def fingerprint(self) -> dict[str, Any]:
         """What a position in the data means; plain types.
 
@@ -377,20 +359,6 @@ class SFTDataModule(pl.LightningDataModule):
         """
         assert self._fingerprint is not None, "setup() comes before fingerprint()"
         return self._fingerprint
-
-    def _take_fingerprint(self) -> dict[str, Any]:
-        assert self.train_data is not None
-        order = asdict(self.batch_settings)
-        order |= {"max_tokens_per_batch": order.pop("max_tokens"), "packing": not order.pop("padded")}
-        order["mixture"] = None if self._mixture is None else [*map(list, (self._mixture.sizes, self._mixture.quotas))]
-        source = {
-            **asdict(self.source_settings),
-            "train": self._train.plain(),
-            "validation_fraction": self.validation_fraction,
-            "tokenizer": tokenizer_digest(self.tokenizer)[:12],
-        }
-        validation = None if self.validation_data is None else self.validation_data.digest()
-        return {"tokens": self.train_data.digest(), "order": order, "source": source, "validation": validation}
 
     @property
     def _rank(self) -> int:
@@ -404,16 +372,6 @@ class SFTDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return batches.processed, self.trainer.num_training_batches  # type: ignore[attr-defined]
-
-    def _check_trainer(self) -> None:
-        # Lightning has no public way to ask; with its own sampler in place of ours it fails later and less clearly.
-        if self.trainer is None or self._world_size == 1:
-            return
-        if self.trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                f"the data is divided among the {self._world_size} ranks by SFTDataModule: "
-                f"set {setting('trainer.use_distributed_sampler', False)} for the Trainer"
-            )
 
     def _num_batches(self, data: Examples | None) -> int:
         """Of this rank, in an epoch."""
@@ -432,24 +390,11 @@ class SFTDataModule(pl.LightningDataModule):
         return self._loader(data, sampler)
 
     def _loader(self, data: Examples, sampler: Sampler[list[int]]) -> DataLoader:
-        self._check_vocabulary(data)
-        return ResumableDataLoader(
+        return batch_loader(
             data,
-            batch_sampler=sampler,
-            collate_fn=collate_packed if self.packing else collate_padded,
+            sampler,
+            self.trainer,
+            packed=self.packing,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            # From memory of its own a copy to the GPU need not wait for what the GPU is at.
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            generator=self._generator(),
+            seed=self.batch_settings.seed,
         )
-
-    def _generator(self) -> torch.Generator:
-        """A DataLoader draws from a generator for every iterator; the global one would differ after a resume."""
-        return torch.Generator().manual_seed(self.batch_settings.seed)
-
-    def _check_vocabulary(self, data: Examples) -> None:
-        module = None if self.trainer is None else self.trainer.lightning_module
-        model = getattr(module, "model", None)
-        if isinstance(model, PreTrainedModel):
-            check_vocabulary(data, model.config.get_text_config().vocab_size)

@@ -306,6 +306,14 @@ def _digest_of(digests: NDArray[np.uint8]) -> str:
     return digest.hexdigest()
 
 
+def lines_of(data: Examples, numbers: Sequence[int]) -> list[int | str]:
+    """The lines that examples come from, with the file's name where there are several files; of a filler -1."""
+    if (isinstance(data, ChosenExamples) and len(data.parts) > 1) or data.statistics.files:
+        return [-1 if number < 0 else data.place(number) for number in numbers]
+    lines = data.lines
+    return [-1 if number < 0 else int(lines[number]) for number in numbers]
+
+
 def check_vocabulary(dataset: Examples, vocab_size: int) -> None:
     """Check that the model has an embedding for every token.
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_lora.data.dataset import Examples, check_vocabulary
 from lit_lora.data.formats import Example
+from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.tokenize import format_prompt
 
 
@@ -26,6 +28,42 @@ class ResumableDataLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to load: see :meth:`SFTDataModule.load_state_dict`."""
+
+
+def batch_loader(
+    data: Examples, sampler: Sampler[list[int]], trainer: Any, *, packed: bool, num_workers: int, seed: int
+) -> DataLoader:
+    """A loader of micro-batches.
+
+    Args:
+        data: what the sampler's numbers mean.
+        sampler: gives the batches.
+        trainer: that will take them, if it is known.
+        packed: put the examples of a batch one after the other instead of padding them.
+        num_workers: processes that assemble batches.
+        seed: of the loader's random state.
+
+    Raises:
+        ValueError: if the model that is trained does not know a token.
+    """
+    model = getattr(None if trainer is None else trainer.lightning_module, "model", None)
+    if isinstance(model, PreTrainedModel):
+        check_vocabulary(data, model.config.get_text_config().vocab_size)
+    return ResumableDataLoader(
+        data,
+        batch_sampler=sampler,
+        collate_fn=collate_packed if packed else collate_padded,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        # From memory of its own a copy to the GPU need not wait for what the GPU is at.
+        pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+        generator=generator_of(seed),
+    )
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """A DataLoader draws from a generator for every iterator; the global one would differ after a resume."""
+    return torch.Generator().manual_seed(seed)
 
 
 class PromptDataset(Dataset):

@@ -8,11 +8,10 @@ a pair of plain numbers, the epoch and the global micro-batches consumed, and no
 from __future__ import annotations
 
 import array
-import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
@@ -354,54 +353,6 @@ class ResumableBatchSampler(Sampler[list[int]]):
 
     def _consumed(self) -> int:
         return 0 if self._progress is None or self._anchor is None else self._progress()[0] - self._anchor
-
-
-class OrderedBatchSampler(Sampler[list[int]]):
-    """One rank's micro-batches of data that is evaluated, in its order; none holds examples of two sources.
-
-    Args:
-        lengths: tokens of each example, ``(N,)``.
-        settings: limits.
-        starts: the first example of each source, and the end.
-        rank: of this process.
-        world_size: processes that share the data.
-    """
-
-    def __init__(
-        self,
-        lengths: NDArray[np.int64],
-        settings: BatchSettings,
-        starts: Sequence[int],
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.lengths = lengths
-        self.rank = rank
-        self.world_size = world_size
-        self._plan = plan_in_order(lengths, settings, starts)
-
-    def __len__(self) -> int:
-        """Micro-batches of this rank."""
-        return -(-len(self._plan) // self.world_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return rank_batches(self._plan, self.lengths, self.rank, self.world_size)
-
-
-def plan_in_order(lengths: NDArray[np.int64], settings: BatchSettings, starts: Sequence[int]) -> BatchPlan:
-    """The micro-batches of data in its order, each of a single source.
-
-    Args:
-        lengths: tokens of each example, ``(N,)``.
-        settings: limits.
-        starts: the first example of each source, and the end.
-    """
-    settings = replace(settings, shuffle=False)
-    borders: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
-    for start, stop in itertools.pairwise(starts):
-        borders.append(plan_batches(lengths[start:stop], settings).starts[1:] + start)
-    return BatchPlan(np.arange(len(lengths)), np.concatenate(borders))
 
 
 def rank_batches(

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lit_lora.data.data_source import DataSource, RowsInMemory, described
+from lit_lora.data.data_source import DataSource, RowsInMemory, described, sources_of
 from lit_lora.data.dataset import ChosenExamples, Examples, TokenizedDataset
 from lit_lora.data.formats import Example
 from lit_lora.data.loaders import prompts_of
-from lit_lora.data.mixture import Mixture
+from lit_lora.data.mixture import Mixture, check_mixture, check_no_mixture
 from lit_lora.data.prepare import SourceSettings, find_examples, tokenize_source
 from lit_lora.data.sampler import split_indices
 from lit_lora.wording import setting
@@ -122,3 +122,24 @@ class SourceData:
                 fix = f"set {setting('data.cache_dir')} to a folder that can be written to"
                 raise OSError(error.errno, f"rows in memory cannot be kept: {error}; {fix}") from error
         return source.path
+
+
+def source_data(
+    key: str, given: Any, settings: SourceSettings, cache_dir: Path, num_workers: int | None, *, mixed: bool = False
+) -> SourceData:
+    """What a setting gives as data, see :class:`SourceData`.
+
+    Args:
+        key: of the setting.
+        given: see :func:`~lit_lora.data.data_source.sources_of`.
+        settings: how sources are read, where they do not say.
+        cache_dir: folder of the cache.
+        num_workers: processes to tokenize with.
+        mixed: whether sources may have weights or epochs.
+
+    Raises:
+        ValueError: for something else than sources, or weights that make no sense.
+    """
+    sources = sources_of(given, key)
+    (check_mixture if mixed else check_no_mixture)(sources, key)
+    return SourceData(sources, settings, cache_dir, num_workers)
