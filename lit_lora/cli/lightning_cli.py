@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -89,6 +89,13 @@ def parse_fit(arguments: Sequence[str]) -> Any:
     except _Parsed as parsed:
         return parsed.config
     raise AssertionError("the command line was run")
+
+
+def plain(value: Any) -> Any:
+    """Parsed settings as their own classes take them: groups within lists, such as sources of data, as mappings."""
+    if isinstance(value, Namespace):
+        return value.as_dict()
+    return [plain(entry) for entry in value] if isinstance(value, list) else value
 
 
 @for_command_line()

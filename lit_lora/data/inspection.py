@@ -80,8 +80,9 @@ def inspect_data(
     given = {name: value for name, value in settings.items() if name != "cache_dir"}
     name = settings.pop("tokenizer", None)
     if isinstance(name, PreTrainedTokenizerBase):
-        tokenizer, name = name, name.name_or_path
-        given["tokenizer"] = name
+        tokenizer, name = name, name.name_or_path or type(name).__name__
+        given = {key: value for key, value in given.items() if key != "tokenizer"}
+        given |= {"tokenizer": name} if tokenizer.name_or_path else {}
     else:
         source, at = (model, revision) if name is None else (name, None)
         tokenizer = load_tokenizer(source, revision=at, trust_remote_code=trust_remote_code)
@@ -261,7 +262,8 @@ class _Look:
         return pieces_of(self.tokenizer, example.ids[start:stop], weights[start:stop], self._end_ids)
 
     def _show(self, source: str, example: Encoded, parts: dict[str, tuple[Piece, ...]]) -> None:
-        self.shown.append(ShownExample(source, example.line, len(example.ids), sum(example.mask), parts))
+        counts = (len(example.ids), sum(example.mask))
+        self.shown.append(ShownExample(source, example.line, example.part, *counts, parts))
 
     def _count(self, example: Encoded) -> None:
         ids, mask = np.array(example.ids), np.array(example.mask)

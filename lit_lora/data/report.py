@@ -171,7 +171,7 @@ def _cut_lines(cuts: Sequence[Cut], bold: str, plain: str) -> Iterator[str]:
 
 
 def _example_lines(example: ShownExample, colour: bool) -> Iterator[str]:
-    where = f"{visible(example.source)}:{example.line}"
+    where = f"{visible(example.source)}:{example.line}" + (f", part {example.part + 1}" if example.part else "")
     yield f"{where}, {example.num_tokens:,} tokens, {example.num_supervised:,} supervised"
     for name, pieces in example.parts.items():
         if name:

@@ -107,7 +107,8 @@ the chosen answer is the longer one in {{ source.pairs.num_chosen_longer | share
 <p><span class="off">〔not supervised〕</span> <span class="on">supervised</span> <span class="end">where an answer
 ends ■</span></p>
 {% for example in examples %}
-<p class="less">{{ example.source }}:{{ example.line }}, {{ example.num_tokens | grouped }} tokens,
+<p class="less">{{ example.source }}:{{ example.line }},
+{% if example.part %}part {{ example.part + 1 }}, {% endif %}{{ example.num_tokens | grouped }} tokens,
 {{ example.num_supervised | grouped }} supervised</p>
 {% for name, pieces in example.parts.items() %}
 {% if name %}<p>{{ name }}</p>{% endif %}

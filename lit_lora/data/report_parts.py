@@ -110,6 +110,8 @@ class ShownExample:
 
     source: str
     line: int
+    part: int
+    """Which example of its row it is, from 0: a row may become several."""
     num_tokens: int
     num_supervised: int
     parts: dict[str, tuple[Piece, ...]]

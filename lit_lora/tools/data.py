@@ -91,10 +91,11 @@ def _given(config: Any) -> dict[str, Any]:
     """Settings of the data that are not as they are by default."""
     import inspect
 
+    from lit_lora.cli.lightning_cli import plain
     from lit_lora.data.datamodule import SFTDataModule
 
     parameters = inspect.signature(SFTDataModule).parameters
-    return {name: value for name, value in config.items() if value != parameters[name].default}
+    return {name: plain(value) for name, value in config.items() if value != parameters[name].default}
 
 
 def _has_colours() -> bool:

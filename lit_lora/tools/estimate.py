@@ -97,9 +97,10 @@ def largest_batches(config: Any) -> LargestBatches:
 
 def _training_data(config: Any) -> tuple[Any, Any]:
     from lit_lora.base.load import load_tokenizer
+    from lit_lora.cli.lightning_cli import plain
     from lit_lora.data.datamodule import SFTDataModule
 
-    data, model = dict(config.data), config.model
+    data, model = {name: plain(value) for name, value in config.data.items()}, config.model
     name, revision = data["tokenizer"], None
     if name is None:
         name, revision = model.base, model.revision

@@ -22,6 +22,13 @@ from lit_lora.files import strict_yaml
 from tests.chat_tokenizers import chat_tokenizer
 from tests.tiny import config
 
+REWRITING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and not loop.last %}{{ '...' }}{% else %}{{ m['content'] }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""A template that leaves out all answers but the last."""
+
 ROWS = [{"prompt": f"say {i}", "completion": "it is " + "x" * (i * i % 150)} for i in range(60)]
 EXAMPLE = re.compile(r"^  \| .*$", re.MULTILINE)
 COLOURS = re.compile(r"\033\[\d+m")
@@ -283,6 +290,17 @@ def test_sources_are_told_apart(look) -> None:
     settings = strict_yaml.parse(report.yaml())["data"]
     assert [one["path"] for one in settings["train"]] == ["some.jsonl", "more.jsonl"]
     assert trained(settings.pop("train"), **settings).summary.num_examples == 11
+
+
+def test_a_row_that_becomes_several_examples_is_shown_as_such(look) -> None:
+    tokenizer = chat_tokenizer(REWRITING)
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(2) for role in ("user", "assistant")]
+    report = look({"messages": turns}, tokenizer=tokenizer)
+    assert report.sources[0].num_examples == 2
+    assert [example.part for example in report.examples] == [0, 1]
+    assert "my.jsonl:1, part 2, " in str(report)
+    assert f"tokenizer: {type(tokenizer).__name__}, its own chat template" in str(report)
+    assert "tokenizer" not in strict_yaml.parse(report.yaml())["data"]
 
 
 def test_rows_in_memory_are_looked_at(look) -> None:

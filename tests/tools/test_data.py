@@ -89,6 +89,22 @@ def test_the_suggestion_is_a_config_of_fit(capsys) -> None:
     assert settings["data"].items() >= (chosen | {"tokenizer": "bytes", "packing": True}).items()
 
 
+def test_several_sources_of_a_config_are_looked_at(capsys) -> None:
+    Path("two.yaml").write_text(
+        "model: {base: 'random:tiny.json'}\n"
+        "data:\n  tokenizer: bytes\n  train:\n    - {path: my.jsonl, weight: 0.75}\n"
+        "    - {path: named.jsonl, weight: 0.25, columns: {prompt: asked, completion: said}}\n"
+    )
+    out = shown(capsys, "--config", "two.yaml")
+    assert re.search(r"^  my.jsonl +1,415 +50.0%  75.0% of an epoch's; weight 0.75$", out, re.MULTILINE), out
+    assert "named.jsonl (prompt_completion): looked at all 30 rows" in out
+    Path("pasted.yaml").write_text(out.rpartition("for a file given with --config:\n")[2])
+    again = shown(capsys, "--config", "pasted.yaml")
+    assert [line for line in again.splitlines() if "of an epoch's" in line] == [
+        line for line in out.splitlines() if "of an epoch's" in line
+    ]
+
+
 def test_files_are_written(capsys) -> None:
     main(["data", "my.jsonl", *MODEL, "--json", "new/found.json", "--html=page.html"])
     assert capsys.readouterr().err == "wrote new/found.json\nwrote page.html\n"
@@ -118,7 +134,7 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch, variables, colour
         (["nowhere.jsonl", *MODEL], 2, "data.train: no data file at nowhere.jsonl"),
         (["empty.jsonl", *MODEL], 2, "data.train: empty.jsonl is empty: expected at least one row of data"),
         (["tiny.json", *MODEL], 1, "tiny.json is one JSON object with the keys"),
-        (["nothing.json", *MODEL], 1, "nothing.json holds no examples: expected at least one row of data"),
+        (["nothing.jsonl", *MODEL], 1, "nothing.jsonl holds no examples: expected at least one row of data"),
         (["latin.csv", *MODEL], 1, "latin.csv:2: not UTF-8"),
         (["my.jsonl", *MODEL, "--format", "alpaca"], 1, "do not fit the format 'alpaca'"),
         (["my.jsonl", "--model", "./nowhere"], 2, "model.base: no model folder './nowhere'"),
@@ -134,7 +150,7 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch, variables, colour
 )  # fmt: skip
 def test_one_mistake_is_one_error(capsys, arguments, code, told) -> None:
     Path("empty.jsonl").touch()
-    Path("nothing.json").write_text("[]")
+    Path("nothing.jsonl").write_text("\n\n")
     Path("latin.csv").write_bytes("prompt,completion\nä,b\n".encode("latin-1"))
     Path("folder").mkdir()
     with pytest.raises(SystemExit) as ended:
