@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from lit_lora.data.array_file import ArrayFile, InMemory, Segment
 from lit_lora.data.dataset import arrays_of
 from lit_lora.data.formats import Layout, parse_examples
 from lit_lora.data.readers import Block, rows_of
-from lit_lora.data.rows import Problems
+from lit_lora.data.rows import Problem, Problems
 from lit_lora.data.tokenize import encode_examples
 
 CONTENT = "content"
@@ -68,7 +69,8 @@ class EncodedBlock(NamedTuple):
         """What a file keeps."""
         counts, problems = (json.loads(file.metadata[name]) for name in ("counts", "problems"))
         found = Problems(**problems)
-        found.notes = type(Problems("").notes)(found.notes)
+        found.first = [Problem(*problem) for problem in found.first]
+        found.notes = Counter(found.notes)
         return cls(file, Counts(*counts), found)
 
 

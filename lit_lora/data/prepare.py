@@ -80,9 +80,9 @@ def read_examples(source: Any, settings: SourceSettings) -> Examples:
     return examples
 
 
-def find_examples(source: Any, settings: SourceSettings, places: Collection[str]) -> dict[str, Example]:
-    """The examples at some places of a source, by their place, see :meth:`TokenizedDataset.place`."""
-    found: dict[str, Example] = {}
+def find_examples(source: Any, settings: SourceSettings, places: Collection[str]) -> dict[str, list[Example]]:
+    """The examples at some places of a source, see :meth:`TokenizedDataset.place`; a line of JSON may hold several."""
+    found: dict[str, list[Example]] = {}
     layout = None
     for block in read_blocks(source):
         problems = Problems(name_of(source))
@@ -90,9 +90,7 @@ def find_examples(source: Any, settings: SourceSettings, places: Collection[str]
             place = f"{block.file}, line {row.line}"
             layout = layout or layout_of(row, block.file, settings.format, settings.columns)
             if place in places:
-                (found[place],) = parse_examples([row], problems, layout)
-        if len(found) == len(places):
-            break
+                found.setdefault(place, []).extend(parse_examples([row], problems, layout))
     return found
 
 

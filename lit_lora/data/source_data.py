@@ -16,7 +16,9 @@ from lit_lora.data.formats import Example
 from lit_lora.data.loaders import prompts_of
 from lit_lora.data.mixture import Mixture, check_mixture, check_no_mixture
 from lit_lora.data.prepare import SourceSettings, find_examples, tokenize_source
+from lit_lora.data.rows import Problems
 from lit_lora.data.sampler import split_indices
+from lit_lora.data.tokenize import encode_examples
 from lit_lora.wording import setting
 
 
@@ -108,9 +110,18 @@ class SourceData:
         """
         found: list[Example] = []
         for number, source in enumerate(self.sources):
-            places = [examples.place(index) for index in range(examples.starts[number], examples.starts[number + 1])]
-            of_place = find_examples(self.readable(source), self.settings_of(source), set(places))
-            found += [of_place[place] for place in dict.fromkeys(places)]
+            indices = range(examples.starts[number], examples.starts[number + 1])
+            places = {index: examples.place(index) for index in indices}
+            settings = self.settings_of(source)
+            at_place = find_examples(self.readable(source), settings, set(places.values()))
+            of_source: dict[int, Example] = {}
+            for index, place in places.items():
+                candidates = at_place[place]
+                if len(candidates) > 1:  # of an array of JSON on a single line: the one that has these tokens
+                    ids = examples[index].ids.tolist()
+                    candidates = [one for one in candidates if _gives(one, ids, tokenizer, settings)]
+                of_source.setdefault(id(candidates[0]), candidates[0])  # of a row that was split once
+            found += of_source.values()
         return prompts_of(found, tokenizer, " and ".join(map(str, self.names)))
 
     def readable(self, source: DataSource) -> Any:
@@ -122,6 +133,11 @@ class SourceData:
                 fix = f"set {setting('data.cache_dir')} to a folder that can be written to"
                 raise OSError(error.errno, f"rows in memory cannot be kept: {error}; {fix}") from error
         return source.path
+
+
+def _gives(example: Example, ids: list[int], tokenizer: PreTrainedTokenizerBase, settings: SourceSettings) -> bool:
+    encoded = encode_examples(tokenizer, [example], Problems(""), **settings.encoding())
+    return any(one.ids == ids for one in encoded)
 
 
 def source_data(
