@@ -27,9 +27,9 @@ _OF_THE_MODEL = {"model": "model.base", "base": "model.base"} | {
 def data(arguments: list[str]) -> DataReport | None:
     """Look at data as the ``fit`` with these arguments would, and print what was found.
 
-    Takes what ``lit-lora fit`` takes, and the options of :func:`_parser`. Exits with 1 where no row can be used.
+    Takes what ``lit-lora fit`` takes, and the options of :func:`_own_options`. Exits with 1 where no row can be used.
     """
-    parser = _parser()
+    parser = _own_options()
     given = options(with_flag_values(arguments, {"--trust_remote_code"}))
     own = [token for option in given if option.key in OPTIONS for token in option.tokens]
     chosen = parser.parse_args([*own, *(option.tokens[0] for option in given if not option.key)])
@@ -134,7 +134,7 @@ def _number(text: str, *, least: int = 0) -> int:
     return number
 
 
-def _parser() -> argparse.ArgumentParser:
+def _own_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-lora data",
         usage="lit-lora data FILE --model MODEL [options]",
