@@ -4,7 +4,8 @@
 
 Writes rows of a conversation of about 200 tokens each, then, each in a process of its own: ``datasets.map`` over them
 with two workers, which tokenizes with the same template and tokenizer; ``SFTDataModule`` to its first batch, without
-and with a cache; and an epoch's plan of prepared data of ten times as many rows. Memory is what all processes of each
+and with a cache; and an epoch's plan and 20,000
+batches of prepared data of ten times as many rows. Memory is what all processes of each
 hold together, sampled ten times a second: pages that several share are counted once (PSS), files that the system keeps
 in memory for its own convenience are not. Writes ``results/data_size.md``.
 """
@@ -159,6 +160,7 @@ def measure(code: str, *arguments: str) -> tuple[list[float], float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--prepared_rows", type=int, help="ten times as many by default")
     parser.add_argument("--base", default="smollm2-135m-instruct", help="whose tokenizer and template")
     parser.add_argument("--folder", help="where to work; a temporary one by default")
     parser.add_argument("--only", nargs="*", help="names of rows")
@@ -173,7 +175,7 @@ def main() -> None:
         print(f"{args.rows:,} rows, {size:,.0f} MiB", flush=True)
         prepared = folder / "prepared.safetensors"
         ours = (OURS, str(data), args.base, str(cache), str(WORKERS))
-        rows = 10 * args.rows
+        rows = args.prepared_rows or 10 * args.rows
         runs = {
             f"`datasets.map`, {WORKERS} workers: whole conversations": (
                 MAP, str(data), args.base, str(folder / "map"), "whole"

@@ -13,6 +13,8 @@ from lit_lora.__main__ import main
 from lit_lora.metrics import TrainingMetrics
 from lit_lora.training.step_metrics import EvaluationMeans, LossOutput
 
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
 TINY = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 32,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 259,
