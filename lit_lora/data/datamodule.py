@@ -26,6 +26,7 @@ from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
 from lit_lora.data.resume import check_fingerprint, check_not_resumed, rank_batches_consumed
 from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches, split_indices
 from lit_lora.data.summary import DataSummary, summarize
+from lit_lora.data.untrained_tokens import warn_of_untrained_tokens
 from lit_lora.files.atomic import remove_partial_files
 from lit_lora.files.environment import cache_folder
 from lit_lora.wording import setting
@@ -254,6 +255,8 @@ class SFTDataModule(pl.LightningDataModule):
                 resume_from=resume_from,
                 progress=None if self.trainer is None else self._progress,
             )
+        if (model := self._model) is not None:
+            warn_of_untrained_tokens(model, self.tokenizer)
         return self._loader(self.train_data, self._train_sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -409,7 +412,11 @@ class SFTDataModule(pl.LightningDataModule):
         return torch.Generator().manual_seed(self.batch_settings.seed)
 
     def _check_vocabulary(self, data: TokenizedDataset) -> None:
+        if (model := self._model) is not None:
+            check_vocabulary(data, model.config.get_text_config().vocab_size)
+
+    @property
+    def _model(self) -> PreTrainedModel | None:
         module = None if self.trainer is None else self.trainer.lightning_module
         model = getattr(module, "model", None)
-        if isinstance(model, PreTrainedModel):
-            check_vocabulary(data, model.config.get_text_config().vocab_size)
+        return model if isinstance(model, PreTrainedModel) else None
