@@ -255,7 +255,7 @@ class SFTDataModule(pl.LightningDataModule):
                 resume_from=resume_from,
                 progress=None if self.trainer is None else self._progress,
             )
-        if (model := self._model) is not None:
+        if (model := self._model) is not None and self.train_data.statistics.format != "text":
             warn_of_untrained_tokens(model, self.tokenizer)
         return self._loader(self.train_data, self._train_sampler)
 
