@@ -146,6 +146,8 @@ def test_keys_and_tools_that_a_template_has_no_use_for_are_counted() -> None:
         "chat_template_kwargs 'enable_thinking' is not used by the chat template": 1,
         "key 'name' of a turn is not used by the chat template": 1,
     }
+    (example,), problems = encode(chat_tokenizer("{% for m in messages %}{{ m | tojson }}{% endfor %}"), turns)
+    assert not problems.notes
     named = chat_tokenizer(CHATML.replace("m['role'] +", "m['role'] + (' ' + m['name'] if 'name' in m else '') +"))
     (example,), problems = encode(named, [USER | {"name": "Ann"}, FIRST])
     assert "user Ann" in named.decode(example.ids)
