@@ -255,8 +255,8 @@ class SFTDataModule(pl.LightningDataModule):
                 resume_from=resume_from,
                 progress=None if self.trainer is None else self._progress,
             )
-        if (model := self._model) is not None and self.train_data.statistics.format != "text":
-            warn_of_untrained_tokens(model, self.tokenizer)
+        if self.train_data.statistics.format != "text":
+            warn_of_untrained_tokens(self.trainer, self.tokenizer)
         return self._loader(self.train_data, self._train_sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -412,11 +412,7 @@ class SFTDataModule(pl.LightningDataModule):
         return torch.Generator().manual_seed(self.batch_settings.seed)
 
     def _check_vocabulary(self, data: TokenizedDataset) -> None:
-        if (model := self._model) is not None:
-            check_vocabulary(data, model.config.get_text_config().vocab_size)
-
-    @property
-    def _model(self) -> PreTrainedModel | None:
         module = None if self.trainer is None else self.trainer.lightning_module
         model = getattr(module, "model", None)
-        return model if isinstance(model, PreTrainedModel) else None
+        if isinstance(model, PreTrainedModel):
+            check_vocabulary(data, model.config.get_text_config().vocab_size)

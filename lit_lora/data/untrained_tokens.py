@@ -7,6 +7,7 @@ same to the model, and to end answers with a token that it cannot see: the loss 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -43,9 +44,15 @@ def untrained_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return [added[token_id] for token_id, found in zip(ids, untrained, strict=True) if found and token_id in written]
 
 
-def warn_of_untrained_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say so where there are some."""
-    if found := untrained_tokens(model, tokenizer):
+def warn_of_untrained_tokens(trainer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say so where the model that a Trainer trains has some.
+
+    Args:
+        trainer: None for none.
+        tokenizer: with the template.
+    """
+    model = getattr(None if trainer is None else trainer.lightning_module, "model", None)
+    if isinstance(model, PreTrainedModel) and (found := untrained_tokens(model, tokenizer)):
         fix = advice("add the embedding to {}", "model.lora.modules_to_save", otherwise="train the embedding too")
         warnings.warn(
             f"the base was never trained on {', '.join(found)}, which the chat template writes: their embeddings are "
