@@ -229,10 +229,7 @@ class SFTDataModule(pl.LightningDataModule):
                     "tokenizer": tokenizer_digest(self.tokenizer)[:12],
                 },
             )
-            num_validation = 0 if self.validation_data is None else len(self.validation_data)
-            self.summary = summarize(
-                train, self.tokenizer, self.batch_settings, num_validation=num_validation, mixture=self._mixture
-            )
+            self.summary = summarize(train, self.tokenizer, self.batch_settings, self.validation_data, self._mixture)
             rank_zero_info(str(self.summary))
             if self.trainer is not None:
                 check_limits(

@@ -99,8 +99,7 @@ def summarize(
     dataset: Examples,
     tokenizer: PreTrainedTokenizerBase,
     settings: BatchSettings,
-    *,
-    num_validation: int = 0,
+    validation: Examples | None = None,
     mixture: Mixture | None = None,
 ) -> DataSummary:
     """Count what is in the data, and decode its first example.
@@ -109,7 +108,7 @@ def summarize(
         dataset: training data.
         tokenizer: that made it.
         settings: of its batches.
-        num_validation: examples of the validation data.
+        validation: validation data.
         mixture: which examples an epoch takes, where that is not each once.
     """
     batches = plan_batches(dataset.lengths, settings, mixture=mixture)
@@ -123,7 +122,7 @@ def summarize(
         num_examples=len(dataset),
         num_tokens=dataset.num_tokens,
         num_supervised=dataset.num_supervised,
-        num_validation=num_validation,
+        num_validation=0 if validation is None else len(validation),
         num_batches=len(batches),
         padding_share=padding_share,
         ends=supervised_ends(dataset, tokenizer),
