@@ -141,7 +141,10 @@ PRIVATE = (
     Private("._dump_config", "lit_lora/cli/lightning_cli.py", "the config as it was resolved",
             "LightningCLI tells it", "lightning.pytorch.cli.LightningCLI"),
     # jsonargparse
-    Private("._actions", "lit_lora/cli/config_check.py lit_lora/cli/help.py lit_lora/cli/setting_check.py", _PARSER,
+    Private("._enable_path", "lit_lora/cli/lightning_cli.py", "a file of data is not read in place of its name",
+            "jsonargparse can be told for an option", "jsonargparse._typehints.ActionTypeHint"),
+    Private("._actions", "lit_lora/cli/config_check.py lit_lora/cli/help.py lit_lora/cli/lightning_cli.py "
+            "lit_lora/cli/setting_check.py", _PARSER,
             "jsonargparse lists its options", "jsonargparse.ArgumentParser"),
     Private("._typehint", "lit_lora/cli/help.py lit_lora/cli/setting_check.py", "the type of an option",
             "jsonargparse tells it", "jsonargparse._typehints.ActionTypeHint"),

@@ -142,6 +142,10 @@ class LoRACLI(LightningCLI):
         parser.add_argument("--quiet", type=bool, default=False, help=QUIET)
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
+        actions: list[Any] = parser._actions
+        for action in actions:
+            if action.dest in DATA_KEYS:  # a file of data is no file that the sources are written in
+                action._enable_path = False
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Put the command line in order, parse it, then check the config as a whole."""

@@ -195,12 +195,17 @@ def _said(error: Exception) -> str:
 
 
 def _size(value: Any) -> int:
-    """Characters of all text in it."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(map(_size, value.values()))
-    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
+    """Characters of all text in it, however deeply nested."""
+    size, waiting = 0, [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return size
 
 
 @lru_cache(maxsize=16)

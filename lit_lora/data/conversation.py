@@ -149,7 +149,7 @@ def _turn(turn: Any, number: int, name: str, role_key: str, content_key: str) ->
     weight = _weight(given, where)
     if weight != 1:
         read["weight"] = weight
-    return {**read, **given}
+    return {**read, **{key: value for key, value in given.items() if key not in read}}
 
 
 def _tool_calls(given: dict[str, Any], where: str) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from lit_lora.data.resume import check_not_resumed, rank_batches_consumed
 from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches
 from lit_lora.data.source_data import source_data
 from lit_lora.data.summary import DataSummary, summarize
+from lit_lora.data.untrained_tokens import warn_of_untrained_tokens
 from lit_lora.files.atomic import remove_partial_files
 from lit_lora.files.environment import cache_folder
 from lit_lora.wording import setting
@@ -285,6 +286,8 @@ class SFTDataModule(pl.LightningDataModule):
                 progress=None if self.trainer is None else self._progress,
                 mixture=self._mixture,
             )
+        if self.train_data.statistics.format != "text":
+            warn_of_untrained_tokens(self.trainer, self.tokenizer)
         return self._loader(self.train_data, self._train_sampler)
 
     def val_dataloader(self) -> DataLoader:

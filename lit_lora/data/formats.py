@@ -266,10 +266,10 @@ def parse_examples(
             content = FORMATS[layout.format](fields)
             tools = read_tools(fields.get("tools"))
             options = read_options(fields.get("chat_template_kwargs"))
-        except BadRow as error:
-            problems.add(row.line, str(error))
+            described = json.dumps([content, tools, options], default=str).encode()
+        except (BadRow, RecursionError) as error:
+            problems.add(row.line, str(error) if isinstance(error, BadRow) else "nested too deeply")
             continue
-        described = json.dumps([content, tools, options], default=str).encode()
         digest = hashlib.blake2b(described, digest_size=16).digest()
         examples.append(Example(row.line, content, tools, options, digest))
     return examples

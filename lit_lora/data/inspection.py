@@ -77,7 +77,7 @@ def inspect_data(
     for name, value, least in (("rows", rows, 1), ("examples", examples, 0)):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    given = {name: value for name, value in settings.items() if name != "cache_dir"}
+    given = {name: value for name, value in settings.items() if _can_be_written(name, value)}
     name = settings.pop("tokenizer", None)
     if isinstance(name, PreTrainedTokenizerBase):
         tokenizer, name = name, name.name_or_path or type(name).__name__
@@ -108,6 +108,13 @@ def inspect_data(
         suggested=(*look.to_train_on_pairs, *(suggest(lengths, context=context) if len(lengths) else ())),
         warnings=tuple(_warnings(look, sources, config.vocab_size, context)),
     )
+
+
+def _can_be_written(name: str, value: Any) -> bool:
+    """Whether a setting belongs into a config: a dataset in memory does not, nor does a folder of this machine."""
+    if name in ("validation", "test"):
+        return isinstance(value, str)
+    return name != "cache_dir"
 
 
 class _Look:

@@ -82,7 +82,7 @@ class TemplateNeeds:
             if turn.keys() <= _PLAIN_KEYS and (role == "user" or (role == "assistant" and reasoning != "drop")):
                 turns.append(turn)
                 continue
-            fitting = {key: value for key, value in turn.items() if key in _OWN_KEYS or key in words}
+            fitting = {key: v for key, v in turn.items() if key in _OWN_KEYS or key in words or self._writes_all_keys}
             for key in turn.keys() - fitting.keys() - self.ignore:
                 problems.note(f"key {key!r} of a turn is not used by the chat template")
             fitting.pop("weight", None)
@@ -135,6 +135,12 @@ class TemplateNeeds:
     def rendered_call(self, *, followed: bool = False) -> str:
         """What the template writes after a question that is answered by a tool call, and after the tool's result."""
         return self._rendered_call(self._call_form, followed=followed)
+
+    @cached_property
+    def _writes_all_keys(self) -> bool:
+        """Whether a turn is written with keys that the template does not name, for example as JSON."""
+        text = self.rendered([{"role": "user", "content": self.content(_SAID), _KEY: _VALUE}])
+        return text is not None and _VALUE in text
 
     @cached_property
     def _shows_inline(self) -> bool:

@@ -197,6 +197,7 @@ def score(
     with disable_lora(loaded.model):
         before = loss()
     answers: list[Answers | None] = [None, None]
+    held_out = _with_calls(loaded, held_out)
     if held_out.prompts:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
         with disable_lora(loaded.model):
@@ -233,6 +234,15 @@ def _conversations(data: str, examples: Examples) -> tuple[list[list[dict[str, A
     return prompts, expected
 
 
+def _with_calls(loaded: Loaded, held_out: HeldOut) -> HeldOut:
+    """The same, where answers that are tool calls are expected as the template writes them."""
+    expected = [
+        last_answer(loaded.tokenizer, example) if example.content[-1].get("tool_calls") else answer  # type: ignore[union-attr]
+        for answer, example in zip(held_out.expected, held_out.examples.items, strict=False)  # none of plain text
+    ]
+    return held_out._replace(expected=expected)
+
+
 def _answers(
     loaded: Loaded,
     held_out: HeldOut,
@@ -245,10 +255,6 @@ def _answers(
     model, tokenizer, _ = loaded
     pairs = list(zip(held_out.prompts, held_out.examples.items, strict=True))
     ids = [format_prompt(tokenizer, m, e.tools, e.options, reasoning=held_out.reasoning) for m, e in pairs]
-    expected = [
-        last_answer(tokenizer, example) if example.content[-1].get("tool_calls") else answer  # type: ignore[union-attr]
-        for answer, example in zip(held_out.expected, held_out.examples.items, strict=True)
-    ]
     written: Sequence[Completion] = complete(
         model,
         tokenizer,
@@ -260,7 +266,9 @@ def _answers(
     )
     texts = [answer.text.strip() for answer in written]
     # Reasoning is nobody's to match: the answer comes after it.
-    right = sum(got.rpartition("</think>")[2].strip() == want for got, want in zip(texts, expected, strict=True))
+    right = sum(
+        got.rpartition("</think>")[2].strip() == want for got, want in zip(texts, held_out.expected, strict=True)
+    )
     return Answers(texts, 100 * right / len(texts), sum(answer.cut for answer in written))
 
 

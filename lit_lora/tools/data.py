@@ -16,6 +16,9 @@ from lit_lora.files.meant import closest, did_you_mean
 if TYPE_CHECKING:
     from lit_lora.data.report import DataReport
 
+OPTIONS = ("rows", "examples", "json", "html", "help")
+"""Beside those of ``fit``."""
+
 _OF_THE_MODEL = {"model": "model.base", "base": "model.base"} | {
     name: f"model.{name}" for name in ("revision", "trust_remote_code")
 }
@@ -24,14 +27,13 @@ _OF_THE_MODEL = {"model": "model.base", "base": "model.base"} | {
 def data(arguments: list[str]) -> DataReport | None:
     """Look at data as the ``fit`` with these arguments would, and print what was found.
 
-    Takes what ``lit-lora fit`` takes, and the options of :func:`_parser`. Exits with 1 where no row can be used.
+    Takes what ``lit-lora fit`` takes, and the options of :func:`_own_options`. Exits with 1 where no row can be used.
     """
-    parser = _parser()
-    own_names = {name.removeprefix("--") for action in parser._actions for name in action.option_strings}
+    parser = _own_options()
     given = options(with_flag_values(arguments, {"--trust_remote_code"}))
-    own = [token for option in given if option.key in own_names for token in option.tokens]
+    own = [token for option in given if option.key in OPTIONS for token in option.tokens]
     chosen = parser.parse_args([*own, *(option.tokens[0] for option in given if not option.key)])
-    fit_arguments = _as_for_fit([option for option in given if option.key and option.key not in own_names], own_names)
+    fit_arguments = _as_for_fit([option for option in given if option.key and option.key not in OPTIONS])
     if chosen.file is not None:
         fit_arguments.append(f"--data.train={chosen.file}")
     elif not any(option.key in ("config", "data", "data.train") for option in options(fit_arguments)):
@@ -68,14 +70,14 @@ def data(arguments: list[str]) -> DataReport | None:
     return report
 
 
-def _as_for_fit(given: list[Option], own_names: set[str]) -> list[str]:
+def _as_for_fit(given: list[Option]) -> list[str]:
     """The options by their names for ``fit``: ``--format`` is ``--data.format``."""
     import inspect
 
     from lit_lora.data.datamodule import SFTDataModule
 
     keys = _OF_THE_MODEL | {name: f"data.{name}" for name in inspect.signature(SFTDataModule).parameters}
-    known = [*own_names, *keys]
+    known = [*OPTIONS, *keys]
     tokens: list[str] = []
     for option in given:
         if option.key in keys:
@@ -132,7 +134,7 @@ def _number(text: str, *, least: int = 0) -> int:
     return number
 
 
-def _parser() -> argparse.ArgumentParser:
+def _own_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-lora data",
         usage="lit-lora data FILE --model MODEL [options]",

@@ -114,15 +114,13 @@ def _training_data(config: Any) -> tuple[Any, Any]:
 def _largest_planned(examples: Any, settings: Any, config: Any) -> LargestBatches:
     import numpy as np
 
-    from lit_lora.data.packing import kept_length
     from lit_lora.data.sampler import plan_batches
 
-    kept = np.array([kept_length(examples[i]) for i in range(len(examples))])
-    supervised = np.add.reduceat(examples.mask, examples.offsets[:-1], dtype=np.int64)
-    first = plan_batches(examples.lengths, settings)
+    kept, supervised = examples.lengths, examples.supervised  # what follows the last supervised token is not kept
+    first = plan_batches(examples.lengths, settings, mixture=mixture)
     plan = [*first]
     for epoch in range(1, _num_epochs(config, len(first)) if settings.shuffle else 1):
-        plan += plan_batches(examples.lengths, settings, epoch)
+        plan += plan_batches(examples.lengths, settings, epoch, mixture)
 
     def largest(cost: Callable[[Any], int]) -> Batch:
         batch = max(plan, key=lambda batch: cost(kept[batch]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from json import dumps
 
 import pytest
 
@@ -15,7 +16,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 
 def read(tmp_path, *rows, **options):
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(dumps(row) + "\n" for row in rows))
     return read_examples(str(path), SourceSettings(**options))
 
 
@@ -36,6 +37,10 @@ TURNS = {
         [{"role": "user", "content": "a b"}, ASSISTANT],
     ),
     "null keys, as Parquet has them": ([USER | {"tool_calls": None, "name": None}, ASSISTANT], [USER, ASSISTANT]),
+    "keys of two kinds": (
+        [{"from": "u", **USER}, {"value": "v", **ASSISTANT}],
+        [{"from": "u", **USER}, {"value": "v", **ASSISTANT}],
+    ),
     "other keys": ([USER | {"name": "Ann"}, ASSISTANT], [USER | {"name": "Ann"}, ASSISTANT]),
     "a tool call without content": ([USER, {"role": "assistant", "tool_calls": [CALL]}], [USER, CALLING]),
     "a tool call with null content": ([USER, assistant(content=None, tool_calls=[CALL])], [USER, CALLING]),
@@ -143,6 +148,17 @@ FIELDS = {
     "turns as prompt and completion": ({"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
                                        [USER, ASSISTANT | {"weight": 0.0}, USER, ASSISTANT]),
 }  # fmt: skip
+
+
+def test_what_is_nested_too_deeply_is_named(tmp_path, monkeypatch) -> None:
+    row = {"messages": [USER | {"x": [[1]]}, ASSISTANT]}
+    monkeypatch.setattr("lit_lora.data.formats.json.dumps", _too_deep)
+    with pytest.raises(ValueError, match=r"a.jsonl:1: nested too deeply"):
+        read(tmp_path, row)
+
+
+def _too_deep(*arguments, **options):
+    raise RecursionError("maximum recursion depth exceeded")
 
 
 @pytest.mark.parametrize("kind", FIELDS)

@@ -305,7 +305,8 @@ def test_a_row_that_becomes_several_examples_is_shown_as_such(look) -> None:
 
 def test_rows_in_memory_are_looked_at(look) -> None:
     look(*ROWS)
-    report = inspect_data(ROWS, "random:tiny.json", tokenizer="bytes", cache_dir="cache")
+    report = inspect_data(ROWS, "random:tiny.json", tokenizer="bytes", cache_dir="cache", validation=ROWS[:3])
+    json.dumps(report.to_dict())
     assert report.sources[0].num_tokens == look(*ROWS).sources[0].num_tokens
     assert "train" not in strict_yaml.parse(report.yaml())["data"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import pre_tokenizers
+from tokenizers import models
 
 from lit_lora.base.byte_tokenizer import byte_tokenizer
 from lit_lora.data.conversation import read_conversation
@@ -146,6 +146,8 @@ def test_keys_and_tools_that_a_template_has_no_use_for_are_counted() -> None:
         "chat_template_kwargs 'enable_thinking' is not used by the chat template": 1,
         "key 'name' of a turn is not used by the chat template": 1,
     }
+    (example,), problems = encode(chat_tokenizer("{% for m in messages %}{{ m | tojson }}{% endfor %}"), turns)
+    assert not problems.notes
     named = chat_tokenizer(CHATML.replace("m['role'] +", "m['role'] + (' ' + m['name'] if 'name' in m else '') +"))
     (example,), problems = encode(named, [USER | {"name": "Ann"}, FIRST])
     assert "user Ann" in named.decode(example.ids)
@@ -218,15 +220,25 @@ def test_reasoning_that_is_cut_out_is_learned_after_the_prompt_that_begins_it(an
     assert supervised_runs(tokenizer, example) == ["so\n</think>\n\nfirst<|im_end|>"]
 
 
+def over_the_border():
+    """A tokenizer with tokens of a line break and the white space after it."""
+    tokenizer = byte_tokenizer()
+    vocabulary = {character: index for character, index in tokenizer.get_vocab().items() if index < 256}
+    merges = [("Ċ", "Ġ"), ("Ċ", "Ċ"), ("Ċ", "ĉ")]
+    vocabulary |= {first + second: 259 + number for number, (first, second) in enumerate(merges)}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=merges)
+    return tokenizer
+
+
 @pytest.mark.parametrize("answer", ["    return a + b", "\n\nfirst", "\tfirst", " first"])
-@pytest.mark.parametrize("kind", ["BPE over the border", "bytes"])
+@pytest.mark.parametrize("kind", [over_the_border, byte_tokenizer, smollm_like])
 def test_white_space_that_an_answer_begins_with_is_learned(answer, kind) -> None:
-    tokenizer = smollm_like() if kind == "BPE over the border" else byte_tokenizer()
-    if kind == "BPE over the border":
-        assert isinstance(tokenizer.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
-    (example,), problems = encode(tokenizer, [USER, {"role": "assistant", "content": answer}])
-    assert not problems.count
+    tokenizer, turns = kind(), [USER, {"role": "assistant", "content": answer}]
     prompt = format_prompt(tokenizer, [USER])
+    whole = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert (whole[: len(prompt)] == prompt) == (kind is not over_the_border)
+    (example,), problems = encode(tokenizer, turns)
+    assert not problems.count
     assert example.ids[: len(prompt)] == prompt, "the prompt has the tokens that a model is asked with"
     assert supervised_runs(tokenizer, example) == [answer + tokenizer.eos_token]
 

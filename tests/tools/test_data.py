@@ -70,6 +70,25 @@ def test_options_are_those_of_fit(capsys, arguments) -> None:
     assert re.search(r"^ +40 .*<- as it is set$", out, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("my.csv", "prompt,completion\nhi,there\n"),
+        ("one.json", '["my.jsonl"]'),
+        ("two.json", '[{"path": "my.jsonl"}]'),
+        ("three.json", '[{"prompt": "hi", "completion": "there"}]'),
+    ],
+)
+def test_a_file_of_data_is_never_read_as_a_setting(capsys, name, text) -> None:
+    Path(name).write_text(text)
+    Path("fit.yaml").write_text(f"data: {{train: {name}}}\n")
+    for given in (["fit", "--data.train", name], ["fit", "--config", "fit.yaml"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*given, "--model.base=random:tiny.json", "--trainer.max_steps=1", "--print_config"])
+        assert not ended.value.code
+        assert yaml.safe_load(capsys.readouterr().out)["data"]["train"] == name
+
+
 def test_rows_and_examples_are_limited(capsys) -> None:
     out = shown(capsys, "my.jsonl", *MODEL, "--rows", "7", "--examples", "1")
     assert "looked at the first 7 rows, and there are more" in out
@@ -134,7 +153,7 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch, variables, colour
         (["nowhere.jsonl", *MODEL], 2, "data.train: no data file at nowhere.jsonl"),
         (["empty.jsonl", *MODEL], 2, "data.train: empty.jsonl is empty: expected at least one row of data"),
         (["tiny.json", *MODEL], 1, "tiny.json is one JSON object with the keys"),
-        (["nothing.jsonl", *MODEL], 1, "nothing.jsonl holds no examples: expected at least one row of data"),
+        (["nothing.json", *MODEL], 1, "nothing.json holds no examples: expected at least one row of data"),
         (["latin.csv", *MODEL], 1, "latin.csv:2: not UTF-8"),
         (["my.jsonl", *MODEL, "--format", "alpaca"], 1, "do not fit the format 'alpaca'"),
         (["my.jsonl", "--model", "./nowhere"], 2, "model.base: no model folder './nowhere'"),
@@ -150,7 +169,7 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch, variables, colour
 )  # fmt: skip
 def test_one_mistake_is_one_error(capsys, arguments, code, told) -> None:
     Path("empty.jsonl").touch()
-    Path("nothing.jsonl").write_text("\n\n")
+    Path("nothing.json").write_text("[]")
     Path("latin.csv").write_bytes("prompt,completion\nä,b\n".encode("latin-1"))
     Path("folder").mkdir()
     with pytest.raises(SystemExit) as ended:
