@@ -95,7 +95,7 @@ def largest_batches(config: Any) -> LargestBatches:
     return _largest_planned(*examples, config)
 
 
-def _training_data(config: Any) -> tuple[Any, Any]:
+def _training_data(config: Any) -> tuple[Any, Any, Any]:
     from lit_lora.base.load import load_tokenizer
     from lit_lora.cli.lightning_cli import plain
     from lit_lora.data.datamodule import SFTDataModule
@@ -108,12 +108,10 @@ def _training_data(config: Any) -> tuple[Any, Any]:
     module = SFTDataModule(**data)
     module.setup("validate")  # what fit does, without a summary of it
     assert module.train_data is not None
-    return module.train_data, module.batch_settings
+    return module.train_data, module.batch_settings, module.mixture
 
 
-def _largest_planned(examples: Any, settings: Any, config: Any) -> LargestBatches:
-    import numpy as np
-
+def _largest_planned(examples: Any, settings: Any, mixture: Any, config: Any) -> LargestBatches:
     from lit_lora.data.sampler import plan_batches
 
     kept, supervised = examples.lengths, examples.supervised  # what follows the last supervised token is not kept
