@@ -41,6 +41,7 @@ _PUBLIC = {
     "QuantizationConfig": "config",
     "LoRALightningModule": "module",
     "SFTDataModule": "data.datamodule",
+    "DataSource": "data.data_source",
     "InjectionReport": "adapters.inject",
     "inject_lora": "adapters.inject",
     "merge_lora": "adapters.merge",
@@ -68,6 +69,7 @@ _PUBLIC = {
 }
 __all__ = [
     "DataReport",
+    "DataSource",
     "InjectionReport",
     "LoRAConfig",
     "LoRALightningModule",
@@ -105,6 +107,7 @@ if TYPE_CHECKING:
     from lit_lora.adapters.merge import disable_lora, merge_lora, unmerge_lora
     from lit_lora.base.load import load_base_model, load_tokenizer
     from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
+    from lit_lora.data.data_source import DataSource
     from lit_lora.data.datamodule import SFTDataModule
     from lit_lora.data.inspection import inspect_data
     from lit_lora.data.report import DataReport

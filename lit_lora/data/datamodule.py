@@ -146,7 +146,7 @@ class SFTDataModule(pl.LightningDataModule):
         self.summary: DataSummary | None = None
         self._tokenizer = tokenizer
         self._tokenizer_name: str | None = None
-        self._mixture: Mixture | None = None
+        self.mixture: Mixture | None = None
         self._train_sampler: ResumableBatchSampler | None = None
         self._loaded_state: dict[str, Any] | None = None
         self._fingerprint: dict[str, Any] | None = None
@@ -214,14 +214,14 @@ class SFTDataModule(pl.LightningDataModule):
                 self.validation_data = self._validation.examples(self.tokenizer)
         if self._test is not None:
             self.test_data = self._test.examples(self.tokenizer)
-        self._mixture = self._train.mixture(train)
+        self.mixture = self._train.mixture(train)
         self.train_data = train
         if stage == "fit":
             self._fingerprint = fingerprint_of(
                 train,
                 self.validation_data,
                 self.batch_settings,
-                self._mixture,
+                self.mixture,
                 {
                     **asdict(self.source_settings),
                     "train": self._train.plain(),
@@ -229,7 +229,7 @@ class SFTDataModule(pl.LightningDataModule):
                     "tokenizer": tokenizer_digest(self.tokenizer)[:12],
                 },
             )
-            self.summary = summarize(train, self.tokenizer, self.batch_settings, self.validation_data, self._mixture)
+            self.summary = summarize(train, self.tokenizer, self.batch_settings, self.validation_data, self.mixture)
             rank_zero_info(str(self.summary))
             if self.trainer is not None:
                 check_limits(
@@ -281,7 +281,7 @@ class SFTDataModule(pl.LightningDataModule):
                 world_size=self._world_size,
                 resume_from=resume_from,
                 progress=None if self.trainer is None else self._progress,
-                mixture=self._mixture,
+                mixture=self.mixture,
             )
         if self.train_data.statistics.format != "text":
             warn_of_untrained_tokens(self.trainer, self.tokenizer)
@@ -378,7 +378,7 @@ class SFTDataModule(pl.LightningDataModule):
         if data is None:
             return 0
         if data is self.train_data:
-            plan = plan_batches(data.lengths, self.batch_settings, mixture=self._mixture)
+            plan = plan_batches(data.lengths, self.batch_settings, mixture=self.mixture)
         else:
             plan = plan_in_order(data.lengths, self.batch_settings, data.starts)
         return -(-len(plan) // self._world_size)
