@@ -22,6 +22,7 @@ TRAINER_VERBS = {
 }
 TOOLS = {
     "fetch": "download a small base model",
+    "data": "what a model will see of a data file, and settings for it",
     "generate": "prompt in, text out, with and without an adapter",
     "chat": "talk to a model, with its adapter or without",
     "evaluate": "exact match and loss on held-out examples, before and after",

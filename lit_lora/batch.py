@@ -39,6 +39,9 @@ class Batch(TypedDict, total=False):
     target_ids: Tensor
     """``(S,)``: what is to be predicted there."""
 
+    target_weights: Tensor
+    """``(S,)``, float32: how much each of them counts in the loss; not there where each counts once."""
+
     labels: Tensor
     """``(B, L)``: token ids, -100 where unsupervised; a label belongs to the token that it stands at."""
 
@@ -47,3 +50,6 @@ class Batch(TypedDict, total=False):
 
     num_tokens: int
     """Tokens that are not padding, for rates."""
+
+    source: int
+    """Which source of the data the examples are from; of one that is trained on, the first's."""

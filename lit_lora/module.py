@@ -137,7 +137,8 @@ class LoRALightningModule(TokenLossModule):
             )
         batch = with_targets(batch)
         nll_sum, num_correct = language_model_loss(self.model, batch, self.path, accuracy=accuracy)  # type: ignore[arg-type]
-        return LossOutput(nll_sum, batch["target_ids"].numel(), num_correct, batch.get("num_tokens"))
+        weight = batch["target_weights"].sum() if "target_weights" in batch else None
+        return LossOutput(nll_sum, batch["target_ids"].numel(), num_correct, batch.get("num_tokens"), weight)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Refuse a Trainer, optimizer or schedule that cannot work: nothing is loaded yet.

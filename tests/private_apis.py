@@ -128,7 +128,7 @@ PRIVATE = (
             "Lightning tells it", "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop"),
     Private("._combined_loader", "lit_lora/training/schedule.py", "a resumed run makes its loaders again",
             "estimated_stepping_batches leaves loaders to be made", "lightning.pytorch.loops.fit_loop._FitLoop"),
-    Private("._accelerator_connector", "lit_lora/data/datamodule.py", "whether Lightning replaces the sampler",
+    Private("._accelerator_connector", "lit_lora/data/limits.py", "whether Lightning replaces the sampler",
             "the Trainer tells use_distributed_sampler", "lightning.pytorch.Trainer"),
     Private("._start_method", "lit_lora/training/trainer_settings.py", "how a strategy starts its processes",
             "strategies tell it", "lightning.pytorch.strategies.DDPStrategy"),
@@ -141,7 +141,10 @@ PRIVATE = (
     Private("._dump_config", "lit_lora/cli/lightning_cli.py", "the config as it was resolved",
             "LightningCLI tells it", "lightning.pytorch.cli.LightningCLI"),
     # jsonargparse
-    Private("._actions", "lit_lora/cli/config_check.py lit_lora/cli/help.py lit_lora/cli/setting_check.py", _PARSER,
+    Private("._enable_path", "lit_lora/cli/lightning_cli.py", "a file of data is not read in place of its name",
+            "jsonargparse can be told for an option", "jsonargparse._typehints.ActionTypeHint"),
+    Private("._actions", "lit_lora/cli/config_check.py lit_lora/cli/help.py lit_lora/cli/lightning_cli.py "
+            "lit_lora/cli/setting_check.py", _PARSER,
             "jsonargparse lists its options", "jsonargparse.ArgumentParser"),
     Private("._typehint", "lit_lora/cli/help.py lit_lora/cli/setting_check.py", "the type of an option",
             "jsonargparse tells it", "jsonargparse._typehints.ActionTypeHint"),
@@ -169,8 +172,6 @@ PRIVATE = (
     # others
     Private("bitsandbytes.functional._convert_weight_packed_for_cpu_inverse", "lit_lora/base/base_weight.py",
             "an eval forward repacks weights into a layout without a backward", "bitsandbytes has a backward for it"),
-    Private("._fingerprint", "lit_lora/data/sources.py", "what a Hub dataset contains", "datasets makes it public",
-            "datasets.Dataset"),
     Private("liger_kernel.transformers._apply_liger_kernel_to_instance", "lit_lora/rewrites/liger_kernels.py",
             "the model is there already", "Liger has a public function for instances"),
 )  # fmt: skip

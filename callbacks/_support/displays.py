@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from abc import ABC, abstractmethod
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
@@ -16,21 +16,25 @@ _TERMINAL_INTERVAL_S = 0.25
 _DEFAULT_COLUMNS = 80  # of a terminal that does not tell
 
 
-def display(line_every_s: float) -> Display:
-    """What suits stdout: a line that is drawn again on a terminal; anywhere else, a line now and then.
+def display(line_every_s: float, *, stream: Literal["stdout", "stderr"] = "stdout") -> Display:
+    """What suits a stream: a line that is drawn again on a terminal; anywhere else, a line now and then.
 
     Args:
         line_every_s: seconds from one line to the next where it is no terminal.
+        stream: of ``sys``; stderr for what prints its results to stdout.
     """
-    on_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    return TerminalLine() if on_terminal else LogLines(line_every_s)
+    on_terminal = getattr(sys, stream).isatty() and os.environ.get("TERM") != "dumb"
+    return TerminalLine(stream) if on_terminal else LogLines(line_every_s, stream)
 
 
 class Display(ABC):
-    """Shows progress on stdout."""
+    """Shows progress on a stream of ``sys``, by its name: what stands there may change meanwhile."""
 
     interval_s: float
     """Seconds from one showing to the next: what is shown is read from the device, which waits for it."""
+
+    def __init__(self, stream: str) -> None:
+        self._stream = stream
 
     @abstractmethod
     def show(self, progress: Progress) -> None:
@@ -50,13 +54,14 @@ class Display(ABC):
 
     def note(self, text: str) -> None:
         """Say something that stays to be read."""
-        print(text, flush=True)  # into a pipe Python would hold lines back
+        print(text, file=getattr(sys, self._stream), flush=True)  # into a pipe Python would hold lines back
 
 
 class LogLines(Display):
     """A line each."""
 
-    def __init__(self, interval_s: float) -> None:
+    def __init__(self, interval_s: float, stream: str) -> None:
+        super().__init__(stream)
         self.interval_s = interval_s
 
     def show(self, progress: Progress) -> None:
@@ -75,16 +80,17 @@ class TerminalLine(Display):
 
     interval_s = _TERMINAL_INTERVAL_S
 
-    def __init__(self) -> None:
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
         self._bar: _Bar | None = None
         self._above: list[_Above] = []
 
     def show(self, progress: Progress) -> None:
         """Draw it in place of what was there."""
-        columns = _columns(sys.stdout if self._bar is None else self._bar.terminal)
+        columns = _columns(getattr(sys, self._stream) if self._bar is None else self._bar.terminal)
         layout = bar_format(progress, columns)
         if self._bar is None:
-            self._bar = _Bar(progress, columns, layout)
+            self._bar = _Bar(getattr(sys, self._stream), progress, columns, layout)
             self._above = _put_above(self._bar)
             return
         self._bar.n, self._bar.total = progress.done, progress.total
@@ -109,10 +115,10 @@ class TerminalLine(Display):
 class _Bar(Tqdm):
     monitor_interval = 0  # no thread that draws it beside us
 
-    def __init__(self, progress: Progress, columns: int, layout: str) -> None:
-        self.terminal: TextIO = sys.stdout
+    def __init__(self, terminal: TextIO, progress: Progress, columns: int, layout: str) -> None:
+        self.terminal = terminal
         super().__init__(
-            file=sys.stdout, initial=progress.done, total=progress.total, ncols=columns, nrows=20, bar_format=layout
+            file=terminal, initial=progress.done, total=progress.total, ncols=columns, nrows=20, bar_format=layout
         )
 
 

@@ -159,6 +159,16 @@ def load_base_model(
     return model.train()
 
 
+def load_config(base: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of ``base``, without its weights."""
+    if base.startswith(RANDOM):
+        return readable(base, lambda: _architecture(base.removeprefix(RANDOM), revision, trust_remote_code))
+    location, gguf_file = resolve_base(base)
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    return readable(location, lambda: AutoConfig.from_pretrained(location, **options))
+
+
 def load_tokenizer(
     base: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:

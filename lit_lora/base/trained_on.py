@@ -68,6 +68,12 @@ class TrainedOn:
     train_on_prompt: bool | None = None
     """Whether prompts were learned too."""
 
+    train_on_turns: str | None = None
+    """Which answers were learned, where not all: "last"."""
+
+    reasoning: str | None = None
+    """What was done with reasoning where it was not learned: "mask" or "drop"."""
+
     turn_end_ids: list[int] | None = None
     """Tokens that ended an answer."""
 

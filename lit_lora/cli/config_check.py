@@ -10,15 +10,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lit_lora.base.load import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base, resolve_tokenizer
 from lit_lora.cli.command_line import settings
+from lit_lora.cli.parse_errors import reason
 from lit_lora.cli.setting_check import known_settings, look_at_each, misplaced, nested_settings, wrong_type
 from lit_lora.config import LoRAConfig
-from lit_lora.data.sources import existing_file, is_file_source
+from lit_lora.data.data_source import DataSource
+from lit_lora.data.sources import check_source
+from lit_lora.files import strict_yaml
 from lit_lora.files.shipped import shipped
 
 DATA_KEYS = ("data.train", "data.validation", "data.test")
@@ -77,20 +81,56 @@ def parser_of(parser: ArgumentParser, verb: str) -> ArgumentParser:
     return verbs[0][verb] if verbs else parser  # type: ignore[index]
 
 
+def with_shipped(value: Any) -> Any:
+    """Data as a setting gives it, where what comes with the package is named by its path."""
+    if isinstance(value, list):
+        return [with_shipped(source) for source in value]
+    if isinstance(value, str):
+        return shipped(value) or value
+    value.path = shipped(value.path) or value.path
+    return value
+
+
+def _wrong_source(value: Any) -> str | None:
+    """What is wrong with data as a setting gives it: a name, or several sources."""
+    if isinstance(value, str) and value.lstrip().startswith("[") and not Path(value).exists():
+        return _wrong_list(value)  # the parser has taken it for a name, since it is no list of sources
+    for source in value if isinstance(value, list) else [value]:
+        path = source if isinstance(source, str) else source.get("path")
+        if not isinstance(path, str) or not path.strip():
+            return f"expected a name or path, got {path!r}"
+        try:
+            if shipped(path) is None:
+                check_source(path)
+        except (OSError, ValueError) as error:
+            return str(error)
+    return None
+
+
+def _wrong_list(value: str) -> str:
+    parser = ArgumentParser(exit_on_error=False, parser_mode=strict_yaml.install())
+    parser.add_argument("--sources", type=list[DataSource])
+    try:
+        sources = strict_yaml.parse(value)
+        parser.parse_object({"sources": [{"path": one} if isinstance(one, str) else one for one in sources]})
+    except (ArgumentError, TypeError, ValueError, strict_yaml.YAMLError) as error:
+        return f"expected a name, or a list of sources: {reason(str(error))}, got {value}"
+    return f"expected a name, or a list of sources, got {value}"
+
+
 def _wrong_value(key: str, value: Any) -> str | None:
     """What is wrong with a value of the right type, looked at by itself."""
     if key == "seed_everything" and not 0 <= int(value or 0) < 2**32:  # Lightning does not say what it is about
         # jsonargparse reads 1:30 as 90, and so a few thousand characters as a number that Python does not print.
         return f"must be from 0 to {2**32 - 1}, got {value if abs(value) < 2**64 else 'a number beyond 2**64'}"
+    if key in DATA_KEYS and value is not None:
+        return _wrong_source(value)
     if key not in _NAMES_OF_FILES or not isinstance(value, str):
         return None
     if not value.strip():
         return f"expected a name or path, got {value!r}"
     try:
-        if key in DATA_KEYS:
-            if is_file_source(value) and shipped(value) is None:
-                existing_file(value)
-        elif value.startswith(RANDOM):
+        if value.startswith(RANDOM):
             check_architecture(value.removeprefix(RANDOM))
         elif key == "model.base":
             resolve_base(value)

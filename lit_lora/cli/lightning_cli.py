@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -26,14 +26,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_lora.callbacks.verdict import NotProvedError
 from lit_lora.cli.command_line import in_order, with_flag_values, without_contradictions
-from lit_lora.cli.config_check import DATA_KEYS, parser_of, problems_in, problems_of
+from lit_lora.cli.config_check import DATA_KEYS, parser_of, problems_in, problems_of, with_shipped
 from lit_lora.cli.help import asked_part, show_help
 from lit_lora.cli.parse_errors import reason
 from lit_lora.cli.setting_check import known_settings, refuse
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.files import strict_yaml
 from lit_lora.files.checkpoint import read_checkpoint
-from lit_lora.files.shipped import shipped
 from lit_lora.module import LoRALightningModule
 from lit_lora.report.outcome import Outcome
 from lit_lora.runs.config_file import ConfigFile
@@ -147,6 +146,13 @@ class _StopAfter(Callback):
         trainer.should_stop = trainer.should_stop or trainer.global_step >= self.step
 
 
+def plain(value: Any) -> Any:
+    """Parsed settings as their own classes take them: groups within lists, such as sources of data, as mappings."""
+    if isinstance(value, Namespace):
+        return value.as_dict()
+    return [plain(entry) for entry in value] if isinstance(value, list) else value
+
+
 @for_command_line()
 def _run(cli: type[LoRACLI] | None = None) -> LoRACLI:
     return (cli or LoRACLI)(
@@ -194,6 +200,10 @@ class LoRACLI(LightningCLI):
         parser.add_argument("--report", type=bool, default=True, help=REPORT)
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
+        actions: list[Any] = parser._actions
+        for action in actions:
+            if action.dest in DATA_KEYS:  # a file of data is no file that the sources are written in
+                action._enable_path = False
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Put the command line in order, parse it, then check the config as a whole."""
@@ -227,7 +237,7 @@ class LoRACLI(LightningCLI):
         """
         for key in DATA_KEYS:
             if config.get(key):
-                config[key] = shipped(config[key]) or config[key]
+                config[key] = with_shipped(config[key])
         found = problems_of(config, parser, sys.argv[1:], PARTS)
         if not found and self.trains and self.config["subcommand"] == "fit":
             found = missing_end(**vars(config.trainer))

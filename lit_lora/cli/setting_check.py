@@ -13,13 +13,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
-from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lit_lora.cli.command_line import COMMAND_LINE, CONFIG, Option, Setting, Source, options, settings
-from lit_lora.cli.parse_errors import bases, reason, subclasses
+from lit_lora.cli.parse_errors import reason, subclasses
 from lit_lora.cli.synonyms import suggestion
 from lit_lora.files import strict_yaml
 
@@ -94,10 +94,15 @@ def look_at_each(
 def nested_settings(parser: ArgumentParser) -> dict[str, Any]:
     """Settings that are a mapping in YAML, and the dataclass that is made of it: its fields are settings, too."""
     kinds = {
-        action.dest: [getattr(action, "basetype", None), *bases(getattr(action, "_typehint", None))]
+        action.dest: [getattr(action, "basetype", None), *_alternatives(getattr(action, "_typehint", None))]
         for action in parser._actions
     }
     return {key: kind for key, several in kinds.items() for kind in several if is_dataclass(kind)}
+
+
+def _alternatives(typehint: Any) -> list[Any]:
+    """The types that a value can have itself, and not as an element of a list."""
+    return [*get_args(typehint)] if get_origin(typehint) in (Union, UnionType) else [typehint]
 
 
 def known_settings(parser: ArgumentParser) -> set[str]:

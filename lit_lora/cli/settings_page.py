@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from lit_lora.cli.help import explanation, settings_of, value_words
+from lit_lora.data.data_source import DataSource
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.module import LoRALightningModule
 from lit_lora.runs.fit import CALLBACKS
@@ -30,6 +31,7 @@ _SECTIONS = {
     "model.optimization": "What is learned: `OptimizationConfig`",
     "model.step": "At what cost: `StepConfig`",
     "data": "Data: `SFTDataModule`",
+    "source": "One of several sources in `data.train`: `DataSource`",
 }
 
 
@@ -37,7 +39,8 @@ def page() -> str:
     """The page, Markdown."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser()
-    for key, kind in {"model": LoRALightningModule, "data": SFTDataModule, **CALLBACKS}.items():
+    kinds = {"model": LoRALightningModule, "data": SFTDataModule, "source": DataSource, **CALLBACKS}
+    for key, kind in kinds.items():
         parser.add_class_arguments(kind, key)
     actions = settings_of(parser)
     titles = _SECTIONS | {key: f"`{kind.__name__}`" for key, kind in CALLBACKS.items()}
@@ -50,7 +53,8 @@ def page() -> str:
 
 def _table(title: str, chosen: Iterable[tuple[str, Any]]) -> list[str]:
     rows = [
-        f"| `{key}` | {_cell(value_words(action))} | {_cell(explanation(action))} |" for key, action in sorted(chosen)
+        f"| `{key.removeprefix('source.')}` | {_cell(value_words(action))} | {_cell(explanation(action))} |"
+        for key, action in sorted(chosen)
     ]
     return [f"## {title}", "", "| key | value (default) | |", "| --- | --- | --- |", *rows, ""]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_lora.data.chat_template import chat_template, run_tokenizer
 from lit_lora.data.prepare import SourceSettings
-from lit_lora.data.tokenize import chat_template, run_tokenizer
 from lit_lora.data.turn_end import text_end, turn_end
 
 _PROBE = "The  quick\tbrown fox, 12345.67 don't\n\n  Ünïcödé 東京 😀 naïve ﬁ <a> [b] {c}; x=y+z\n"
@@ -39,6 +39,8 @@ def data_record(
         "columns": dict(settings.columns) if settings.columns else None,
         "max_length": settings.max_length,
         "train_on_prompt": settings.train_on_prompt,
+        "train_on_turns": None if settings.train_on_turns == "all" else settings.train_on_turns,
+        "reasoning": None if settings.reasoning == "keep" else settings.reasoning,
         "turn_end_ids": end.ids,
         "turn_end_strings": end.strings,
     }

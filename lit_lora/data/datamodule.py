@@ -12,20 +12,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase
 
 from lit_lora.data.data_record import data_record
-from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, tokenizer_digest
-from lit_lora.data.limits import check_limits
-from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only, prompts_of
-from lit_lora.data.packing import collate_packed, collate_padded
-from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
-from lit_lora.data.resume import check_fingerprint, check_not_resumed, rank_batches_consumed
-from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches, split_indices
+from lit_lora.data.data_source import Given
+from lit_lora.data.dataset import Examples, lines_of, tokenizer_digest
+from lit_lora.data.evaluation_batches import OrderedBatchSampler, plan_in_order
+from lit_lora.data.fingerprint import check_fingerprint, fingerprint_of
+from lit_lora.data.limits import check_limits, check_own_sampler
+from lit_lora.data.loaders import PromptDataset, batch_loader, generator_of, only
+from lit_lora.data.mixture import Mixture
+from lit_lora.data.named_tokenizer import loaded_tokenizer
+from lit_lora.data.prepare import SourceSettings, remove_abandoned_parts
+from lit_lora.data.resume import check_not_resumed, rank_batches_consumed
+from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches
+from lit_lora.data.source_data import source_data
 from lit_lora.data.summary import DataSummary, summarize
+from lit_lora.data.untrained_tokens import warn_of_untrained_tokens
 from lit_lora.files.atomic import remove_partial_files
 from lit_lora.files.environment import cache_folder
 from lit_lora.wording import setting
@@ -39,10 +44,12 @@ class SFTDataModule(pl.LightningDataModule):
     """Instruction data for supervised fine-tuning.
 
     Args:
-        train: training data: a .json, .jsonl, .csv or .parquet file, or a Hub dataset (``name``, ``name:config``,
-            ``name@split``).
-        validation: validation data: a file or Hub dataset, as for train.
-        validation_fraction: share of ``train`` to validate on, if ``validation`` is not given.
+        train: training data: a .json, .jsonl, .csv or .parquet file (or .gz or .zst of one), a folder or pattern of
+            them, a folder of ``save_to_disk``, or a Hub dataset (``name``, ``name:config``, ``name@split``); or a list
+            of sources, each such a name or a ``DataSource`` with weight or epochs. In Python also a
+            ``datasets.Dataset`` or an iterable of dicts.
+        validation: validation data, as for train; of several sources each has a loss of its own, ``val_loss/NAME``.
+        validation_fraction: share of ``train`` to validate on, of each of its sources, if ``validation`` is not given.
         test: test data, as for train; the validation data if not given.
         format: "alpaca", "sharegpt", "messages", "prompt_completion", "text", or "auto" to tell by the columns.
         columns: names that differ from the format's, for example ``{"prompt": "question", "completion": "answer"}``.
@@ -55,19 +62,28 @@ class SFTDataModule(pl.LightningDataModule):
         seed: seed of the order and of the validation split.
         num_workers: processes that assemble batches. The data is tokenized already, so 0 is enough.
         train_on_prompt: train on the prompts, too.
-        limit: use only the first rows of ``train``, this many.
+        limit: use only the first rows of ``train``, this many (of each source that has no limit of its own).
         on_bad_rows: "error" to refuse data with bad rows, "drop" to skip them.
         cache_dir: folder for tokenized data; by default ``$LIT_LORA_CACHE/tokenized`` or
             ``~/.cache/lit_lora/tokenized``.
+        train_on_turns: "all" assistant turns are learned, or only the "last" of a conversation. A turn with ``weight``
+            counts that much, one with ``weight: 0`` or ``train: false`` is not learned.
+        reasoning: "keep" learns the reasoning of an answer where the chat template shows it, "mask" shows it without
+            learning it, "drop" leaves it out.
+        long_rows: rows over ``max_length``: "truncate" cuts off their end, "drop" leaves them out, "split" makes
+            several examples of them: conversations between two exchanges, plain text anywhere.
+        ignore_columns: columns, and keys of a turn, that are known not to be used.
+        tokenize_workers: processes that tokenize; by default one for each core (16 at most) where the data is large,
+            else only the run's own.
     """
 
     def __init__(
         self,
-        train: str,
+        train: Given,
         *,
-        validation: str | None = None,
+        validation: Given | None = None,
         validation_fraction: float = 0.0,
-        test: str | None = None,
+        test: Given | None = None,
         format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto",
         columns: dict[str, str] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
@@ -82,19 +98,23 @@ class SFTDataModule(pl.LightningDataModule):
         limit: int | None = None,
         on_bad_rows: Literal["error", "drop"] = "error",
         cache_dir: str | Path | None = None,
+        train_on_turns: Literal["all", "last"] = "all",
+        reasoning: Literal["keep", "mask", "drop"] = "keep",
+        long_rows: Literal["truncate", "drop", "split"] = "truncate",
+        ignore_columns: list[str] | None = None,
+        tokenize_workers: int | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
         if validation is not None and validation_fraction:
             raise ValueError("validation_fraction has no effect beside a validation file: set one of them")
+        if tokenize_workers is not None and tokenize_workers < 1:
+            raise ValueError(f"tokenize_workers must be at least 1, got {tokenize_workers}")
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
         if batch_size is None and max_tokens_per_batch is None:
             batch_size = DEFAULT_BATCH_SIZE
-        self.train_source = str(train)
-        self.validation_source = None if validation is None else str(validation)
-        self.test_source = None if test is None else str(test)
         self.validation_fraction = validation_fraction
         self.source_settings = SourceSettings(
             format=format,
@@ -103,6 +123,10 @@ class SFTDataModule(pl.LightningDataModule):
             train_on_prompt=train_on_prompt,
             limit=limit,
             on_bad_rows=on_bad_rows,
+            train_on_turns=train_on_turns,
+            reasoning=reasoning,
+            long_rows=long_rows,
+            ignore_columns=list(ignore_columns or []),
         )
         self.batch_settings = BatchSettings(
             batch_size=batch_size, max_tokens=max_tokens_per_batch, padded=not packing, shuffle=shuffle, seed=seed
@@ -110,13 +134,19 @@ class SFTDataModule(pl.LightningDataModule):
         self.packing = packing
         self.num_workers = num_workers
         self.cache_dir = cache_folder("tokenized") if cache_dir is None else Path(cache_dir).expanduser()
-        self.train_data: TokenizedDataset | None = None
-        self.validation_data: TokenizedDataset | None = None
-        self.test_data: TokenizedDataset | None = None
+        unlimited, options = replace(self.source_settings, limit=None), (self.cache_dir, tokenize_workers)
+        self._train = source_data("data.train", train, self.source_settings, *options, mixed=True)
+        self._validation = (
+            None if validation is None else source_data("data.validation", validation, unlimited, *options)
+        )
+        self._test = None if test is None else source_data("data.test", test, unlimited, *options)
+        self.train_data: Examples | None = None
+        self.validation_data: Examples | None = None
+        self.test_data: Examples | None = None
         self.summary: DataSummary | None = None
         self._tokenizer = tokenizer
         self._tokenizer_name: str | None = None
-        self._datasets: dict[str, TokenizedDataset] = {}
+        self.mixture: Mixture | None = None
         self._train_sampler: ResumableBatchSampler | None = None
         self._loaded_state: dict[str, Any] | None = None
         self._fingerprint: dict[str, Any] | None = None
@@ -127,24 +157,11 @@ class SFTDataModule(pl.LightningDataModule):
         """The tokenizer, loaded on first use; code that comes with it runs where the module says ``trust_remote_code``.
 
         Raises:
-            ValueError: if none was given and the module does not say which base model it trains.
+            ValueError: see :func:`loaded_tokenizer`.
         """
         if not isinstance(self._tokenizer, PreTrainedTokenizerBase):
-            from lit_lora.base.load import load_tokenizer
-
-            name, revision = self._tokenizer, None
-            module = self.trainer.lightning_module if self.trainer is not None else None
-            if name is None:
-                name, revision = getattr(module, "base", None), getattr(module, "revision", None)
-            if not isinstance(name, str):
-                raise ValueError(
-                    "no tokenizer: the module has no attribute 'base' with the model's name; "
-                    f"set {setting('data.tokenizer')} to a name, a folder, or 'bytes'"
-                )
-            self._tokenizer = load_tokenizer(
-                name, revision=revision, trust_remote_code=getattr(module, "trust_remote_code", False)
-            )
-            self._tokenizer_name = name
+            module = None if self.trainer is None else self.trainer.lightning_module
+            self._tokenizer, self._tokenizer_name = loaded_tokenizer(self._tokenizer, module)
         return self._tokenizer
 
     def trained_on(self) -> dict[str, Any]:
@@ -157,21 +174,23 @@ class SFTDataModule(pl.LightningDataModule):
         """What it was built with, for loggers."""
         tokenizer = self._tokenizer
         return {
-            "train": self.train_source,
-            "validation": self.validation_source,
+            "train": self._train.plain(),
+            "validation": None if self._validation is None else self._validation.plain(),
             "validation_fraction": self.validation_fraction,
-            "test": self.test_source,
+            "test": None if self._test is None else self._test.plain(),
             "tokenizer": tokenizer if isinstance(tokenizer, str | None) else tokenizer.name_or_path or str(tokenizer),
             **asdict(self.source_settings),
             **asdict(self.batch_settings),
         }
 
     def prepare_data(self) -> None:
-        """Tokenize every source into the cache, on one process a machine; other runs may be writing there, too."""
+        """Tidy up the cache, where killed runs may have left something.
+
+        Tokenizing is left to :meth:`setup`: while one process is at it, the others wait for its file there, and not in
+        a collective as Lightning has them do here.
+        """
         remove_partial_files(self.cache_dir, older_than_s=ABANDONED_S)
-        for source in (self.train_source, self.validation_source, self.test_source):
-            if source is not None:
-                self._tokenized(source)
+        remove_abandoned_parts(self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Load the tokenized data.
@@ -182,21 +201,35 @@ class SFTDataModule(pl.LightningDataModule):
         Raises:
             ValueError: if the Trainer would replace the sampler, or the data cannot be used.
         """
-        self._check_trainer()
+        if self.trainer is not None:
+            check_own_sampler(self.trainer)
         self._train_sampler, self._loaded_state = None, None
-        train = self._tokenized(self.train_source)
         if self.validation_fraction:
-            chosen = split_indices(len(train), self.validation_fraction, self.batch_settings.seed)
-            train, self.validation_data = train.select(chosen[0]), train.select(chosen[1])
-        elif self.validation_source is not None:
-            self.validation_data = self._tokenized(self.validation_source)
-        if self.test_source is not None:
-            self.test_data = self._tokenized(self.test_source)
+            train, self.validation_data = self._train.split(
+                self.tokenizer, self.validation_fraction, self.batch_settings.seed
+            )
+        else:
+            train = self._train.examples(self.tokenizer)
+            if self._validation is not None:
+                self.validation_data = self._validation.examples(self.tokenizer)
+        if self._test is not None:
+            self.test_data = self._test.examples(self.tokenizer)
+        self.mixture = self._train.mixture(train)
         self.train_data = train
         if stage == "fit":
-            self._fingerprint = self._take_fingerprint()
-            num_validation = 0 if self.validation_data is None else len(self.validation_data)
-            self.summary = summarize(train, self.tokenizer, self.batch_settings, num_validation=num_validation)
+            self._fingerprint = fingerprint_of(
+                train,
+                self.validation_data,
+                self.batch_settings,
+                self.mixture,
+                {
+                    **asdict(self.source_settings),
+                    "train": self._train.plain(),
+                    "validation_fraction": self.validation_fraction,
+                    "tokenizer": tokenizer_digest(self.tokenizer)[:12],
+                },
+            )
+            self.summary = summarize(train, self.tokenizer, self.batch_settings, self.validation_data, self.mixture)
             rank_zero_info(str(self.summary))
             if self.trainer is not None:
                 check_limits(
@@ -215,6 +248,16 @@ class SFTDataModule(pl.LightningDataModule):
         if self._limit_val_batches is not None and self.trainer is not None:
             self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
+    def source_names(self, stage: str) -> list[str]:
+        """Of the sources that are evaluated, in the order that a batch's ``source`` counts.
+
+        Args:
+            stage: "validate" or "test".
+        """
+        of_validation = self._validation or self._train
+        data = of_validation if stage != "test" else self._test or of_validation
+        return data.names
+
     def train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank, from the place where a loaded checkpoint stopped.
 
@@ -227,7 +270,7 @@ class SFTDataModule(pl.LightningDataModule):
                 check_not_resumed(self)
             resume_from = None
             if self._loaded_state is not None:
-                resume_from = (self._loaded_state["epoch"], self.rank_batches_consumed(self._world_size))
+                resume_from = (self._loaded_state["epoch"], rank_batches_consumed(self._loaded_state, self._world_size))
             settings = self.batch_settings
             if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
                 settings = replace(settings, shuffle=False)
@@ -238,7 +281,10 @@ class SFTDataModule(pl.LightningDataModule):
                 world_size=self._world_size,
                 resume_from=resume_from,
                 progress=None if self.trainer is None else self._progress,
+                mixture=self.mixture,
             )
+        if self.train_data.statistics.format != "text":
+            warn_of_untrained_tokens(self.trainer, self.tokenizer)
         return self._loader(self.train_data, self._train_sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -256,10 +302,10 @@ class SFTDataModule(pl.LightningDataModule):
             raise ValueError(f"there is no test data: set {names}")
         return self._evaluation_loader(data)
 
-    def source_lines(self, example_ids: Sequence[int]) -> list[int]:
-        """The lines in the source of training examples; negative ids, which are fillers, give -1."""
+    def source_lines(self, example_ids: Sequence[int]) -> list[int | str]:
+        """See :func:`lit_lora.data.dataset.lines_of`."""
         assert self.train_data is not None, "setup() comes before source_lines()"
-        return [-1 if number < 0 else int(self.train_data.lines[number]) for number in example_ids]
+        return lines_of(self.train_data, example_ids)
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts with reference answers, one at a time: ``prompt_ids`` (1, L), ``reference``, ``example_ids`` (1,).
@@ -268,17 +314,17 @@ class SFTDataModule(pl.LightningDataModule):
         asked for.
         """
         pairs = (
-            (self.test_source, self.test_data),
-            (self.validation_source or self.train_source, self.validation_data),
-            (self.train_source, self.train_data),
+            (self._test, self.test_data),
+            (self._validation or self._train, self.validation_data),
+            (self._train, self.train_data),
         )
         source, data = next((source, data) for source, data in pairs if data is not None)
         assert source is not None
-        settings = self._settings_of(source)
-        contents = {example.line: example.content for example in read_examples(source, settings).items}
-        prompts = prompts_of([contents[line] for line in data.lines.tolist()], self.tokenizer, source)
+        prompts = source.prompts(data, self.tokenizer)
         share = prompts[self._rank :: self._world_size]
-        return DataLoader(PromptDataset(share), batch_size=1, collate_fn=only, generator=self._generator())
+        return DataLoader(
+            PromptDataset(share), batch_size=1, collate_fn=only, generator=generator_of(self.batch_settings.seed)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data and what it depends on; plain types."""
@@ -305,14 +351,6 @@ class SFTDataModule(pl.LightningDataModule):
         self._loaded_state = dict(state_dict)
         self._train_sampler = None
 
-    def rank_batches_consumed(self, world_size: int) -> int:
-        """Micro-batches that each of ``world_size`` ranks had consumed in its epoch when the loaded state was saved.
-
-        Raises:
-            ValueError: if they cannot be divided among the ranks.
-        """
-        return 0 if self._loaded_state is None else rank_batches_consumed(self._loaded_state, world_size)
-
     def fingerprint(self) -> dict[str, Any]:
         """What a position in the data means; plain types.
 
@@ -321,19 +359,6 @@ class SFTDataModule(pl.LightningDataModule):
         """
         assert self._fingerprint is not None, "setup() comes before fingerprint()"
         return self._fingerprint
-
-    def _take_fingerprint(self) -> dict[str, Any]:
-        assert self.train_data is not None
-        order = asdict(self.batch_settings)
-        order |= {"max_tokens_per_batch": order.pop("max_tokens"), "packing": not order.pop("padded")}
-        source = {
-            **asdict(self.source_settings),
-            "train": self.train_source,
-            "validation_fraction": self.validation_fraction,
-            "tokenizer": tokenizer_digest(self.tokenizer)[:12],
-        }
-        validation = None if self.validation_data is None else self.validation_data.digest()
-        return {"tokens": self.train_data.digest(), "order": order, "source": source, "validation": validation}
 
     @property
     def _rank(self) -> int:
@@ -348,53 +373,28 @@ class SFTDataModule(pl.LightningDataModule):
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return batches.processed, self.trainer.num_training_batches  # type: ignore[attr-defined]
 
-    def _check_trainer(self) -> None:
-        # Lightning has no public way to ask; with its own sampler in place of ours it fails later and less clearly.
-        if self.trainer is None or self._world_size == 1:
-            return
-        if self.trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                f"the data is divided among the {self._world_size} ranks by SFTDataModule: "
-                f"set {setting('trainer.use_distributed_sampler', False)} for the Trainer"
-            )
-
-    def _settings_of(self, source: str) -> SourceSettings:
-        return self.source_settings if source == self.train_source else replace(self.source_settings, limit=None)
-
-    def _tokenized(self, source: str) -> TokenizedDataset:
-        if source not in self._datasets:
-            settings = self._settings_of(source)
-            self._datasets[source] = tokenize_source(source, self.tokenizer, settings, cache_dir=self.cache_dir)
-        return self._datasets[source]
-
-    def _num_batches(self, data: TokenizedDataset | None) -> int:
+    def _num_batches(self, data: Examples | None) -> int:
         """Of this rank, in an epoch."""
-        return 0 if data is None else -(-len(plan_batches(data.lengths, self.batch_settings)) // self._world_size)
+        if data is None:
+            return 0
+        if data is self.train_data:
+            plan = plan_batches(data.lengths, self.batch_settings, mixture=self.mixture)
+        else:
+            plan = plan_in_order(data.lengths, self.batch_settings, data.starts)
+        return -(-len(plan) // self._world_size)
 
-    def _evaluation_loader(self, data: TokenizedDataset) -> DataLoader:
-        settings = replace(self.batch_settings, shuffle=False)
-        sampler = ResumableBatchSampler(data.lengths, settings, rank=self._rank, world_size=self._world_size)
+    def _evaluation_loader(self, data: Examples) -> DataLoader:
+        sampler = OrderedBatchSampler(
+            data.lengths, self.batch_settings, data.starts, rank=self._rank, world_size=self._world_size
+        )
         return self._loader(data, sampler)
 
-    def _loader(self, data: TokenizedDataset, sampler: ResumableBatchSampler) -> DataLoader:
-        self._check_vocabulary(data)
-        return ResumableDataLoader(
+    def _loader(self, data: Examples, sampler: Sampler[list[int]]) -> DataLoader:
+        return batch_loader(
             data,
-            batch_sampler=sampler,
-            collate_fn=collate_packed if self.packing else collate_padded,
+            sampler,
+            self.trainer,
+            packed=self.packing,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            # From memory of its own a copy to the GPU need not wait for what the GPU is at.
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            generator=self._generator(),
+            seed=self.batch_settings.seed,
         )
-
-    def _generator(self) -> torch.Generator:
-        """A DataLoader draws from a generator for every iterator; the global one would differ after a resume."""
-        return torch.Generator().manual_seed(self.batch_settings.seed)
-
-    def _check_vocabulary(self, data: TokenizedDataset) -> None:
-        module = None if self.trainer is None else self.trainer.lightning_module
-        model = getattr(module, "model", None)
-        if isinstance(model, PreTrainedModel):
-            check_vocabulary(data, model.config.get_text_config().vocab_size)

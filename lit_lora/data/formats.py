@@ -1,33 +1,30 @@
 """From rows to examples: Alpaca, ShareGPT, messages, prompt/completion and plain text become one internal form.
 
-An example is either a conversation (a list of ``{"role", "content"}``) or a text. Whatever cannot be one is named by
-line in one report; by default nothing is trained on data that is partly broken. Left out: tool calls and images.
+An example is either a conversation (see ``conversation.py``) or a text. Whatever cannot be one is named by line in one
+report; by default nothing is trained on data that is partly broken. What of a row is not used is counted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lit_lora.data.conversation import (
+    BadRow,
+    Conversation,
+    checked_text,
+    read_conversation,
+    read_options,
+    read_tools,
+)
+from lit_lora.data.pairs import is_pair, refusal
 from lit_lora.data.sources import Problems, Row, shown, shown_names
 from lit_lora.files.meant import closest, did_you_mean
 from lit_lora.wording import advice, setting
 
-Conversation = list[dict[str, str]]
-"""Turns: an optional system message, then user and assistant in turn."""
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
 PROMPT_COMPLETION_NAMES = (
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -43,10 +40,21 @@ class Example(NamedTuple):
     line: int
     """Where it came from, see :class:`lit_lora.data.sources.Row`."""
     content: Conversation | str
+    tools: list[Any] | None = None
+    """JSON schemas of the tools that the assistant may call."""
+    options: dict[str, Any] | None = None
+    """Further variables for the chat template, from a column ``chat_template_kwargs``."""
+    digest: bytes = b""
+    """Of all but the line: equal examples have equal ones."""
 
 
-class BadRow(ValueError):
-    """A row that cannot be an example; the message says why."""
+class Layout(NamedTuple):
+    """What the columns of a source mean: settled once, on its first row."""
+
+    format: str
+    """A name from :data:`FORMATS`."""
+    columns: dict[str, str]
+    """Field of the format -> column; optional fields are there although no row may have them."""
 
 
 @dataclass
@@ -56,64 +64,78 @@ class Examples:
     items: list[Example] = field(default_factory=list)
     format: str = ""
     num_rows: int = 0
-    num_duplicates: int = 0
-    """Examples that are equal to an earlier one; they are kept."""
     problems: Problems = field(default_factory=lambda: Problems(""))
+
+    @property
+    def num_duplicates(self) -> int:
+        """Examples that are equal to an earlier one; they are kept."""
+        return len(self.items) - len({example.digest for example in self.items})
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
     if name not in fields:
         raise BadRow(f"no field {name!r}, got {shown_names(sorted(fields))}")
-    return _checked(fields[name], f"field {name!r}")
-
-
-def _checked(value: Any, what: str) -> str:
-    if value is None:
-        raise BadRow(f"{what} is null")
-    if not isinstance(value, str):
-        raise BadRow(f"{what} is of type {type(value).__name__}, expected text")
-    if not value.strip():
-        raise BadRow(f"{what} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow(f"{what} holds half a surrogate pair, which is no character") from None
-    return value
+    return checked_text(fields[name], f"field {name!r}")
 
 
 def _optional_text(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    return _checked(value, f"field {name!r}")
+    return checked_text(value, f"field {name!r}")
 
 
-def _turns(fields: Mapping[str, Any], user: str, assistant: str) -> Conversation:
+def _joined(fields: Mapping[str, Any], first: str, second: str) -> str:
+    """A field, and after a blank line one that need not be there."""
+    text, more = _text(fields, first), _optional_text(fields, second)
+    return f"{text}\n\n{more}" if more else text
+
+
+def _with_system(fields: Mapping[str, Any], turns: Conversation) -> Conversation:
+    """``turns`` after the text of the field ``system``, where it is there."""
     system = _optional_text(fields, "system")
-    start = [{"role": "system", "content": system}] if system else []
-    return [*start, {"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    if not system:
+        return turns
+    if turns and turns[0]["role"] in ("system", "developer"):
+        if turns[0]["content"].strip() == system.strip():
+            return turns
+        raise BadRow("field 'system' has a system message, and the conversation begins with another one")
+    return [{"role": "system", "content": system}, *turns]
 
 
 def from_alpaca(fields: Mapping[str, Any]) -> Conversation:
     """``instruction``, ``output``, and where present ``input`` (appended to the instruction) and ``system``."""
-    extra = _optional_text(fields, "input")
-    instruction = _text(fields, "instruction")
-    return _turns(fields, f"{instruction}\n\n{extra}" if extra else instruction, _text(fields, "output"))
+    question = {"role": "user", "content": _joined(fields, "instruction", "input")}
+    return _with_system(fields, [question, {"role": "assistant", "content": _text(fields, "output")}])
 
 
 def from_prompt_completion(fields: Mapping[str, Any]) -> Conversation:
-    """``prompt``, ``completion`` and where present ``system``."""
-    return _turns(fields, _text(fields, "prompt"), _text(fields, "completion"))
+    """``prompt``, ``completion``, and where present ``context`` (appended to the prompt) and ``system``.
+
+    Prompt and completion may be lists of turns; those of the prompt are not learned.
+    """
+    if isinstance(fields.get("prompt"), list) or isinstance(fields.get("completion"), list):
+        prompt, completion = (
+            fields[name] if isinstance(fields[name], list) else [{"role": role, "content": _text(fields, name)}]
+            for name, role in (("prompt", "user"), ("completion", "assistant"))
+        )
+        turns = read_conversation([*prompt, *completion], "prompt and completion")
+        for turn in turns[: len(prompt)]:
+            if turn["role"] == "assistant":
+                turn["weight"] = 0.0
+        return _with_system(fields, turns)
+    question = {"role": "user", "content": _joined(fields, "prompt", "context")}
+    return _with_system(fields, [question, {"role": "assistant", "content": _text(fields, "completion")}])
 
 
 def from_messages(fields: Mapping[str, Any]) -> Conversation:
-    """``messages``: a list of objects with ``role`` and ``content``."""
-    return _conversation(fields, "messages", "role", "content")
+    """``messages``: a list of objects with ``role`` and ``content``, and where present ``system``."""
+    return _with_system(fields, read_conversation(fields["messages"], "messages"))
 
 
 def from_sharegpt(fields: Mapping[str, Any]) -> Conversation:
-    """``conversations``: a list of objects with ``from`` and ``value``."""
-    return _conversation(fields, "conversations", "from", "value")
+    """``conversations``: a list of objects with ``from`` and ``value``, and where present ``system``."""
+    return _with_system(fields, read_conversation(fields["conversations"], "conversations", "from", "value"))
 
 
 def from_text(fields: Mapping[str, Any]) -> str:
@@ -137,43 +159,17 @@ REQUIRED = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-OPTIONAL = {"alpaca": ("input", "system"), "prompt_completion": ("system",)}
+_OF_CHATS = ("system", "tools", "chat_template_kwargs")
+OPTIONAL = {
+    "messages": _OF_CHATS,
+    "sharegpt": _OF_CHATS,
+    "alpaca": ("input", *_OF_CHATS),
+    "prompt_completion": ("context", *_OF_CHATS),
+    "text": (),
+}
 
 
-def _conversation(fields: Mapping[str, Any], name: str, role_key: str, content_key: str) -> Conversation:
-    if name not in fields:
-        raise BadRow(f"no field {name!r}, got {shown_names(sorted(fields))}")
-    value = fields[name]
-    if not isinstance(value, list):
-        raise BadRow(f"field {name!r} is {'null' if value is None else type(value).__name__}, expected a list of turns")
-    conversation: Conversation = []
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
-            got = shown_names(sorted(turn)) if isinstance(turn, Mapping) else type(turn).__name__
-            raise BadRow(f"turn {number} of {name!r} needs {role_key!r} and {content_key!r}, got {got}")
-        role = ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
-        if role is None:
-            raise BadRow(f"turn {number} has the unknown role {shown(turn[role_key])}, expected one of {sorted(ROLES)}")
-        content = _checked(turn[content_key], f"{content_key!r} of turn {number} ({turn[role_key]})")
-        conversation.append({"role": role, "content": content})
-    _check_order(conversation)
-    return conversation
-
-
-def _check_order(conversation: Conversation) -> None:
-    roles = [turn["role"] for turn in conversation]
-    if "assistant" not in roles:
-        raise BadRow(f"no assistant turn to learn from, got {shown_names(roles) if roles else 'no turns'}")
-    first = 1 if roles[0] == "system" else 0
-    for number, role in enumerate(roles[first:], start=first + 1):
-        expected = "user" if (number - first) % 2 else "assistant"
-        if role == "system":
-            raise BadRow(f"turn {number} is a system message, which may only be the first")
-        if role != expected:
-            raise BadRow(f"roles out of order: turn {number} is {role!r}, expected {expected!r}")
-
-
-def resolve_columns(names: Iterable[str], format: str, columns: Mapping[str, str] | None) -> tuple[str, dict[str, str]]:
+def resolve_columns(names: Iterable[str], format: str, columns: Mapping[str, str] | None) -> Layout:
     """Settle the format and which column holds which of its fields.
 
     Args:
@@ -182,7 +178,7 @@ def resolve_columns(names: Iterable[str], format: str, columns: Mapping[str, str
         columns: field of the format -> column, where they differ.
 
     Returns:
-        The format's name, and a mapping from field to column.
+        The format, and the column of each of its fields.
 
     Raises:
         ValueError: if the columns fit no format, or a named column is not there.
@@ -202,7 +198,7 @@ def resolve_columns(names: Iterable[str], format: str, columns: Mapping[str, str
     for candidate in candidates:
         mapping = _fit(candidate, available, columns)
         if mapping is not None and columns.keys() <= mapping.keys():
-            return candidate, mapping
+            return Layout(candidate, mapping)
     wanted = "; ".join(f"{name} ({', '.join(REQUIRED[name])})" for name in candidates)
     given = f" with {setting('data.columns', columns)}" if columns else ""
     example = {"prompt": "question", "completion": "answer"}
@@ -213,60 +209,67 @@ def resolve_columns(names: Iterable[str], format: str, columns: Mapping[str, str
 
 def _fit(format: str, available: list[str], columns: dict[str, str]) -> dict[str, str] | None:
     """Field -> column for one format, or None where a required field has no column."""
-    names = [*REQUIRED[format], *OPTIONAL.get(format, ())]
-    mapping = {name: columns.get(name, name) for name in names if name in columns or name in available}
-    if all(name in mapping for name in REQUIRED[format]):
-        return mapping
-    if format == "prompt_completion" and not {"prompt", "completion"} & columns.keys():
-        for prompt, completion in PROMPT_COMPLETION_NAMES:
-            if prompt in available and completion in available:
-                return mapping | {"prompt": prompt, "completion": completion}
-    return None
+    mapping = {name: columns.get(name, name) for name in REQUIRED[format]}
+    pairs = PROMPT_COMPLETION_NAMES if format == "prompt_completion" and not mapping.keys() & columns.keys() else ()
+    if not set(mapping.values()) <= set(available):
+        pair = next((pair for pair in pairs if set(pair) <= set(available)), None)
+        if pair is None:
+            return None
+        mapping = dict(zip(mapping, pair, strict=True))
+    # Rows that have an optional field may come after rows that have not.
+    others = {name: columns.get(name, name) for name in OPTIONAL[format]}
+    return mapping | {name: column for name, column in others.items() if column not in mapping.values()}
+
+
+def layout_of(row: Row, source: str, format: str = "auto", columns: Mapping[str, str] | None = None) -> Layout:
+    """Settle what the columns of a source mean, on its first row.
+
+    Args:
+        row: the first.
+        source: its name, for the message.
+        format: a name from :data:`FORMATS`, or "auto".
+        columns: field of the format -> column, where they differ.
+
+    Raises:
+        ValueError: if the columns fit no format, or hold preference pairs.
+    """
+    try:
+        if is_pair(row.fields, format, columns):
+            raise ValueError(refusal(row.fields, columns))
+        return resolve_columns(row.fields, format, columns)
+    except ValueError as error:
+        raise ValueError(f"{source}:{row.line}: {error}") from error
 
 
 def parse_examples(
-    rows: Iterable[Row],
-    problems: Problems,
-    *,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    limit: int | None = None,
-) -> Examples:
-    """Turn rows into examples, settling the format on the first row.
+    rows: Iterable[Row], problems: Problems, layout: Layout, *, ignore: Collection[str] = ()
+) -> list[Example]:
+    """Turn rows into examples: any rows of a source, in any process.
 
     Args:
         rows: as from :func:`lit_lora.data.sources.read_rows`.
-        problems: takes rows that cannot be examples.
-        format: a name from :data:`FORMATS`, or "auto".
-        columns: field of the format -> column, where they differ.
-        limit: read only this many rows.
-
-    Raises:
-        ValueError: if the columns fit no format.
+        problems: takes rows that cannot be examples, and counts the columns that are not used.
+        layout: from :func:`layout_of`.
+        ignore: columns that need not be used.
     """
-    examples = Examples(problems=problems)
-    mapping: dict[str, str] = {}
-    seen: set[bytes] = set()
+    examples = []
+    used = {*layout.columns.values(), *ignore}
     for row in rows:
-        if limit is not None and examples.num_rows >= limit:
-            break
-        if not mapping:
-            try:
-                examples.format, mapping = resolve_columns(row.fields, format, columns)
-            except ValueError as error:
-                raise ValueError(f"{problems.source}:{row.line}: {error}") from error
-        examples.num_rows += 1
-        fields = {name: row.fields[column] for name, column in mapping.items() if column in row.fields}
-        missing = [mapping[name] for name in REQUIRED[examples.format] if name not in fields]
+        for name in row.fields.keys() - used:
+            if row.fields[name] is not None:
+                problems.note(f"column {shown(name)} is not used")
+        fields = {name: row.fields[column] for name, column in layout.columns.items() if column in row.fields}
+        missing = [layout.columns[name] for name in REQUIRED[layout.format] if name not in fields]
         try:
             if missing:
                 raise BadRow(f"no field {missing[0]!r}, got {shown_names(sorted(row.fields))}")
-            content = FORMATS[examples.format](fields)
-        except BadRow as error:
-            problems.add(row.line, str(error))
+            content = FORMATS[layout.format](fields)
+            tools = read_tools(fields.get("tools"))
+            options = read_options(fields.get("chat_template_kwargs"))
+            described = json.dumps([content, tools, options], default=str).encode()
+        except (BadRow, RecursionError) as error:
+            problems.add(row.line, str(error) if isinstance(error, BadRow) else "nested too deeply")
             continue
-        digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).digest()
-        examples.num_duplicates += digest in seen
-        seen.add(digest)
-        examples.items.append(Example(row.line, content))
+        digest = hashlib.blake2b(described, digest_size=16).digest()
+        examples.append(Example(row.line, content, tools, options, digest))
     return examples

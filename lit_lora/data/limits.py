@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lit_lora.wording import setting
+
 
 def check_limits(trainer: Any, count_train: Callable[[], int], count_validation: Callable[[], int]) -> None:
     """Check the limits of a fit against the number of micro-batches.
@@ -20,11 +22,11 @@ def check_limits(trainer: Any, count_train: Callable[[], int], count_validation:
     Raises:
         ValueError: naming the setting, and the number of micro-batches there are.
     """
-    for setting, count in (("limit_train_batches", count_train), ("limit_val_batches", count_validation)):
-        limit = getattr(trainer, setting)
+    for name, count in (("limit_train_batches", count_train), ("limit_val_batches", count_validation)):
+        limit = getattr(trainer, name)
         if isinstance(limit, float) and 0 < limit < 1 and (num_batches := count()) > 0 and num_batches * limit < 1:
             raise ValueError(
-                f"trainer.{setting} (or overfit_batches) {limit} of {num_batches} micro-batches is none: set it to "
+                f"trainer.{name} (or overfit_batches) {limit} of {num_batches} micro-batches is none: set it to "
                 f"{1 / num_batches:.3g} or more, or to a number of micro-batches"
             )
     interval = trainer.val_check_interval
@@ -37,3 +39,17 @@ def check_limits(trainer: Any, count_train: Callable[[], int], count_validation:
                 f"trainer.val_check_interval {interval} is more than the {num_batches} micro-batches of an epoch: set "
                 "it to as many or fewer, or trainer.check_val_every_n_epoch null to count over epochs"
             )
+
+
+def check_own_sampler(trainer: Any) -> None:
+    """Check that a Trainer of several processes leaves it to the data module to divide the data.
+
+    Raises:
+        ValueError: if it would put a sampler of its own in the place.
+    """
+    # Lightning has no public way to ask; with its own sampler in place of ours it fails later and less clearly.
+    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        raise ValueError(
+            f"the data is divided among the {trainer.world_size} ranks by SFTDataModule: "
+            f"set {setting('trainer.use_distributed_sampler', False)} for the Trainer"
+        )

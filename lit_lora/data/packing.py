@@ -3,10 +3,11 @@
 Shape letters: B rows, L tokens in a row, T tokens in a packed batch, N examples, S supervised tokens.
 
 Both give the places of the predictions with the batch: ``target_positions`` (S,) are the indices in the flattened (B *
-L) sequence from which the next token is predicted, ``target_ids`` (S,) what is to be predicted there. A prediction
-never crosses from one example into the next. What follows the last supervised token of an example is cut off:
-attention is causal, so it cannot matter. An example without any supervised token is a filler (a rank that has run out
-of data): one token, no target, counted as no token.
+L) sequence from which the next token is predicted, ``target_ids`` (S,) what is to be predicted there, and where an
+example has weights, ``target_weights`` (S,) how much that counts. A prediction never crosses from one example into the
+next. What follows the last supervised token of an example is cut off: attention is causal, so it cannot matter. An
+example without any supervised token is a filler (a rank that has run out of
+data): one token, no target, counted as no token.
 """
 
 from __future__ import annotations
@@ -64,9 +65,18 @@ def _targets(examples: Sequence[TokenizedExample], lengths: Sequence[int], start
     assert all(places.size == 0 or places[0] > 0 for places in supervised), "nothing predicts an example's first token"
     positions = np.concatenate([start + places - 1 for start, places in zip(starts, supervised, strict=True)])
     ids = np.concatenate([example.ids[places] for example, places in zip(examples, supervised, strict=True)])
+    weighted: Batch = {}
+    if any(example.weights is not None for example in examples):
+        weights = [
+            np.ones(len(places)) if example.weights is None else example.weights[places]
+            for example, places in zip(examples, supervised, strict=True)
+        ]
+        weighted["target_weights"] = torch.from_numpy(np.concatenate(weights).astype(np.float32))
     return {
+        **weighted,
         "target_positions": torch.from_numpy(positions.astype(np.int64)),
         "target_ids": torch.from_numpy(ids.astype(np.int64)),
         "example_ids": torch.tensor([example.example_id for example in examples], dtype=torch.int64),
         "num_tokens": sum(length for length, places in zip(lengths, supervised, strict=True) if places.size),
+        "source": examples[0].source,
     }

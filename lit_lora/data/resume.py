@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 
 @runtime_checkable
@@ -93,38 +92,6 @@ def rank_batches_consumed(state: Mapping[str, Any], world_size: int) -> int:
             f"share: resume with {state['world_size']} ranks, or from a checkpoint at the end of an optimizer step"
         )
     return int(consumed) // world_size
-
-
-def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Check that a checkpoint's position means the same with the present data and settings.
-
-    Args:
-        saved: from ``SFTDataModule.fingerprint`` when the run was saved.
-        current: the same now.
-
-    Raises:
-        ValueError: if the tokens or their order differ; names each setting that makes it so.
-    """
-    different = _names(saved["order"], current["order"])
-    if saved["tokens"] != current["tokens"]:
-        different += _names(saved["source"], current["source"]) or ["the content of data.train has changed"]
-    if different:
-        raise ValueError(
-            f"cannot continue in the middle of the data, because it has changed since the checkpoint: "
-            f"{'; '.join(different)}. Restore it, or start a new run"
-        )
-    if saved["validation"] != current["validation"]:
-        rank_zero_warn(
-            "the validation data has changed since the checkpoint: losses on it before and after do not compare"
-        )
-
-
-def _names(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    return [
-        f"data.{name} was {saved.get(name)!r} and is {current.get(name)!r}"
-        for name in {**saved, **current}
-        if saved.get(name) != current.get(name)
-    ]
 
 
 def align_loop_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:

@@ -1,113 +1,150 @@
-"""Read rows from JSON, JSONL, CSV and Parquet files and from Hub datasets, strictly.
+"""What a source's name stands for: files, or a dataset of the ``datasets`` library; its rows, and a digest of them.
 
-A broken line must not vanish: every one is named by file and line, all in one report, and decoding is never lenient.
-JSON and JSONL are read with the standard library, so that starting on a local file imports neither ``datasets`` nor
-pandas.
+JSON, JSONL and CSV are read with the standard library, so that starting on a local file imports neither ``datasets``
+nor pandas.
 """
 
 from __future__ import annotations
 
-import csv
+import glob
 import hashlib
-import io
-import json
 import re
-import reprlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
+from lit_lora.data import hub
+from lit_lora.data.readers import COMPRESSED, SUFFIXES, Block, file_blocks, rows_of, suffix_of
+from lit_lora.data.rows import Problems, Row, shown, shown_names
 from lit_lora.files.meant import closest, did_you_mean
 
-MAX_LINE_BYTES = 16 * 2**20
-MAX_PROBLEMS_SHOWN = 10
-_MAX_NAMES_SHOWN, _MAX_SHOWN = 20, 60
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+__all__ = [
+    "Problems",
+    "Row",
+    "shown",
+    "shown_names",
+]  # a row and its report: where readers of this module look for them
 
-
-class Row(NamedTuple):
-    """One row of a source."""
-
-    line: int
-    """Line number in the file, from 1; for Parquet and Hub datasets the row number."""
-    fields: dict[str, Any]
-
-
-@dataclass
-class Problems:
-    """What is wrong with a source, collected so that one report names all of it."""
-
-    source: str
-    """Name of the file or dataset, put before each line number."""
-    shown: list[str] = field(default_factory=list)
-    """The first problems, ready to print."""
-    count: int = 0
-    """How many there are in all."""
-
-    def add(self, line: int, message: str) -> None:
-        """Note that the row at ``line`` cannot be used, and why."""
-        self.count += 1
-        if len(self.shown) < MAX_PROBLEMS_SHOWN:
-            self.shown.append(f"{self.source}:{line}: {message}")
-
-    def __str__(self) -> str:
-        rest = self.count - len(self.shown)
-        return "\n".join([*(f"  {problem}" for problem in self.shown), *([f"  ... and {rest} more"] if rest else [])])
-
-
-def shown(value: Any) -> str:
-    """A value of a file, as long as one can read: a hostile or broken file may hold a name of a gigabyte."""
-    text = repr(value[:_MAX_SHOWN]) if isinstance(value, str) else reprlib.repr(value)
-    return text if len(text) <= _MAX_SHOWN + 2 else f"{text[:_MAX_SHOWN]}..."
-
-
-def shown_names(names: Sequence[str]) -> str:
-    """A list of names, likewise."""
-    listed = ", ".join(map(shown, names[:_MAX_NAMES_SHOWN]))
-    rest = len(names) - _MAX_NAMES_SHOWN
-    return f"[{listed}{f', and {rest:,} more' if rest > 0 else ''}]"
+_SPLIT_NAMES = re.compile(
+    r"(^|[\W_])(train|training|test|testing|valid|validation|val|dev|eval)([\W_]|$)", re.IGNORECASE
+)
+"""In the name of a file of a folder: it is divided into splits, which ``datasets`` tells apart."""
 
 
 def is_file_source(source: str) -> bool:
-    """Whether ``source`` names a file rather than a dataset on the Hub (or a folder that ``datasets`` reads)."""
-    path = Path(source)
+    """Whether ``source`` names a file or a pattern of files rather than a dataset on the Hub, or a folder."""
+    path = Path(source).expanduser()
     if path.is_file():
         return True
-    if Path(source.rpartition("@")[0] or source).is_dir():
+    if path.is_dir() or Path(source.rpartition("@")[0] or source).expanduser().is_dir():
         return False
     return (
-        path.suffix.lower() in SUFFIXES
+        _has_suffix(path)
         or source.startswith((".", "/", "~"))
         or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w.\[\]:%-]+)?", source)
         or (path.parent != Path() and path.parent.is_dir())
     )
 
 
-def read_rows(source: str, problems: Problems) -> Iterator[Row]:
-    """Yield the rows of ``source``; rows that cannot be read go to ``problems`` and are skipped.
+def files_of(source: str) -> list[Path] | None:
+    """The files that ``source`` stands for, in the order of their names; None where it is for ``datasets`` to read.
 
     Args:
-        source: a .json, .jsonl, .csv or .parquet file, a folder that ``datasets.load_dataset`` reads, or a dataset on
-            the Hub as ``name``, ``name:config``, ``name@split`` or ``name:config@split``; the default split is "train".
-        problems: takes what is wrong with single rows.
+        source: a file, a pattern with ``*``, or a folder of data files. What ``save_to_disk`` wrote, and a folder whose
+            files are named after splits, is for ``datasets``.
+
+    Raises:
+        FileNotFoundError: if there is no such file; names the closest file names beside it.
+        ValueError: if a file is empty or of an unknown kind.
+    """
+    if is_file_source(source):
+        if not Path(source).expanduser().is_file() and _is_pattern(source):
+            return [existing_file(name) for name in _matches(source)]
+        return [existing_file(source)]
+    folder = Path(source).expanduser()
+    if not folder.is_dir() or hub.is_saved(folder):
+        return None
+    files = [path for path in sorted(folder.rglob("*")) if _has_suffix(path) and path.is_file()]
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    if not files or any(map(_SPLIT_NAMES.search, names)):
+        return None
+    return [existing_file(str(path)) for path in files]
+
+
+def read_blocks(source: Any) -> Iterator[Block]:
+    """The rows of a source, in blocks for whoever parses them.
+
+    Args:
+        source: a file, possibly compressed, a pattern, a folder, the name of a dataset on the Hub, or a
+            ``datasets.Dataset``.
 
     Raises:
         FileNotFoundError: if there is no such file; names the closest file names beside it.
         ValueError: if nothing of the source can be read.
     """
-    if not is_file_source(source):
-        yield from _hub_rows(source)
+    files = files_of(source) if isinstance(source, str) else None
+    if files is None:
+        yield from hub.dataset_blocks(_dataset(source), name_of(source))
         return
-    path = existing_file(source)
-    readers = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    try:
-        yield from readers.get(path.suffix.lower(), _json_lines)(path, problems)
-    except MemoryError as error:  # a few kilobytes of Parquet can stand for gigabytes
-        raise ValueError(f"{path} does not fit into memory when it is read: split it into several files") from error
+    before = 0
+    for path in files:
+        # A single file is called as its user calls it.
+        name = source if len(files) == 1 and Path(source).expanduser() == path else str(path)
+        for block in file_blocks(path, name):
+            yield block._replace(done=before + block.done)
+        before += path.stat().st_size
+
+
+def read_rows(source: Any, problems: Problems) -> Iterator[Row]:
+    """Yield the rows of ``source``; rows that cannot be read go to ``problems`` and are skipped.
+
+    Args:
+        source: see :func:`read_blocks`.
+        problems: takes what is wrong with single rows.
+
+    Raises:
+        FileNotFoundError: see :func:`read_blocks`.
+        ValueError: see :func:`read_blocks`.
+    """
+    for block in read_blocks(source):
+        yield from rows_of(block, problems)
+
+
+def source_size(source: Any) -> int:
+    """All that :class:`~lit_lora.data.readers.Block` counts as done at the end: bytes of files, rows of a dataset."""
+    files = files_of(source) if isinstance(source, str) else None
+    return len(_dataset(source)) if files is None else sum(path.stat().st_size for path in files)
+
+
+def source_digest(source: Any) -> str:
+    """SHA-256 of the content of a file, or of several, or of a dataset."""
+    files = files_of(source) if isinstance(source, str) else None
+    if files is None:
+        return hub.dataset_digest(_dataset(source))
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def name_of(source: Any) -> str:
+    """What to call a source in messages."""
+    return source if isinstance(source, str) else f"the {type(source).__name__} in memory"
+
+
+def check_source(source: str) -> None:
+    """Check that there is what a source names, as far as files tell.
+
+    Raises:
+        FileNotFoundError: see :func:`files_of`.
+        ValueError: see :func:`files_of`.
+    """
+    files_of(source)
 
 
 def existing_file(source: str) -> Path:
@@ -120,25 +157,52 @@ def existing_file(source: str) -> Path:
     path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no data file at {path}{_similar(path)}")
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}: rename or convert it")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: expected at least one row of data")
-    size_gib, memory_gib = path.stat().st_size / 2**30, psutil.virtual_memory().total / 2**30
-    if size_gib > memory_gib:
+    if not _has_suffix(path):
         raise ValueError(
-            f"{path} has {size_gib:,.0f} GiB and this machine {memory_gib:.0f} GiB of memory, into which data is read: "
-            "take a part of it"
+            f"{path} ends in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}, perhaps followed by "
+            f"{' or '.join(COMPRESSED)}: rename or convert it"
+        )
+    if suffix_of(path) == ".parquet" and path.suffix.lower() in COMPRESSED:
+        raise ValueError(f"{path}: Parquet is compressed inside: decompress it")
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path} is empty: expected at least one row of data")
+    size_gib, memory_gib = size / 2**30, psutil.virtual_memory().total / 2**30
+    if suffix_of(path) == ".json" and size_gib > memory_gib:
+        raise ValueError(
+            f"{path} has {size_gib:,.0f} GiB and this machine {memory_gib:.0f} GiB of memory, into which a .json file "
+            "is read: save it as JSON Lines (.jsonl), which is read in pieces"
+        )
+    if size > (disk := shutil.disk_usage(path).total):
+        raise ValueError(
+            f"{path} has {size_gib:,.0f} GiB and this machine's disk {disk / 2**30:,.0f} GiB, so most of it is not "
+            "there: copy it again"
         )
     return path
 
 
-def source_digest(source: str) -> str:
-    """SHA-256 of a file's content, or of a Hub dataset's own fingerprint (which loads it)."""
-    if is_file_source(source):
-        with existing_file(source).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    return hashlib.sha256(f"{source} {_load_hub(source)._fingerprint}".encode()).hexdigest()
+def _dataset(source: Any) -> Any:
+    if not isinstance(source, str):
+        return source
+    name = Path(source.partition("@")[0]).expanduser()
+    return hub.load(source, "" if name.is_dir() else _similar(Path(source.partition("@")[0])))
+
+
+def _has_suffix(path: Path) -> bool:
+    return suffix_of(path) in SUFFIXES
+
+
+def _is_pattern(source: str) -> bool:
+    return any(mark in source for mark in "*?[")
+
+
+def _matches(pattern: str) -> list[str]:
+    """Files that a pattern matches; of another kind than data they are none that was meant."""
+    expanded = str(Path(pattern).expanduser())
+    found = sorted(name for name in glob.glob(expanded, recursive=True) if Path(name).is_file())
+    if not found:
+        raise FileNotFoundError(f"no data file matches {pattern}{_similar(Path(expanded))}")
+    return found
 
 
 def _similar(path: Path) -> str:
@@ -152,192 +216,5 @@ def _similar(path: Path) -> str:
     close += [name for name in names if Path(name).stem == path.stem and name not in close]
     if close:
         return f": {did_you_mean(folder / name for name in close)}"
-    data = sorted(name for name in names if Path(name).suffix.lower() in SUFFIXES)[:8]
+    data = sorted(name for name in names if _has_suffix(Path(name)))[:8]
     return f": {folder} holds {', '.join(data) if data else 'no data files'}"
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON's reader takes the last of several equal names in silence."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError(f"the field {shown(_twice([name for name, _ in pairs]))} is there more than once")
-    return fields
-
-
-def _twice(names: list[str]) -> str:
-    return next(name for name, count in Counter(names).items() if count > 1)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_each_once)
-
-
-def _not_json(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg} at column {error.colno}"
-    if isinstance(error, RecursionError):
-        return "not valid JSON: nested too deeply"
-    return "an integer of more than 4300 digits" if "integer string conversion" in str(error) else str(error)
-
-
-def _json_lines(path: Path, problems: Problems) -> Iterator[Row]:
-    with path.open("rb") as file:
-        line_number = 0
-        while raw := file.readline(MAX_LINE_BYTES + 1):
-            line_number += 1
-            if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
-                size = len(raw)
-                while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                    size += len(rest)
-                size += len(rest)
-                problems.add(
-                    line_number, f"line of {size / 2**20:.1f} MiB, expected at most {MAX_LINE_BYTES >> 20} MiB"
-                )
-                continue
-            if line_number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if not raw.strip():
-                continue
-            try:
-                value = _DECODER.decode(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                problems.add(line_number, _not_utf8(error))
-            except (ValueError, RecursionError) as error:
-                problems.add(line_number, _not_json(error))
-            else:
-                if isinstance(value, dict):
-                    yield Row(line_number, value)
-                else:
-                    problems.add(line_number, f"a JSON {type(value).__name__}, expected an object with named fields")
-
-
-def _json_rows(path: Path, problems: Problems) -> Iterator[Row]:
-    """A .json file: one array of objects, or JSON Lines under another name."""
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
-        _refuse_single_object(path)
-        yield from _json_lines(path, problems)
-        return
-    text = _decoded(path)
-    position, line, counted_to = text.index("[") + 1, 1, 0
-    space = re.compile(r"\s*")
-    while True:
-        position = _end_of(space, text, position)
-        line += text.count("\n", counted_to, position)
-        counted_to = position
-        if text[position : position + 1] == "]":
-            break
-        try:
-            value, position = _DECODER.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            at = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            raise ValueError(f"{path}:{at}: {_not_json(error)}; what follows cannot be read") from None
-        if isinstance(value, dict):
-            yield Row(line, value)
-        else:
-            problems.add(line, f"a JSON {type(value).__name__}, expected an object with named fields")
-        position = _end_of(space, text, position)
-        if text[position : position + 1] == ",":
-            position += 1
-        elif text[position : position + 1] != "]":
-            line += text.count("\n", counted_to, position)
-            raise ValueError(f"{path}:{line}: not valid JSON: expected ',' or ']' after an object")
-    if text[position + 1 :].strip():
-        raise ValueError(f"{path}:{line}: not valid JSON: text after the end of the array")
-
-
-def _refuse_single_object(path: Path) -> None:
-    """A file that is one object over several lines would be reported line by line, which helps nobody."""
-    with path.open("rb") as file:
-        first_line = file.readline(MAX_LINE_BYTES)
-    try:
-        json.loads(first_line)
-    except ValueError:
-        try:
-            value = json.loads(path.read_bytes())
-        except (ValueError, RecursionError):
-            return
-        if isinstance(value, dict):
-            raise ValueError(
-                f"{path} is one JSON object with the keys {shown_names(sorted(value))}, expected an array of objects, "
-                "or one object a line: save only the list of examples"
-            ) from None
-    except RecursionError:
-        return
-
-
-def _end_of(pattern: re.Pattern[str], text: str, position: int) -> int:
-    match = pattern.match(text, position)
-    assert match is not None
-    return match.end()
-
-
-def _csv_rows(path: Path, problems: Problems) -> Iterator[Row]:
-    text = _decoded(path)
-    previous_limit = csv.field_size_limit(MAX_LINE_BYTES)
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = next(reader, None)
-        if not header or len(set(header)) < len(header):
-            got = f"{shown(_twice(header))} is there more than once" if header else "it is empty"
-            raise ValueError(f"{path}:1: the header must name every column once, and {got}")
-        for cells in reader:
-            if len(cells) == len(header):
-                yield Row(reader.line_num, dict(zip(header, cells, strict=True)))
-            elif cells:
-                problems.add(reader.line_num, f"{len(cells)} cells, expected {len(header)} {shown_names(header)}")
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: not valid CSV: {error}; what follows cannot be read") from None
-    finally:
-        csv.field_size_limit(previous_limit)
-
-
-def _parquet_rows(path: Path, problems: Problems) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1000):
-            for fields in batch.to_pylist():
-                number += 1
-                yield Row(number, fields)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file: {error}") from None
-
-
-def _hub_rows(source: str) -> Iterator[Row]:
-    for number, fields in enumerate(_load_hub(source), start=1):
-        yield Row(number, dict(fields))
-
-
-def _load_hub(source: str) -> Any:
-    import datasets
-
-    name, _, split = source.partition("@")
-    config: str | None = None
-    if not Path(name).is_dir():
-        name, _, config = name.partition(":")
-    try:
-        dataset = datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # datasets raises many unrelated types for "not there"; all become one message
-        raise ValueError(
-            f"{source!r} is neither a file nor a dataset that can be loaded ({type(error).__name__}: {error}). "
-            "Expected a .json, .jsonl, .csv or .parquet file, or a Hub dataset as name, name:config, name@split or "
-            f"name:config@split{_similar(Path(name)) if not Path(name).is_dir() else ''}"
-        ) from error
-    return dataset
-
-
-def _decoded(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}:{line}: {_not_utf8(error)}") from None
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start}): convert the file to UTF-8"

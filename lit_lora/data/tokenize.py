@@ -1,43 +1,27 @@
 """From examples to token ids and a mask of the supervised ones.
 
-The prompt is told from the answer by prefix difference: the chat template renders the conversation up to an assistant
-turn and the whole of it, and what follows the first in the second is that turn. Positions are compared as characters
-of the rendered text, so a token that straddles the border counts as prompt. No template needs generation markers for
-this, and nothing is masked by token id, so ``pad_token == eos_token`` is harmless.
+What of a conversation is learned is told by position in its rendered text (``turns.py``), and a text is tokenized as a
+whole. Only where a token would reach over the end of a prompt is it parted there, since a model that is asked goes on
+from the prompt's own tokens. Nothing is masked by token id, so ``pad_token == eos_token`` is harmless.
 """
 
 from __future__ import annotations
 
+import itertools
+import sys
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lit_lora.base.whole_model import is_panic
-from lit_lora.data.formats import BadRow, Conversation, Example
+from lit_lora.data.chat_template import ChatTemplate, check_end_of_sequence, common_length, run_tokenizer
+from lit_lora.data.conversation import BadRow, Conversation
+from lit_lora.data.formats import Example
+from lit_lora.data.long_rows import LongRows, chunks, halves
 from lit_lora.data.sources import Problems
-from lit_lora.files.compute_limit import LimitExceeded, compute_limit
-from lit_lora.wording import in_words_of
-
-ALPACA_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% else %}"
-    "{{ 'Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n' }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}"
-    "{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-)
-"""For tokenizers without a chat template: the layout of Stanford Alpaca, with an end token after each answer."""
-
-
-RENDER_LIMIT_S = 5.0
-RENDER_LIMIT_BYTES = 2 * 2**30
-"""What rendering may take, beside some for each example and character: sound templates need a thousandth of it."""
+from lit_lora.data.template_needs import Reasoning, TemplateNeeds, without_thinking
+from lit_lora.data.turns import ChatReader, LearnedText, TrainOnTurns
 
 
 class Encoded(NamedTuple):
@@ -48,38 +32,77 @@ class Encoded(NamedTuple):
     mask: list[bool]
     """True where the token is supervised, that is, predicted from those before it. Never true for the first."""
     truncated: bool
+    weights: list[float] | None = None
+    """How much each token counts, 0 where it is not supervised; None where every supervised one counts once."""
+    part: int = 0
+    """Which example of its row it is, from 0: a row may become several."""
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template to render with: None for the tokenizer's own, else the built-in Alpaca template."""
-    if tokenizer.chat_template:
-        return None
-    return ("{{ bos_token }}" if _adds_bos(tokenizer) else "") + ALPACA_TEMPLATE
+class _Tokens(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, ...]] | None
+    """Where each token begins and ends, in characters; None from a slow tokenizer."""
 
 
-def _template_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        return "the built-in chat template"
-    return f"the chat template of {tokenizer.name_or_path}" if tokenizer.name_or_path else "the chat template"
-
-
-def format_prompt(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> list[int]:
+def format_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Conversation,
+    tools: Sequence[Any] | None = None,
+    options: dict[str, Any] | None = None,
+    *,
+    reasoning: Reasoning = "keep",
+) -> list[int]:
     """Token ids of ``messages`` and of the start of an answer, as in training.
 
     Args:
         tokenizer: as used for training.
-        messages: the conversation so far; the last turn is the user's.
+        messages: the conversation so far; the last turn is the user's, or a tool's.
+        tools: JSON schemas of the tools that the assistant may call.
+        options: further variables of the template.
+        reasoning: "drop" leaves that of earlier answers out.
 
     Raises:
         ValueError: if the template refuses the messages.
     """
-    with render_limit(tokenizer, [messages]):
+    template = ChatTemplate(tokenizer)
+    example = Example(0, messages, list(tools) if tools else None, options)
+    with template.limit([messages]):
         try:
-            text = render(tokenizer, chat_template(tokenizer), messages, generation=True)
+            turns = TemplateNeeds(template).adapted(example, Problems(""), reasoning)
+            text = template.render(turns, example.tools, options, generation=True)
         except BadRow as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"{_template_name(tokenizer)} cannot render these messages ({roles}): {error}") from error
-    return _tokenize(tokenizer, [text])[0][0]
+            raise ValueError(f"{template.name} cannot render these messages ({roles}): {error}") from error
+    return _tokenize(tokenizer, [text])[0].ids
+
+
+def last_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """The last answer of a conversation as a model writes it: its text and tool calls, without reasoning and end.
+
+    Args:
+        tokenizer: as used for training.
+        example: of a conversation that ends with an answer.
+
+    Raises:
+        ValueError: if the template cannot show it.
+    """
+    assert not isinstance(example.content, str)
+    answer = example.content[-1]
+    if not answer.get("tool_calls"):
+        return without_thinking(answer["content"]).strip()
+    problems, turns = Problems("the conversation"), [*example.content[:-1], {**answer, "weight": 1.0}]
+    encoded = encode_examples(
+        tokenizer,
+        [example._replace(content=turns)],
+        problems,
+        max_length=sys.maxsize,
+        train_on_turns="last",
+        reasoning="drop",
+    )
+    if problems.count:
+        raise ValueError(problems.shown[0])
+    learned = [token for token, is_learned in zip(encoded[-1].ids, encoded[-1].mask, strict=True) if is_learned]
+    return str(tokenizer.decode(learned, skip_special_tokens=True)).strip()
 
 
 def format_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -102,255 +125,190 @@ def encode_examples(
     *,
     max_length: int,
     train_on_prompt: bool = False,
+    train_on_turns: TrainOnTurns = "all",
+    reasoning: Reasoning = "keep",
+    long_rows: LongRows = "truncate",
+    ignore: Collection[str] = (),
 ) -> list[Encoded]:
-    """Tokenize a batch of examples and mark what is supervised.
+    """Tokenize a batch of examples and mark what is supervised: any examples of a source, in any process.
 
     Every assistant turn is supervised up to and including the token that ends it; a text is supervised whole. An
-    example ends with an end-of-sequence token, which is added where the template adds none, and what the template
-    writes after it is cut off. Examples longer than ``max_length`` lose their end, so some may keep no supervised
-    token.
+    example ends with an end-of-sequence token, which is added where the template has no end token, and what the
+    template writes after the last end is cut off.
 
     Args:
         tokenizer: fast ones are asked for character offsets; slow ones are run on each prefix.
         examples: conversations and texts.
-        problems: takes the examples that the template refuses.
+        problems: takes the examples that the template refuses, and counts what is not taken as it is.
         max_length: longest example in tokens.
         train_on_prompt: supervise all tokens of a conversation.
+        train_on_turns: supervise all answers or the last one.
+        reasoning: supervise reasoning, show it unsupervised, or leave it out.
+        long_rows: examples over ``max_length``: cut off their end (so some may keep no supervised token), leave them
+            out, or make several of them.
+        ignore: keys of turns that are known not to be used.
 
     Raises:
         ValueError: if the tokenizer has no end-of-sequence token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no end-of-sequence token, so nothing would teach the model to stop: "
-            + in_words_of(
-                python="set tokenizer.eos_token to the token that ends a turn",
-                command_line="name the token that ends a turn as eos_token in its tokenizer_config.json",
-            )
-        )
-    template = chat_template(tokenizer)
-    enders = end_tokens(tokenizer)
-    encoded: dict[int, Encoded] = {}
-    chats: list[tuple[int, Example, str, list[tuple[int, int]]]] = []
-    with render_limit(tokenizer, [example.content for example in examples]):
-        for position, example in enumerate(examples):
-            if isinstance(example.content, str):
-                encoded[position] = _encode_text(tokenizer, example.line, example.content, max_length)
-                continue
-            try:
-                text = render(tokenizer, template, example.content)
-                chats.append((position, example, text, _assistant_spans(tokenizer, template, example.content, text)))
-            except BadRow as error:
-                problems.add(example.line, f"{_template_name(tokenizer)} cannot render it: {error}")
-    tokenized = _tokenize(tokenizer, [text for _, _, text, _ in chats])
-    for (position, example, text, spans), (ids, starts) in zip(chats, tokenized, strict=True):
-        ends_with_answer = example.content[-1]["role"] == "assistant"  # type: ignore[index]
-        ids, mask = _mask(tokenizer, text, ids, starts, spans, enders, ends_with_answer, train_on_prompt)
-        assert any(token in enders for token, supervised in zip(ids, mask, strict=True) if supervised)
-        encoded[position] = _truncated(example.line, ids, mask, max_length)
-    return [encoded[position] for position in sorted(encoded)]
+    check_end_of_sequence(tokenizer)
+    options: dict[str, Any] = {
+        "train_on_prompt": train_on_prompt,
+        "train_on_turns": train_on_turns,
+        "reasoning": reasoning,
+        "ignore": ignore,
+    }
+    encoded: list[Encoded] = []
+    for example, texts in zip(examples, _tokenized(tokenizer, examples, problems, **options), strict=True):
+        fitting: list[Encoded] = []
+        if long_rows == "split" and any(len(whole.ids) > max_length for whole in texts):
+            fitting = _split(tokenizer, example, texts, problems, max_length=max_length, **options)
+        for whole in [] if fitting else texts:
+            if long_rows == "drop" and len(whole.ids) > max_length:
+                problems.note("longer than max_length: left out")
+            else:
+                fitting.append(_truncated(whole, max_length))
+        encoded += [part._replace(part=number) for number, part in enumerate(fitting)]
+    return encoded
 
 
-def run_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: Any) -> Any:
-    """``tokenizer(text)``.
-
-    Raises:
-        ValueError: naming it, where its Rust code fails: of an expression that takes too long, for example.
-    """
-    try:
-        return tokenizer(text, verbose=False, **options)
-    except BaseException as error:
-        if not is_panic(error):
-            raise
-        name = tokenizer.name_or_path or type(tokenizer).__name__
-        raise ValueError(
-            f"the tokenizer {name} fails on the text: {error!s:.500}. Take it from another source"
-        ) from error
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that can end a turn: the end-of-sequence token and the special tokens without another role."""
-    others = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return (special - others) | {tokenizer.eos_token_id}
-
-
-def render_limit(
-    tokenizer: PreTrainedTokenizerBase, contents: Sequence[Conversation | str]
-) -> AbstractContextManager[None]:
-    """For the templates of these contents: one that loops without end, or doubles a text over and over, is stopped."""
-    texts = [
-        text for turns in contents for text in ([turns] if isinstance(turns, str) else [t["content"] for t in turns])
+def _tokenized(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], problems: Problems, **options: Any
+) -> list[list[Encoded]]:
+    """Of each example what it becomes, however long."""
+    template = ChatTemplate(tokenizer)
+    read: list[list[LearnedText]] = []
+    with template.limit([example.content for example in examples]):
+        reader: ChatReader | None = None
+        for example in examples:
+            texts: list[LearnedText] = []
+            if not isinstance(example.content, str):
+                reader = reader or ChatReader(template, problems, **options)
+                try:
+                    texts = reader.read(example)
+                except BadRow as error:
+                    problems.add(example.line, f"{template.name} cannot render it: {error}")
+            read.append(texts)
+    tokens = iter(_tokenize(tokenizer, [learned.text for texts in read for learned in texts]))
+    return [
+        [_encode_text(tokenizer, example.line, example.content)]
+        if isinstance(example.content, str)
+        else [_masked(tokenizer, example.line, learned, next(tokens)) for learned in texts]
+        for example, texts in zip(examples, read, strict=True)
     ]
-    num_characters = sum(map(len, texts))
-    name = _template_name(tokenizer)
-    templates = tokenizer.chat_template or ""
-    if any(map(_raises_to_powers, templates.values() if isinstance(templates, dict) else [templates])):
-        raise ValueError(f"{name} raises to a power (**), which can go on without end: remove it")
-    message = (
-        f"{name} does not come to an end on {len(contents)} "
-        f"{'conversation' if len(contents) == 1 else 'conversations'}, where others take milliseconds: look at its "
-        "loops, or take the tokenizer from another source"
-    )
-    seconds = RENDER_LIMIT_S + 0.01 * len(contents) + 1e-6 * num_characters
-    return compute_limit(seconds, message, memory_bytes=RENDER_LIMIT_BYTES + 100 * num_characters)
 
 
-def _raises_to_powers(template: str) -> bool:
-    """Whether it does: one power of large numbers is one operation, which nothing interrupts."""
-    before = ""
-    try:
-        for _, kind, text in Environment().lex(template) if "**" in template else ():
-            if kind == "operator" and text == "**" and before not in ("(", ","):  # there it spreads arguments
-                return True
-            before = before if kind == "whitespace" else text
-    except TemplateError:  # of its syntax; rendering it says so
-        pass
-    return False
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase, template: str | None, messages: Conversation, *, generation: bool = False
-) -> str:
-    """The text of a conversation.
-
-    Args:
-        tokenizer: as used for training.
-        template: from :func:`chat_template`.
-        messages: the conversation.
-        generation: add the start of an answer.
-
-    Raises:
-        BadRow: if the template fails of the messages.
-    """
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=generation
-        )
-    except (LimitExceeded, MemoryError):
-        raise
-    except Exception as error:  # a template is a program and fails like one
-        raise BadRow(str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}") from error
-    assert isinstance(text, str)
-    return text
-
-
-def _assistant_spans(
-    tokenizer: PreTrainedTokenizerBase, template: str | None, conversation: Conversation, full: str
-) -> list[tuple[int, int]]:
-    """Characters ``[start, end)`` of each assistant turn in the rendered conversation."""
-    spans = []
-    for index, turn in enumerate(conversation):
-        if turn["role"] != "assistant":
-            continue
-        prompt = render(tokenizer, template, conversation[:index], generation=True)
-        start = len(prompt)
-        if not full.startswith(prompt):
-            # Some templates open the answer with more than it has in training, for example "<think>".
-            start = _common_length(full, prompt)
-            if conversation[index - 1]["content"].strip() not in full[:start]:
-                raise BadRow(
-                    f"turns 1 to {index} are rendered differently when turn {index + 1} follows, so that prompt and "
-                    "answer cannot be told apart: set a chat_template without that, or split the conversation"
-                )
-        if index == len(conversation) - 1:
-            end = len(full)
-        else:
-            through = render(tokenizer, template, conversation[: index + 1])
-            end = len(through) if full.startswith(through) else _end_of_content(full, turn["content"], start, index)
-        spans.append((start, end))
-    return spans
-
-
-def _end_of_content(full: str, content: str, start: int, index: int) -> int:
-    content = content.strip()
-    found = full.find(content, start)
-    if found < 0:
-        raise BadRow(f"turn {index + 1} is rewritten by the template, so its end cannot be found")
-    return found + len(content)
-
-
-def _mask(
+def _split(
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    ids: list[int],
-    starts: list[int] | None,
-    spans: list[tuple[int, int]],
-    enders: set[int],
-    ends_with_answer: bool,
-    train_on_prompt: bool,
-) -> tuple[list[int], list[bool]]:
-    """The ids without what follows the last supervised token, and the mask."""
-    position = _positions(tokenizer, text, ids, starts)
+    example: Example,
+    texts: Sequence[Encoded],
+    problems: Problems,
+    *,
+    max_length: int,
+    **options: Any,
+) -> list[Encoded]:
+    """What a long example becomes in several parts; empty where it can have no parts."""
+    if isinstance(example.content, str):
+        (whole,) = texts
+        problems.note("longer than max_length: split")
+        return [
+            Encoded(whole.line, whole.ids[a:b], [False] + [True] * (b - a - 1), False)
+            for a, b in chunks(whole.ids, max_length)
+        ]
+    parts = halves(example, last_only=options["train_on_turns"] == "last")
+    if not parts:
+        return []
+    problems.note("longer than max_length: split")
+    found = Problems(problems.source)
+    encoded = encode_examples(tokenizer, parts, found, max_length=max_length, long_rows="split", **options)
+    found.notes.clear()  # they have been counted of the whole
+    problems.merge(found)
+    return encoded
+
+
+def _masked(tokenizer: PreTrainedTokenizerBase, line: int, learned: LearnedText, tokens: _Tokens) -> Encoded:
+    """The ids, and which of them are supervised."""
+    tokens = _parted(tokenizer, learned, tokens)
+    position = _positions(tokenizer, learned.text, tokens)
+    ids = tokens.ids
     mask = [False] * len(ids)
-    stop = 0
-    for start, end in spans:
+    weights = None if all(span.weight == 1 for span in learned.spans) else [0.0] * len(ids)
+    for start, end, weight in learned.spans:
         first, stop = position(start), position(end)
-        last = next((k for k in range(stop - 1, first - 1, -1) if ids[k] in enders), None)
-        if last is not None and _is_space(tokenizer, ids[last + 1 : stop]):
-            stop = last + 1
-        elif stop < len(ids) and ids[stop] in enders:
-            stop += 1
         mask[first:stop] = [True] * (stop - first)
-    if ends_with_answer:
-        ids, mask = ids[:stop], mask[:stop]
-        if ids[-1] not in enders:
-            while mask[-1] and _is_space(tokenizer, ids[-1:]):
-                ids, mask = ids[:-1], mask[:-1]
-            ids, mask = [*ids, tokenizer.eos_token_id], [*mask, True]
-    if train_on_prompt:
-        mask = [True] * len(ids)
-    mask[0] = False
-    return ids, mask
+        if weights is not None:
+            weights[first:stop] = [weight] * (stop - first)
+    if learned.needs_end and learned.spans:
+        ids, mask = [*ids, tokenizer.eos_token_id], [*mask, True]
+        weights = None if weights is None else [*weights, learned.spans[-1].weight]
+    mask[:1] = [False][: len(ids)]
+    if weights is not None:
+        weights[:1] = [0.0][: len(ids)]
+    return Encoded(line, ids, mask, False, weights)
 
 
-def _positions(
-    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], starts: list[int] | None
-) -> Callable[[int], int]:
+def _parted(tokenizer: PreTrainedTokenizerBase, learned: LearnedText, tokens: _Tokens) -> _Tokens:
+    """The tokens, where none reaches over the end of a prompt: a model goes on from the prompt's own tokens."""
+    if tokens.offsets is None:
+        return tokens
+    first = [bisect_left(tokens.offsets, (border,)) for border in learned.borders]
+    over = [b for b, k in zip(learned.borders, first, strict=True) if k and tokens.offsets[k - 1][1] > b]
+    if not over:
+        return tokens
+    ids: list[int] = []
+    offsets: list[tuple[int, ...]] = []
+    for start, end in itertools.pairwise([0, *over, len(learned.text)]):
+        part = (
+            _continued(tokenizer, learned.text[start:end]) if start else _tokenize(tokenizer, [learned.text[:end]])[0]
+        )
+        assert part.offsets is not None
+        ids += part.ids
+        offsets += [(a + start, b + start) for a, b in part.offsets]
+    # Some tokenizers cannot go on from any place: a token of theirs swallows white space, or begins with some.
+    return _Tokens(ids, offsets) if tokenizer.decode(ids) == tokenizer.decode(tokens.ids) else tokens
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> _Tokens:
+    """Tokens of text that goes on: after a line break, where no tokenizer puts a space in front."""
+    before, after = _tokenize(tokenizer, ["\n", f"\n{text}"])
+    count = len(before.ids)
+    if after.ids[:count] != before.ids or after.offsets is None:
+        return _tokenize(tokenizer, [text])[0]
+    return _Tokens(after.ids[count:], [(max(0, a - 1), b - 1) for a, b in after.offsets[count:]])
+
+
+def _positions(tokenizer: PreTrainedTokenizerBase, text: str, tokens: _Tokens) -> Callable[[int], int]:
     """A function from a character to the first token that starts at or after it."""
-    if starts is not None:
-        return lambda character: bisect_left(starts, character)
-    return lambda character: _common_length(ids, _tokenize(tokenizer, [text[:character]])[0][0])
+    if (offsets := tokens.offsets) is not None:
+        return lambda character: bisect_left(offsets, (character,))
+
+    def position(character: int) -> int:
+        prefix = _tokenize(tokenizer, [text[:character]])[0].ids
+        return common_length(tokens.ids, prefix)
+
+    return position
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[list[int], list[int] | None]]:
-    """Ids, and with a fast tokenizer the character at which each token starts. Rendered text brings its own BOS."""
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[_Tokens]:
+    """Ids, and with a fast tokenizer where each token stands. Rendered text brings its own BOS."""
     if not texts:
         return []
     options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False}
     if not tokenizer.is_fast:
-        return [(ids, None) for ids in run_tokenizer(tokenizer, texts, **options)["input_ids"]]
+        return [_Tokens(ids, None) for ids in run_tokenizer(tokenizer, texts, **options)["input_ids"]]
     output = run_tokenizer(tokenizer, texts, return_offsets_mapping=True, **options)
-    offsets = output["offset_mapping"]
-    return [(ids, [start for start, _ in spans]) for ids, spans in zip(output["input_ids"], offsets, strict=True)]
+    return [_Tokens(*pair) for pair in zip(output["input_ids"], output["offset_mapping"], strict=True)]
 
 
-def _encode_text(tokenizer: PreTrainedTokenizerBase, line: int, text: str, max_length: int) -> Encoded:
+def _encode_text(tokenizer: PreTrainedTokenizerBase, line: int, text: str) -> Encoded:
     ids = [*format_text(tokenizer, text), tokenizer.eos_token_id]
-    mask = [False] + [True] * (len(ids) - 1)
-    return _truncated(line, ids, mask, max_length)
+    return Encoded(line, ids, [False] + [True] * (len(ids) - 1), False)
 
 
-def _truncated(line: int, ids: list[int], mask: list[bool], max_length: int) -> Encoded:
+def _truncated(whole: Encoded, max_length: int) -> Encoded:
     """At most ``max_length`` tokens, without an unsupervised end, which no prediction would look at."""
-    stop = min(len(ids), max_length)
-    while stop and not mask[stop - 1]:
+    stop = min(len(whole.ids), max_length)
+    while stop and not whole.mask[stop - 1]:
         stop -= 1
-    return Encoded(line, ids[:stop], mask[:stop], len(ids) > max_length)
-
-
-def _is_space(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
-    return not ids or not str(tokenizer.decode(ids)).strip()
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and run_tokenizer(tokenizer, "a")["input_ids"][:1] == [
-        tokenizer.bos_token_id
-    ]
-
-
-def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))
+    weights = None if whole.weights is None else whole.weights[:stop]
+    return Encoded(whole.line, whole.ids[:stop], whole.mask[:stop], len(whole.ids) > max_length, weights)

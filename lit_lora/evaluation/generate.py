@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import TextStreamer
@@ -14,7 +14,7 @@ from lit_lora.evaluation.load import Loaded
 from lit_lora.language_model.generation import Completion, complete
 from lit_lora.wording import setting
 
-Prompt = str | Sequence[dict[str, str]]
+Prompt = str | Sequence[dict[str, Any]]
 """A user's message (or the beginning of a text), or the turns of a conversation that ends with the user's."""
 
 
@@ -29,6 +29,7 @@ def generate(
     seed: int | None = None,
     batch_size: int = 16,
     stream: bool = False,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> list[Completion]:
     """Answer prompts.
 
@@ -42,6 +43,7 @@ def generate(
         top_p: sample from the smallest set of tokens of this total probability.
         seed: for sampling.
         batch_size: prompts at a time.
+        tools: JSON schemas of the tools that may be called, shown as the chat template shows them.
         stream: print the answer to a single prompt as it comes, or where its end is known only then, when it is there.
 
     Returns:
@@ -52,7 +54,7 @@ def generate(
     """
     check_sampling(temperature, top_p, seed, max_new_tokens)
     several = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)) else prompts
-    ids, end = _written(loaded, several, plain=continues_text(loaded, format))  # type: ignore[arg-type]
+    ids, end = _written(loaded, several, plain=continues_text(loaded, format), tools=tools)  # type: ignore[arg-type]
     if stream and len(ids) != 1:
         raise ValueError(f"one answer can be shown as it comes, and {len(ids)} are asked for: leave out stream")
     streams = stream and is_hidden(loaded.tokenizer, end)  # what ends an answer is known only once it is there
@@ -95,12 +97,18 @@ def continues_text(loaded: Loaded, format: Literal["auto", "chat", "text"]) -> b
     return format == "text" or (format == "auto" and loaded.trained_on.format == "text")
 
 
-def _written(loaded: Loaded, prompts: Sequence[Prompt], *, plain: bool) -> tuple[list[list[int]], TurnEnd]:
+def _written(
+    loaded: Loaded, prompts: Sequence[Prompt], *, plain: bool, tools: Sequence[dict[str, Any]] | None
+) -> tuple[list[list[int]], TurnEnd]:
     """Token ids of the prompts, and what ends an answer to them."""
     tokenizer = loaded.tokenizer
     if not plain:
         turns = [[{"role": "user", "content": p}] if isinstance(p, str) else [*p] for p in prompts]
-        return [format_prompt(tokenizer, messages) for messages in turns], turn_end(tokenizer)
+        drop: Literal["keep", "drop"] = "drop" if loaded.trained_on.reasoning == "drop" else "keep"
+        ids = [format_prompt(tokenizer, messages, tools, reasoning=drop) for messages in turns]
+        return ids, turn_end(tokenizer)
+    if tools:
+        raise ValueError(f"tools have no place in plain text: {setting('format', 'chat')} has one")
     if conversations := [prompt for prompt in prompts if not isinstance(prompt, str)]:
         raise ValueError(
             f"a conversation of {len(conversations[0])} turns has no place in plain text, which the adapter was "

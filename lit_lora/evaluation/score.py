@@ -19,7 +19,8 @@ from lit_lora.data.formats import Examples, resolve_columns
 from lit_lora.data.packing import collate_packed
 from lit_lora.data.prepare import SourceSettings, read_examples
 from lit_lora.data.sources import Problems, existing_file, is_file_source, read_rows
-from lit_lora.data.tokenize import encode_examples, format_prompt
+from lit_lora.data.template_needs import without_thinking
+from lit_lora.data.tokenize import encode_examples, format_prompt, last_answer
 from lit_lora.data.turn_end import turn_end
 from lit_lora.evaluation.load import Loaded
 from lit_lora.files.shipped import shipped
@@ -32,14 +33,18 @@ class HeldOut(NamedTuple):
     """Examples to measure on."""
 
     examples: Examples
-    prompts: list[list[dict[str, str]]]
+    prompts: list[list[dict[str, Any]]]
     """Of conversations, without the last answer; none of plain text."""
     expected: list[str]
-    """The last answer of each."""
+    """The last answer of each, without its reasoning; of a tool call what the template makes of it is expected."""
     max_length: int
     """Tokens of an example that the loss looks at."""
     train_on_prompt: bool
     """Whether prompts count in the loss."""
+    train_on_turns: Literal["all", "last"] = "all"
+    """Which answers do."""
+    reasoning: Literal["keep", "mask", "drop"] = "keep"
+    """Whether reasoning does, or is left out."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +142,21 @@ def read_held_out(
         max_length=max_length or record.max_length or SourceSettings.max_length,
         train_on_prompt=bool(record.train_on_prompt) if train_on_prompt is None else train_on_prompt,
         on_bad_rows=on_bad_rows,
+        train_on_turns="last" if record.train_on_turns == "last" and not train_on_prompt else "all",
+        reasoning="drop" if record.reasoning == "drop" else "mask" if record.reasoning == "mask" else "keep",
     )
     examples = _read(data, settings, record)
     examples = replace(examples, items=examples.items[:limit])
     prompts, expected = _conversations(data, examples)
-    return HeldOut(examples, prompts, expected, settings.max_length, settings.train_on_prompt)
+    return HeldOut(
+        examples,
+        prompts,
+        expected,
+        settings.max_length,
+        settings.train_on_prompt,
+        settings.train_on_turns,
+        settings.reasoning,
+    )
 
 
 def score(
@@ -173,6 +188,8 @@ def score(
             held_out.examples,
             max_length=held_out.max_length,
             train_on_prompt=held_out.train_on_prompt,
+            train_on_turns=held_out.train_on_turns,
+            reasoning=held_out.reasoning,
             batch_size=batch_size,
         )
 
@@ -180,6 +197,7 @@ def score(
     with disable_lora(loaded.model):
         before = loss()
     answers: list[Answers | None] = [None, None]
+    held_out = _with_calls(loaded, held_out)
     if held_out.prompts:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
         with disable_lora(loaded.model):
@@ -202,7 +220,7 @@ def _read(data: str, settings: SourceSettings, record: TrainedOn) -> Examples:
     return read_examples(data, settings)
 
 
-def _conversations(data: str, examples: Examples) -> tuple[list[list[dict[str, str]]], list[str]]:
+def _conversations(data: str, examples: Examples) -> tuple[list[list[dict[str, Any]]], list[str]]:
     """Prompts and expected answers; none of plain text."""
     prompts, expected = [], []
     for example in examples.items:
@@ -212,8 +230,17 @@ def _conversations(data: str, examples: Examples) -> tuple[list[list[dict[str, s
         if messages[-1]["role"] != "assistant":
             raise ValueError(f"{data}: a conversation does not end with the assistant's turn, so nothing is expected")
         prompts.append(messages[:-1])
-        expected.append(messages[-1]["content"].strip())
+        expected.append(without_thinking(messages[-1]["content"]).strip())
     return prompts, expected
+
+
+def _with_calls(loaded: Loaded, held_out: HeldOut) -> HeldOut:
+    """The same, where answers that are tool calls are expected as the template writes them."""
+    expected = [
+        last_answer(loaded.tokenizer, example) if example.content[-1].get("tool_calls") else answer  # type: ignore[union-attr]
+        for answer, example in zip(held_out.expected, held_out.examples.items, strict=False)  # none of plain text
+    ]
+    return held_out._replace(expected=expected)
 
 
 def _answers(
@@ -226,7 +253,8 @@ def _answers(
     progress: Callable[[str, int, int], None] | None,
 ) -> Answers:
     model, tokenizer, _ = loaded
-    ids = [format_prompt(tokenizer, messages) for messages in held_out.prompts]
+    pairs = list(zip(held_out.prompts, held_out.examples.items, strict=True))
+    ids = [format_prompt(tokenizer, m, e.tools, e.options, reasoning=held_out.reasoning) for m, e in pairs]
     written: Sequence[Completion] = complete(
         model,
         tokenizer,
@@ -237,7 +265,10 @@ def _answers(
         progress=None if progress is None else lambda done: progress(name, done, len(ids)),
     )
     texts = [answer.text.strip() for answer in written]
-    right = sum(got == want for got, want in zip(texts, held_out.expected, strict=True))
+    # Reasoning is nobody's to match: the answer comes after it.
+    right = sum(
+        got.rpartition("</think>")[2].strip() == want for got, want in zip(texts, held_out.expected, strict=True)
+    )
     return Answers(texts, 100 * right / len(texts), sum(answer.cut for answer in written))
 
 
@@ -249,6 +280,8 @@ def mean_loss(
     *,
     max_length: int,
     train_on_prompt: bool = False,
+    train_on_turns: Literal["all", "last"] = "all",
+    reasoning: Literal["keep", "mask", "drop"] = "keep",
     batch_size: int = 16,
 ) -> float:
     """Mean negative log-likelihood of the target tokens of all examples, in nats; as validation measures it.
@@ -259,6 +292,8 @@ def mean_loss(
         examples: conversations and texts.
         max_length: tokens of an example, the rest is cut off.
         train_on_prompt: count the tokens of prompts too.
+        train_on_turns: count all answers or the last ones.
+        reasoning: count reasoning, show it without counting it, or leave it out.
         batch_size: examples at a time.
 
     Raises:
@@ -266,10 +301,21 @@ def mean_loss(
             number.
     """
     encoded = encode_examples(
-        tokenizer, examples.items, examples.problems, max_length=max_length, train_on_prompt=train_on_prompt
+        tokenizer,
+        examples.items,
+        examples.problems,
+        max_length=max_length,
+        train_on_prompt=train_on_prompt,
+        train_on_turns=train_on_turns,
+        reasoning=reasoning,
     )
     tokenized = [
-        TokenizedExample(index, np.array(example.ids, np.int32), np.array(example.mask, np.bool_))
+        TokenizedExample(
+            index,
+            np.array(example.ids, np.int32),
+            np.array(example.mask, np.bool_),
+            None if example.weights is None else np.array(example.weights, np.float32),
+        )
         for index, example in enumerate(encoded)
         if any(example.mask)
     ]
@@ -277,12 +323,14 @@ def mean_loss(
         raise ValueError(f"none of the {len(encoded)} examples has a target token among its first {max_length}")
     check_vocabulary(model, [example.ids for example in encoded])
     path = choose_path(model)
-    nll_sum, num_targets = 0.0, 0
+    nll_sum, num_targets = 0.0, 0.0
     for start in range(0, len(tokenized), batch_size):
         packed: Any = collate_packed(tokenized[start : start + batch_size])
         batch: Any = {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in packed.items()}
         nll_sum += float(language_model_loss(model, batch, path).nll_sum)
-        num_targets += batch["target_ids"].numel()
+        num_targets += (
+            float(batch["target_weights"].sum()) if "target_weights" in batch else batch["target_ids"].numel()
+        )
     if not math.isfinite(nll_sum):
         raise ValueError(f"the loss is {nll_sum}: base or adapter holds NaN or infinity, or overflows in {model.dtype}")
     return nll_sum / num_targets

@@ -6,7 +6,7 @@ and are used up at once: for the running normaliser, and for the gradient of the
 head's rows weighted by their probability (the scheme of FlashAttention, arXiv:2205.14135, with the head as keys and
 values). On CUDA, where a launch costs as much as many bytes, a frozen head comes as one block, and a chunk has as many
 tokens as ``_CUDA_CHUNK_BYTES`` of logits allow. A frozen head, the usual one under LoRA, needs no gradient. Left out:
-label smoothing, z-loss, class weights.
+label smoothing, z-loss, class weights (tokens may have weights).
 
 The label's logit stays out of the sums. With z the log of the others' summed exponentials less the label's logit, a
 token's loss is softplus(z), and its gradient sigmoid(z) times the mean row of the others less the label's row: no
@@ -91,9 +91,18 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_with_accuracy(
-    hidden: Tensor, weight: Tensor | RowBlocks, labels: Tensor, *, chunk_size: int | None = None, accuracy: bool = True
+    hidden: Tensor,
+    weight: Tensor | RowBlocks,
+    labels: Tensor,
+    *,
+    chunk_size: int | None = None,
+    accuracy: bool = True,
+    weights: Tensor | None = None,
 ) -> LinearCrossEntropyOutput:
-    """:func:`linear_cross_entropy`, and how many tokens the head got right."""
+    """:func:`linear_cross_entropy`, and how many tokens the head got right.
+
+    With ``weights``, ``(T,)``, each token's negative log-likelihood counts that much in the sum.
+    """
     if hidden.ndim != 2 or labels.ndim != 1 or len(hidden) != len(labels):
         raise ValueError(
             f"expected hidden (T, D) and labels (T,), got {tuple(hidden.shape)} and {tuple(labels.shape)}: "
@@ -104,7 +113,7 @@ def linear_cross_entropy_with_accuracy(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     plain, blocks = (weight.to(hidden.dtype), None) if isinstance(weight, Tensor) else (None, weight)
-    nll_sum, num_correct = _LinearCrossEntropy.apply(hidden, plain, blocks, labels, chunk_size)
+    nll_sum, num_correct = _LinearCrossEntropy.apply(hidden, plain, blocks, labels, chunk_size, weights)
     return LinearCrossEntropyOutput(nll_sum, num_correct if accuracy else None)
 
 
@@ -117,6 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head: RowBlocks | None,
         labels_T: Tensor,
         chunk_size: int | None,
+        weights_T: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dtype, vocab_size = hidden_TD.dtype, weight_VD.shape[0] if weight_VD is not None else 0
@@ -130,7 +140,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         assert head is not None
         ctx.weight_dtype = dtype
         if on_cuda and weight_VD is not None and not needs_weight:
-            nll_sum, num_correct, grad_hidden = _in_one_block(hidden_TD, weight_VD, labels_T, chunk_size, needs_hidden)
+            nll_sum, num_correct, grad_hidden = _in_one_block(
+                hidden_TD, weight_VD, labels_T, chunk_size, needs_hidden, weights_T
+            )
             ctx.save_for_backward(grad_hidden, None)
             ctx.mark_non_differentiable(num_correct)
             return nll_sum, num_correct
@@ -147,6 +159,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, min(start + chunk_size, len(hidden_TD)))
             hidden_CD = hidden_TD[rows]
             supervised_C1 = (labels_T[rows] != IGNORE_INDEX)[:, None]
+            counts_C1 = supervised_C1 if weights_T is None else supervised_C1 * weights_T[rows, None]
             labels_C1 = labels_T[rows, None].clamp(min=0)
             label_logit_C1 = hidden_TD.new_zeros(labels_C1.shape, dtype=torch.float32)
             # Of the tokens that are not the label: largest logit, log of the summed exponentials, mean row of the head.
@@ -178,9 +191,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     mean_CD.mul_((lse_C1 - new_lse_C1).exp_()).addcmul_(product_CD, share_C1)
                 max_C1, lse_C1 = torch.maximum(max_C1, block_max_C1), new_lse_C1
             z_C1 = lse_C1 - label_logit_C1
-            nll_sum += (F.softplus(z_C1) * supervised_C1).sum()
+            nll_sum += (F.softplus(z_C1) * counts_C1).sum()
             num_correct += ((label_logit_C1 > max_C1) & supervised_C1).sum()
-            weight_C1 = z_C1.sigmoid() * supervised_C1
+            weight_C1 = z_C1.sigmoid() * counts_C1
             if grad_hidden is not None:
                 label_CD = head.rows(labels_C1.squeeze(-1), dtype)
                 grad_hidden[rows] = mean_CD.sub_(label_CD).mul_(weight_C1).to(grad_hidden.dtype)
@@ -199,14 +212,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_nll_sum.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_nll_sum).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _in_one_block(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int, needs_hidden: bool
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    chunk_size: int,
+    needs_hidden: bool,
+    weights_T: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same of a frozen head as a whole, in few launches; the sums over single tokens come once, at the end."""
     supervised_T1 = (labels_T != IGNORE_INDEX)[:, None]
+    counts_T1 = supervised_T1 if weights_T is None else supervised_T1 * weights_T[:, None]
     labels_T1 = labels_T[:, None].clamp(min=0)
     label_logit_T1, max_T1, sum_T1 = hidden_TD.new_empty((3, *labels_T1.shape), dtype=torch.float32)
     mean_TD = torch.empty_like(hidden_TD, dtype=torch.float32) if needs_hidden else None
@@ -223,11 +242,11 @@ def _in_one_block(
         del logits_CV, exp_CV  # before the next ones are made
     sum_T1.clamp_(min=_SMALLEST)
     z_T1 = max_T1 + sum_T1.log() - label_logit_T1
-    nll_sum = (F.softplus(z_T1) * supervised_T1).sum()
+    nll_sum = (F.softplus(z_T1) * counts_T1).sum()
     num_correct = ((label_logit_T1 > max_T1) & supervised_T1).sum()
     if mean_TD is not None:
         label_TD = F.embedding(labels_T1.squeeze(1), weight_VD)
-        mean_TD.div_(sum_T1).sub_(label_TD).mul_(z_T1.sigmoid() * supervised_T1)
+        mean_TD.div_(sum_T1).sub_(label_TD).mul_(z_T1.sigmoid() * counts_T1)
         return nll_sum, num_correct, mean_TD.to(hidden_TD.dtype)
     return nll_sum, num_correct, None
 

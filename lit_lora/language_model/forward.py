@@ -63,7 +63,7 @@ class ForwardPath:
 def language_model_loss(
     model: PreTrainedModel, batch: Batch, path: ForwardPath, *, accuracy: bool = False
 ) -> LinearCrossEntropyOutput:
-    """Sum of the negative log-likelihoods of a batch's target tokens.
+    """Sum of the negative log-likelihoods of a batch's target tokens, each times its weight where they have weights.
 
     Args:
         model: the causal language model.
@@ -72,15 +72,19 @@ def language_model_loss(
         accuracy: also count the tokens that were predicted right.
     """
     batch = laid_out(batch, path)
-    positions_S, targets_S = batch["target_positions"], batch["target_ids"]
+    positions_S, targets_S, weights_S = batch["target_positions"], batch["target_ids"], batch.get("target_weights")
     if path.direct_head:
         with _attention_of(model, batch):
             hidden_TD = model.get_decoder()(**_model_inputs(batch)).last_hidden_state.flatten(0, 1)
         head = model.get_output_embeddings()
         weight = head if isinstance(head, Int8Head) else head.weight
-        return linear_cross_entropy_with_accuracy(hidden_TD[positions_S], weight, targets_S, accuracy=accuracy)
+        hidden_SD = hidden_TD[positions_S]
+        return linear_cross_entropy_with_accuracy(hidden_SD, weight, targets_S, accuracy=accuracy, weights=weights_S)
     logits_SV = target_logits(model, batch)
-    nll_sum = F.cross_entropy(logits_SV, targets_S, reduction="sum")
+    if weights_S is None:
+        nll_sum = F.cross_entropy(logits_SV, targets_S, reduction="sum")
+    else:
+        nll_sum = (F.cross_entropy(logits_SV, targets_S, reduction="none") * weights_S).sum()
     num_correct = (logits_SV.argmax(-1) == targets_S).sum() if accuracy else None
     return LinearCrossEntropyOutput(nll_sum, num_correct)
 

@@ -142,10 +142,10 @@ def _hashes(run: RunFiles) -> dict[str, str]:
 
 
 def _pieces(text: str) -> list[tuple[bool, str]]:
-    """An example of the data as (is it supervised, text): what is not stands in 〔 〕."""
+    """An example of the data as (is it supervised, text), from the marks of :mod:`lit_lora.data.pieces`."""
     pieces, place = [], 0
     for match in _NOT_SUPERVISED.finditer(text):
-        pieces += [(True, text[place : match.start()]), (False, match[1])]
+        pieces += [(True, text[place : match.start()]), (match[1].startswith("×"), match[1])]
         place = match.end()
     return [piece for piece in [*pieces, (True, text[place:])] if piece[1]]
 

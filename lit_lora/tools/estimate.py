@@ -95,11 +95,12 @@ def largest_batches(config: Any) -> LargestBatches:
     return _largest_planned(*examples, config)
 
 
-def _training_data(config: Any) -> tuple[Any, Any]:
+def _training_data(config: Any) -> tuple[Any, Any, Any]:
     from lit_lora.base.load import load_tokenizer
+    from lit_lora.cli.lightning_cli import plain
     from lit_lora.data.datamodule import SFTDataModule
 
-    data, model = dict(config.data), config.model
+    data, model = {name: plain(value) for name, value in config.data.items()}, config.model
     name, revision = data["tokenizer"], None
     if name is None:
         name, revision = model.base, model.revision
@@ -107,21 +108,17 @@ def _training_data(config: Any) -> tuple[Any, Any]:
     module = SFTDataModule(**data)
     module.setup("validate")  # what fit does, without a summary of it
     assert module.train_data is not None
-    return module.train_data, module.batch_settings
+    return module.train_data, module.batch_settings, module.mixture
 
 
-def _largest_planned(examples: Any, settings: Any, config: Any) -> LargestBatches:
-    import numpy as np
-
-    from lit_lora.data.packing import kept_length
+def _largest_planned(examples: Any, settings: Any, mixture: Any, config: Any) -> LargestBatches:
     from lit_lora.data.sampler import plan_batches
 
-    kept = np.array([kept_length(examples[i]) for i in range(len(examples))])
-    supervised = np.add.reduceat(examples.mask, examples.offsets[:-1], dtype=np.int64)
-    first = plan_batches(examples.lengths, settings)
+    kept, supervised = examples.lengths, examples.supervised  # what follows the last supervised token is not kept
+    first = plan_batches(examples.lengths, settings, mixture=mixture)
     plan = [*first]
     for epoch in range(1, _num_epochs(config, len(first)) if settings.shuffle else 1):
-        plan += plan_batches(examples.lengths, settings, epoch)
+        plan += plan_batches(examples.lengths, settings, epoch, mixture)
 
     def largest(cost: Callable[[Any], int]) -> Batch:
         batch = max(plan, key=lambda batch: cost(kept[batch]))

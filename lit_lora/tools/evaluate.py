@@ -71,9 +71,11 @@ def evaluate(
     if not math.isfinite(min_gain):
         raise ValueError(f"min_gain must be a finite number of percentage points, got {min_gain}")
 
+    from lit_lora.cli.progress import Counting
     from lit_lora.evaluation.load import load
     from lit_lora.evaluation.score import read_held_out, score
     from lit_lora.interchange.adapter_folder import folder_record, local_folder
+    from lit_lora.runs.said import readable
 
     adapter = local_folder(adapter)
     record = folder_record(adapter)
@@ -89,20 +91,22 @@ def evaluate(
     )
     if not held_out.prompts and min_gain:
         raise ValueError(f"--min_gain is about exact match, and {data} holds plain text, which asks for no answers")
-    loaded = load(
-        adapter,
-        base=base,
-        revision=revision,
-        quantization=quantization,
-        full_precision=full_precision,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        other_base=other_base,
-        trust_remote_code=trust_remote_code,
-    )
+    with readable():
+        loaded = load(
+            adapter,
+            base=base,
+            revision=revision,
+            quantization=quantization,
+            full_precision=full_precision,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            other_base=other_base,
+            trust_remote_code=trust_remote_code,
+        )
     if held_out.prompts and record.format == "text":
         print("the adapter was trained on plain text, and is asked in the chat template", file=sys.stderr)
-    scores = score(loaded, held_out, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=_progress)
+    with Counting() as progress:
+        scores = score(loaded, held_out, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
     _show(held_out, scores, show)
     print(f"\n{scores}")
     if output is not None:
@@ -115,10 +119,6 @@ def evaluate(
         raise RuntimeError(
             f"exact match rose by less than {min_gain} percentage points: the adapter did not learn the task"
         )
-
-
-def _progress(name: str, done: int, of: int) -> None:
-    print(f"\r{name}: {done}/{of}", end="\n" if done == of else "", file=sys.stderr)
 
 
 def _show(held_out: HeldOut, scores: Scores, count: int) -> None:

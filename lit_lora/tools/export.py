@@ -27,15 +27,17 @@ def export(
         trust_remote_code: run code that comes with the base.
     """
     from lit_lora.evaluation import export as exporting
+    from lit_lora.runs.said import readable
 
-    exported = exporting.export(
-        source,
-        output,
-        base=base,
-        revision=revision,
-        portable=portable,
-        other_base=other_base,
-        trust_remote_code=trust_remote_code,
-    )
+    with readable():
+        exported = exporting.export(
+            source,
+            output,
+            base=base,
+            revision=revision,
+            portable=portable,
+            other_base=other_base,
+            trust_remote_code=trust_remote_code,
+        )
     print(f"adapter for {exported.base} in {exported.folder}")
     return exported.folder

@@ -60,19 +60,21 @@ def generate(
     from lit_lora.evaluation import generate as answers
     from lit_lora.evaluation.load import load
     from lit_lora.language_model.generation import cut_note
+    from lit_lora.runs.said import readable
 
     answers.check_sampling(temperature, top_p, seed, max_new_tokens)
-    loaded = load(
-        adapter,
-        base=base,
-        revision=revision,
-        quantization=quantization,
-        full_precision=full_precision,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        other_base=other_base,
-        trust_remote_code=trust_remote_code,
-    )
+    with readable():
+        loaded = load(
+            adapter,
+            base=base,
+            revision=revision,
+            quantization=quantization,
+            full_precision=full_precision,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            other_base=other_base,
+            trust_remote_code=trust_remote_code,
+        )
     plain = answers.continues_text(loaded, format)
     if plain and system is not None:
         raise ValueError("--system has no place in plain text, which the adapter was trained on: --format chat has one")

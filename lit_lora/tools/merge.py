@@ -46,21 +46,23 @@ def merge(
         The drift of the merged model's logits, by what it is compared with.
     """
     from lit_lora.evaluation import merge as merging
+    from lit_lora.runs.said import readable
 
-    merged = merging.merge(
-        adapter,
-        output,
-        base=base,
-        revision=revision,
-        into=into,
-        quantization=quantization,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        sample=sample,
-        num_samples=num_samples,
-        other_base=other_base,
-        trust_remote_code=trust_remote_code,
-    )
+    with readable():
+        merged = merging.merge(
+            adapter,
+            output,
+            base=base,
+            revision=revision,
+            into=into,
+            quantization=quantization,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            sample=sample,
+            num_samples=num_samples,
+            other_base=other_base,
+            trust_remote_code=trust_remote_code,
+        )
     if merged.stop_strings:
         print(
             f"an answer ends with the text {' or '.join(map(repr, merged.stop_strings))}, for which there is no token: "

@@ -3,7 +3,8 @@
 The loss of an optimizer step is the sum over its supervised tokens divided by their number, over all micro-batches and
 all ranks, so that four batches of one equal one batch of four however long the examples are. Lightning divides by the
 number of micro-batches instead; :meth:`TokenLossModule.optimizer_step` puts that right before anyone reads the
-gradients.
+gradients. Where tokens have weights, it is the sum of weight times loss divided by the sum of the weights, likewise
+over the whole step: weights are relative to each other, and the same weight for all changes nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -27,6 +29,15 @@ LOGGED = ("train_loss", "train_targets", "val_loss", "val_perplexity", "val_toke
 """Metrics of a fit."""
 
 _LOSS_DIVISOR = 1024.0  # any constant does: it keeps a summed loss in range for fp16 and is taken out again
+
+
+@runtime_checkable
+class KnowsSources(Protocol):
+    """A data module whose evaluation batches say which source they are from: ``SFTDataModule``."""
+
+    def source_names(self, stage: str) -> list[str]:
+        """Of the sources, in the order that a batch's ``source`` counts."""
+        ...
 
 
 class TokenLossModule(L.LightningModule):
@@ -64,7 +75,8 @@ class TokenLossModule(L.LightningModule):
         """One optimizer step on gradients that are normalised by the supervised tokens of the whole step.
 
         After the closure's backward pass a gradient is ``sum over micro-batches and ranks of nll_sum / (C * N * W)``
-        for the constant C, N micro-batches and W ranks, so it is multiplied by ``C * N * W / supervised tokens``.
+        for the constant C, N micro-batches and W ranks, so it is multiplied by ``C * N * W / supervised tokens``
+        (or the weight of these tokens).
         That happens before callbacks see, clip or log gradients, and before a loss scaler unscales them.
         """
         evaluations = itertools.count()
@@ -85,11 +97,11 @@ class TokenLossModule(L.LightningModule):
         self._point.leave()
 
     def _normalise_gradients(self) -> None:
-        totals = self._recorder.reduce(self.device, self._sum_over_ranks)
+        self._recorder.reduce(self.device, self._sum_over_ranks)
         factor = _LOSS_DIVISOR * self.trainer.accumulate_grad_batches * self.trainer.world_size
         gradients = [p.grad for p in self._optimized() if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, (factor / totals[1].clamp(min=1)).to(gradients[0].dtype))
+            torch._foreach_mul_(gradients, (factor / self._recorder.divisor).to(gradients[0].dtype))
 
     def _optimized(self) -> list[Tensor]:
         # Not by a walk over all modules, twice a step: for a small model on a GPU that is a tenth of the host's work.
@@ -145,22 +157,27 @@ class TokenLossModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the means of loss and accuracy."""
-        self._means.add(self.compute_loss(batch, accuracy=True))
+        self._means.add(self.compute_loss(batch, accuracy=True), _source(batch))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the means of loss and accuracy."""
-        self._means.add(self.compute_loss(batch, accuracy=True))
+        self._means.add(self.compute_loss(batch, accuracy=True), _source(batch))
 
     def on_validation_epoch_start(self) -> None:
         """Start new means."""
-        self._means = EvaluationMeans().to(self.device)
+        self._means = EvaluationMeans(self._source_names("validate")).to(self.device)
 
     def on_test_epoch_start(self) -> None:
         """Start new means."""
-        self._means = EvaluationMeans().to(self.device)
+        self._means = EvaluationMeans(self._source_names("test")).to(self.device)
+
+    def _source_names(self, stage: str) -> list[str]:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
+        return data.source_names(stage) if isinstance(data, KnowsSources) else []
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val_loss`` (nats per token), ``val_perplexity`` and ``val_token_accuracy``."""
+        """Log ``val_loss`` (nats per token; ``val_loss/NAME`` for each of several sources), ``val_perplexity`` and
+        ``val_token_accuracy``."""
         results = self._finish_evaluation("val")
         at_start = self.trainer.num_sanity_val_steps == math.inf and self.trainer.global_step == 0
         whole = not self.trainer.sanity_checking or at_start
@@ -177,3 +194,7 @@ class TokenLossModule(L.LightningModule):
         if not self.trainer.barebones:
             self.log_dict(results, prog_bar=True, rank_zero_only=True)
         return {name: value.item() for name, value in results.items()}
+
+
+def _source(batch: Any) -> int:
+    return int(batch.get("source", 0)) if isinstance(batch, Mapping) else 0

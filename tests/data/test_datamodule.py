@@ -15,7 +15,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_lora.base.byte_tokenizer import byte_tokenizer
-from lit_lora.data import prepare
+from lit_lora.data import encoding
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.data.sampler import split_indices
 
@@ -95,7 +95,7 @@ def test_nothing_supervised_is_an_error(file) -> None:
 
 def test_tokenizing_happens_once(file, monkeypatch) -> None:
     first = ready(file)
-    monkeypatch.setattr(prepare, "encode_examples", None)
+    monkeypatch.setattr(encoding, "encode_examples", None)
     again = ready(file)
     assert again.train_data.ids.tolist() == first.train_data.ids.tolist()
     assert again.train_data.statistics == first.train_data.statistics
@@ -121,12 +121,15 @@ def test_changed_data_is_tokenized_again(file) -> None:
 
 def test_a_damaged_cache_is_built_again(file) -> None:
     first = ready(file).train_data
+    ids = first.ids.tolist()
     (cached,) = (file.parent / "cache").glob("*.safetensors")
     cached.write_bytes(cached.read_bytes()[:300])
+    with pytest.raises(OSError, match="has become shorter since it was opened"):
+        first[3]
     with pytest.warns(UserWarning, match="tokenizing again"):
         again = ready(file).train_data
-    assert again.ids.tolist() == first.ids.tolist()
-    assert ready(file).train_data.ids.tolist() == first.ids.tolist(), "without a warning"
+    assert again.ids.tolist() == ids
+    assert ready(file).train_data.ids.tolist() == ids, "without a warning"
 
 
 def test_what_killed_runs_left_in_the_cache_is_removed_but_not_what_another_run_writes(file) -> None:

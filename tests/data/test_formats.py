@@ -84,13 +84,12 @@ def test_columns_that_fit_nothing(tmp_path, row, options, message) -> None:
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        ([USER, ASSISTANT, ASSISTANT], "roles out of order: turn 3 is 'assistant', expected 'user'"),
-        ([USER, USER, ASSISTANT], "roles out of order: turn 2 is 'user', expected 'assistant'"),
-        ([ASSISTANT, USER], "roles out of order: turn 1 is 'assistant', expected 'user'"),
-        ([USER, SYSTEM, ASSISTANT], "turn 2 is a system message, which may only be the first"),
         ([USER], "no assistant turn to learn from, got ['user']"),
         ([], "no assistant turn to learn from, got no turns"),
-        ([USER, {"role": "tool", "content": "x"}], "turn 2 has the unknown role 'tool', expected one of ['assistant'"),
+        (
+            [USER, {"role": "judge", "content": "x"}],
+            "turn 2 has the unknown role 'judge', expected one of ['assistant'",
+        ),
         ([USER, {"role": None, "content": "x"}], "turn 2 has the unknown role None"),
         ([USER, {"role": "assistant", "content": None}], "'content' of turn 2 (assistant) is null"),
         ([USER, {"role": "assistant", "content": ""}], "'content' of turn 2 (assistant) is empty"),

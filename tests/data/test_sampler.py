@@ -116,7 +116,7 @@ def test_ranks_share_what_one_process_accumulates(name, world_size) -> None:
 
 
 def test_missing_batches_of_the_last_step_are_fillers() -> None:
-    share = [rank_batches([[0], [1], [2], [3], [4]], LENGTHS, rank, 3) for rank in range(3)]
+    share = [list(rank_batches([[0], [1], [2], [3], [4]], LENGTHS, rank, 3)) for rank in range(3)]
     assert share == [[[0], [3]], [[1], [4]], [[2], [~int(LENGTHS.argmin())]]]
 
 
@@ -124,13 +124,13 @@ def test_sampler_starts_anywhere_and_goes_on_with_whole_epochs() -> None:
     options = SETTINGS["budget"]
     sampler = ResumableBatchSampler(LENGTHS, options, rank=1, world_size=2, resume_from=(1, 3))
     assert sampler.sampler is sampler
-    expected = rank_batches(plan_batches(LENGTHS, options, 1), LENGTHS, 1, 2)
+    expected = list(rank_batches(plan_batches(LENGTHS, options, 1), LENGTHS, 1, 2))
     iterator = iter(sampler)
     sampler.set_epoch(1)
     assert list(iterator) == list(sampler) == expected[3:]
     assert len(sampler) == len(expected), "a whole epoch, so that the trainer's counters fit"
     sampler.set_epoch(2)
-    assert list(sampler) == rank_batches(plan_batches(LENGTHS, options, 2), LENGTHS, 1, 2)
+    assert list(sampler) == list(rank_batches(plan_batches(LENGTHS, options, 2), LENGTHS, 1, 2))
 
 
 def test_a_prefetcher_does_not_move_the_position() -> None:

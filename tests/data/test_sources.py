@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_lora.data import sources
+from lit_lora.data import readers, sources
 from lit_lora.data.prepare import SourceSettings, read_examples
 from lit_lora.data.sources import Problems, is_file_source, read_rows
 
@@ -108,7 +108,7 @@ def test_all_rows_bad_is_an_error_even_when_dropping(tmp_path) -> None:
 
 
 def test_huge_lines_are_reported_without_being_held(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 2**20)
     huge = json.dumps({"prompt": "x" * (3 * 2**20), "completion": "c"})
     exact = json.dumps({"prompt": "p", "completion": ""})
     exact = json.dumps({"prompt": "p", "completion": "c" * (2**20 - len(exact))})

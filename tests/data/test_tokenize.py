@@ -10,9 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lit_lora.base.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from lit_lora.data.chat_template import ALPACA_TEMPLATE
 from lit_lora.data.formats import Example
 from lit_lora.data.sources import Problems
-from lit_lora.data.tokenize import ALPACA_TEMPLATE, Encoded, encode_examples, format_prompt
+from lit_lora.data.tokenize import Encoded, encode_examples, format_prompt
 
 SMOLLM_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -102,15 +103,17 @@ def test_prompt_and_answer_have_the_tokens_of_the_whole(smollm) -> None:
         assert example.mask[len(prompt)]
 
 
-def test_a_token_across_the_border_counts_as_prompt() -> None:
+def test_a_token_across_the_border_is_parted_as_it_is_when_a_model_is_asked() -> None:
     tokenizer = byte_tokenizer()
     alphabet = tokenizer.get_vocab()
     characters = {character: index for character, index in alphabet.items() if index < 256}
     vocabulary = characters | {"ĊI": 259}
     tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("Ċ", "I")])
     example = encode(tokenizer, CHAT[:2])
-    assert supervised_runs(tokenizer, example) == ["t is 3. 🎉<eos>"]
-    assert tokenizer.decode(example.ids[example.mask.index(True) - 1]) == "\nI"
+    assert 259 in tokenizer(tokenizer.apply_chat_template(CHAT[:2], tokenize=False))["input_ids"]
+    assert supervised_runs(tokenizer, example) == ["It is 3. 🎉<eos>"]
+    prompt = format_prompt(tokenizer, CHAT[:1])
+    assert (example.ids[: len(prompt)], example.mask[: len(prompt)]) == (prompt, [False] * len(prompt))
 
 
 def test_no_second_bos() -> None:
@@ -151,11 +154,11 @@ TEMPLATES = {
     "eos, newline": (START + "{{ eos_token + '\n' }}", ["It is 3. 🎉<eos>", "Yes.\n\nIt is.<eos>"]),
     "only the last ends with eos": (
         START + "{{ eos_token if loop.last and message.role == 'assistant' else '\n' }}",
-        ["It is 3. 🎉", "Yes.\n\nIt is.<eos>"],
+        ["It is 3. 🎉<eos>", "Yes.\n\nIt is.<eos>"],  # two examples: each answer ends as if it were the last
     ),
     "something after the last turn": (
         START + "{{ eos_token }}{% if loop.last and not add_generation_prompt %}{{ '<eos> ' }}{% endif %}",
-        ["It is 3. 🎉<eos>", "Yes.\n\nIt is.<eos><eos>"],
+        ["It is 3. 🎉<eos>", "Yes.\n\nIt is.<eos>"],
     ),
     "trims the content": (
         "{{ message.role + ': ' + message.content | trim + eos_token }}",
@@ -173,7 +176,8 @@ def test_every_kind_of_template_ends_in_eos(name) -> None:
         + body
         + "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    assert supervised_runs(tokenizer, encode(tokenizer, CHAT)) == expected
+    examples = encode_examples(tokenizer, [Example(1, CHAT)], Problems("data"), max_length=1000)
+    assert [run for example in examples for run in supervised_runs(tokenizer, example)] == expected
 
 
 def test_generation_prompt_that_opens_with_more_than_training_has() -> None:

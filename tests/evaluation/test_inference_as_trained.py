@@ -291,7 +291,7 @@ def test_an_adapter_of_plain_text_continues_it(text, place, capsys):
 
 
 def test_messages_that_the_template_refuses_are_an_error_in_one_line(chat, tmp_path, capsys):
-    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template = "{% if messages[0]['content'] == 'be brief' %}{{ raise_exception('no system role') }}{% endif %}"
     tokenizer = save_chat_tokenizer(tmp_path / "tokenizer", template + CHATML)
     with pytest.warns(UserWarning, match="its chat template is another one"):
         message = _refused(capsys, "generate", "hi", adapter=chat, tokenizer=tokenizer, system="be brief")

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 from lit_lora.files.checkpoint import newest_checkpoint, read_checkpoint
+from tests.faults.preparing import killed_preparing
 from tests.faults.runs import LIMIT_S, Budget, Project, Tally, same
 from tests.faults.states import states, wait_for_a_checkpoint
 
@@ -323,6 +324,7 @@ def main() -> None:
         lambda: disks(project, rng, budget),
         lambda: disks_for_a_while(project, rng, budget),
         lambda: states(project, rng, budget),
+        lambda: [killed_preparing(project, rng, budget, options.kills // 2)],
         lambda: corruptions(project, rng, budget, options.corruptions),
         lambda: [Tally(*entry) for entry in bad_inputs(project, options.seed, budget)],
         lambda: hostile_files(project, budget),

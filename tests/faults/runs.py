@@ -167,11 +167,13 @@ class Project:
         prepare: Callable[[], None] | None = None,
         train: Path | None = None,
         base: str | None = None,
+        data: dict[str, Any] | None = None,
     ) -> Process:
         (self.folder / name).mkdir(exist_ok=True)
         path = self.folder / f"{name}.yaml"
         config = self.config(name)
         config["data"]["train"] = str(train or config["data"]["train"])
+        config["data"] |= data or {}
         config["model"]["base"] = base or config["model"]["base"]
         path.write_text(yaml.safe_dump(config))
         return Process(["fit", "--config", str(path), *arguments], self.folder / f"{log}.log", prepare)

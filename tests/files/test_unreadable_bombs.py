@@ -20,9 +20,9 @@ import torch
 from lit_lora.__main__ import MOST_CHARACTERS, main
 from lit_lora.base.load import load_tokenizer
 from lit_lora.cli.setting_check import refuse
-from lit_lora.data import sources
+from lit_lora.data import readers
+from lit_lora.data.chat_template import run_tokenizer
 from lit_lora.data.prepare import SourceSettings, read_examples
-from lit_lora.data.tokenize import run_tokenizer
 from lit_lora.files import strict_yaml
 from lit_lora.files.checkpoint import CHECKSUM, DamagedCheckpointError, newest_checkpoint, read_checkpoint
 from lit_lora.metrics import TrainingMetrics
@@ -69,11 +69,11 @@ def test_data_larger_than_memory_is_not_begun(tmp_path: Path, name: str) -> None
 
 
 def test_parquet_that_unfolds_beyond_memory_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unfold(path: Path, problems: sources.Problems) -> Any:
+    def unfold(path: Path, name: str) -> Any:
         raise MemoryError  # as `to_pylist` does of a text that stands there once and counts a thousand times
         yield
 
-    monkeypatch.setattr(sources, "_parquet_rows", unfold)
+    monkeypatch.setattr(readers, "_parquet_blocks", unfold)
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"a\.parquet does not fit into memory"):

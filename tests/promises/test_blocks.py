@@ -20,7 +20,10 @@ import torch
 import yaml
 
 from lit_lora.base.known_models import KNOWN_MODELS, MANIFEST
+from lit_lora.data.prepare import SourceSettings, read_examples
+from lit_lora.data.tokenize import encode_examples
 from tests.chat_tokenizers import CHATML
+from tests.data.published_templates import OWN, tokenizer_of
 from tests.promises.blocks import (
     BEFORE,
     NOT_RUN,
@@ -61,10 +64,12 @@ def reader(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> Stranger:
     (stranger.folder / "tiny").symlink_to(folder)
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / MANIFEST).write_text(json.dumps({"bytes": sizes}))
-    (line,) = (json.loads(block.text) for block in blocks("README.md", "json"))
+    line = json.loads(blocks("README.md", "json")[0].text)
     rows = [line, *({"prompt": f"{n} + {n}?", "completion": f"{n + n}"} for n in range(60))]
     stranger.write("my.jsonl", rows)
     stranger.write("held_out.jsonl", rows[:6])
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "?"} for row in rows]
+    stranger.write("pairs.jsonl", pairs)
     stranger.write("test.jsonl", rows[:4])
     text = "".join(f'"{row["prompt"]}","{row["completion"]}"\n' for row in rows)
     (stranger.folder / "my.csv").write_text(f"asked,said\n{text}")
@@ -271,11 +276,25 @@ def test_the_yaml_of_a_page_is_taken(block, reader):
     compare(yaml.safe_load(block.text), printed)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_lines_of_data_with_tools_and_reasoning_are_learned_as_they_are(page, tmp_path):
+    text = blocks(page, "json")[-1].text
+    (tmp_path / "lines.jsonl").write_text(text)
+    examples = read_examples(str(tmp_path / "lines.jsonl"), SourceSettings())
+    tokenizer = tokenizer_of("magistral", OWN / "magistral.jinja")
+    called, reasoned = encode_examples(tokenizer, examples.items, examples.problems, max_length=1000)
+    assert not examples.problems.count
+    learned = [tokenizer.decode([i for i, m in zip(e.ids, e.mask, strict=True) if m]) for e in (called, reasoned)]
+    assert learned[0].startswith('[TOOL_CALLS]weather[ARGS]{"city": "Paris"}</s>')
+    assert learned[1] == "[THINK]First 3 * 4 = 12.[/THINK]14</s>"
+
+
 def test_every_block_is_of_a_kind_that_a_test_runs():
     others = {
         (b.page, b.language): b for page in PAGES for b in blocks(page) if b.language not in ("bash", "python", "yaml")
     }
-    assert set(others) == {("README.md", ""), ("README.md", "json"), ("docs/runs.md", "text")}
+    expected = {("README.md", ""), ("README.md", "json"), ("docs/data.md", "json"), ("docs/runs.md", "text")}
+    assert set(others) == expected
     assert sum(len(blocks(page, "bash", "python")) for page in PAGES) >= 25
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import lightning as L
@@ -15,7 +16,9 @@ from lit_lora import LoRAConfig, LoRALightningModule, inject_lora, load_adapter,
 from lit_lora.__main__ import main
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.base.byte_tokenizer import byte_tokenizer
+from lit_lora.callbacks._support.displays import TerminalLine
 from lit_lora.data.datamodule import SFTDataModule
+from tests.terminal import terminal
 from tests.tiny import config
 
 
@@ -104,3 +107,35 @@ def test_a_gain_that_is_no_number_is_refused(adapter, data, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", str(data), str(adapter), "--min_gain=.nan"])
     assert "min_gain must be a finite number" in capsys.readouterr().err
+
+
+def test_progress_is_lines_in_a_pipe_and_one_line_on_a_terminal(adapter, data, capsys, monkeypatch):
+    arguments = ["evaluate", str(data), str(adapter), "--max_new_tokens=1", "--batch_size=3"]
+    main(arguments)
+    piped = capsys.readouterr()
+    assert "\r" not in piped.err + piped.out
+    assert piped.err.splitlines() == ["without the adapter 7/7", "with the adapter 7/7"]
+    monkeypatch.setattr(TerminalLine, "interval_s", 0.0)
+    with terminal(monkeypatch, 80) as screen:
+        main(arguments)
+    drawn = [re.search(r"with(out)? the adapter (\d)/7", frame) for frame in screen.frames]
+    assert [f"{match[1]} {match[2]}" for match in drawn if match] == [
+        f"{name} {count}" for name in ("out", None) for count in (3, 6, 7, 7)
+    ]
+    assert len([row for row in screen.rows if "the adapter " in row]) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "hi", "--adapter={adapter}", "--max_new_tokens=1"],
+        ["merge", "{adapter}", "{out}"],
+        ["export", "{adapter}", "{out}"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_no_verb_draws_into_a_pipe(adapter, tmp_path, capsys, arguments):
+    capsys.readouterr()
+    main([argument.format(adapter=adapter, out=tmp_path / "out") for argument in arguments])
+    said = capsys.readouterr()
+    assert "\r" not in said.out + said.err
