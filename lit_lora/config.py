@@ -39,6 +39,10 @@ class LoRAConfig:
     exclude_modules: list[str] | str | None = None
     """Layers to leave out although ``target_modules`` matches them: names, or one regular expression."""
 
+    target_parameters: list[str] | None = None
+    """Parameters to adapt that no linear layer holds, such as the fused experts of a mixture: names, exact or the
+    last parts of the path (experts.gate_up_proj, experts.down_proj)."""
+
     modules_to_save: list[str] | None = None
     """Modules to train in full and to store with the adapter, by name. The head of a classifier of transformers is
     trained so in any case, unless it is excluded."""
@@ -52,7 +56,7 @@ class LoRAConfig:
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks that differ from ``r``: name or regular expression for the end of a path -> rank. Of several that match,
-    the first one counts."""
+    the first one counts. An expert of a fused parameter is named by its number (experts.down_proj.3)."""
 
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas that differ from ``lora_alpha``: name or regular expression for the end of a path -> alpha."""
@@ -74,8 +78,13 @@ class LoRAConfig:
             raise ValueError(f"r must be at least 1, got {self.r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        if not self.target_modules and not self.modules_to_save:
+        if not self.target_modules and not self.modules_to_save and not self.target_parameters:
             raise ValueError("target_modules is empty: name the layers to adapt, or use 'all-linear'")
+        if self.target_parameters and self.lora_dropout:
+            raise ValueError(
+                "lora_dropout must be 0 with target_parameters: in PEFT's format these adapters are added to the "
+                "parameter, where there is no input to drop from"
+            )
         for pattern, rank in self.rank_pattern.items():
             if rank < 1:
                 raise ValueError(f"rank_pattern[{pattern!r}] must be at least 1, got {rank}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lit_lora.adapters.layers import LoRALayer, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
 from lit_lora.adapters.module_names import named_modules, replace_module
-from lit_lora.base import base_weight
 
 
 @torch.no_grad()
@@ -47,15 +46,13 @@ def merge_lora(model: nn.Module, *, unload: bool = True) -> None:
     _check_mergeable(to_merge)
     _check_finite(to_merge, copies)
     in_place = named_modules(model)
-    for name, layer in to_merge.items():
+    for layer in to_merge.values():
         _merge_layer(layer)
-        if unload:
-            replace_module(in_place, name, layer.base_layer)
     if not unload:
         return
     for name, copied in copies.items():
         replace_module(in_place, name, _plain_copy(copied))
-    for name in merged:
+    for name in reversed(layers):  # of wrappers around each other the inner ones first
         replace_module(in_place, name, layers[name].base_layer)
     _untie_if_diverged(getattr(model, "_orig_mod", model))
 
@@ -103,23 +100,22 @@ def _check_mergeable(layers: dict[str, LoRALayer]) -> None:
             "merge there"
         )
     for name, layer in layers.items():
-        base = layer.base_layer
-        if "weight" not in dict(base.named_parameters(recurse=False)):
+        owner, held = layer.held
+        if held not in dict(owner.named_parameters(recurse=False)):
             raise ValueError(
                 f"cannot merge into {name}: its weight is computed from others (weight norm, pruning, a "
                 "parametrization), which would undo the merge. Make it a plain parameter first"
             )
-        plain = base_weight.is_known_product(base) or (type(base) is nn.Embedding and base.max_norm is None)
-        if (not plain or base_weight.is_intercepted(base)) and not _merges_right(layer):
+        if not layer.base_is_plain and not _merges_right(layer):
             raise ValueError(
-                f"cannot merge into {name}: {type(base).__name__} does more with its weight than multiply (or a hook "
+                f"cannot merge into {name}: {type(owner).__name__} does more with its weight than multiply (or a hook "
                 "does), so that the merged layer would compute something else. Serve the adapter beside the base"
             )
 
 
 def _merges_right(layer: LoRALayer) -> bool:
     """Whether the layer computes the same merged as unmerged, with another adapter of the size of its weight."""
-    base, factors, training = layer.base_layer, layer.factors(), layer.training
+    factors, training = layer.factors(), layer.training
     before, enabled, scaling = [factor.detach().clone() for factor in factors], layer.enabled, layer.scaling
     generator = torch.Generator().manual_seed(0)
     x = layer.sample_input(generator)
@@ -128,7 +124,7 @@ def _merges_right(layer: LoRALayer) -> bool:
         for factor in factors:
             factor.copy_(torch.randn(factor.shape, generator=generator))
         layer.enabled, layer.scaling = True, 1.0
-        layer.scaling = (base.weight.float().norm() / layer.delta_weight().float().norm()).item()
+        layer.scaling = (layer.base_parameter.float().norm() / layer.delta_weight().float().norm()).item()
         expected = layer(x)
         _merge_layer(layer)
         got = layer(x)
@@ -147,7 +143,7 @@ def _check_finite(layers: dict[str, LoRALayer], copies: dict[str, TrainableCopy]
     for name, layer in layers.items():
         parts = {
             "the adapter holds": all(torch.isfinite(factor).all() for factor in layer.factors()),
-            "the base holds": torch.isfinite(layer.base_layer.weight).all(),
+            "the base holds": torch.isfinite(layer.base_parameter).all(),
             "the sum of base and adapter overflows to": torch.isfinite(_merged_weight(layer)).all(),
         }
         for what, finite in parts.items():
@@ -161,7 +157,7 @@ def _check_finite(layers: dict[str, LoRALayer], copies: dict[str, TrainableCopy]
 def _merge_layer(layer: LoRALayer) -> None:
     """Give the base layer ``W + delta``; the wrapper keeps the old weight."""
     merged = _merged_weight(layer)
-    layer.original_weight = (layer.base_layer.weight,)
+    layer.original_weight = (cast(nn.Parameter, layer.base_parameter),)
     layer.write_base(merged)
 
 
@@ -175,11 +171,10 @@ def _restore(layer: LoRALayer) -> None:
     """Take a merge back."""
     if layer.original_weight is not None:
         (original,) = layer.original_weight
-        device = layer.base_layer.weight.device
+        device, (owner, held) = layer.base_parameter.device, layer.held
         # The model may have moved since; the tuple did not move along.
-        layer.base_layer.weight = (
-            original if original.device == device else nn.Parameter(original.to(device), requires_grad=False)
-        )
+        moved = original if original.device == device else nn.Parameter(original.to(device), requires_grad=False)
+        setattr(owner, held, moved)
         layer.original_weight = None
 
 

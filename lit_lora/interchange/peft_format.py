@@ -21,6 +21,7 @@ from lit_lora.adapters.inject import InjectionReport, apply_plan, plan_injection
 from lit_lora.adapters.layers import LoRALayer, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import resolve_pattern, some
 from lit_lora.adapters.module_names import named_modules, plain_name
+from lit_lora.adapters.parameters import LoRAParameter, targeted_layers
 from lit_lora.adapters.task_heads import as_pretrained, task_type
 from lit_lora.base import base_weight
 from lit_lora.base.trained_on import noted, noted_metadata
@@ -315,13 +316,16 @@ def _config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> Lo
     of layers) is written as the names that it came to: readers do that in other ways. PEFT (0.21) makes ends of names
     of an expression on some mixtures of experts, and versions of it differ in which number is a layer's index.
     """
-    layers = dict(lora_layers(model))
+    layers = dict(targeted_layers(model))
+    modules = {name: layer for name, layer in layers.items() if not isinstance(layer, LoRAParameter)}
     resolved = isinstance(config.target_modules, str) or config.layers_to_transform is not None
     resolved = resolved or bool(config.exclude_modules)
-    if layers and (portable or resolved):
+    if layers and not modules:
+        resolved, config = False, replace(config, target_modules=[])
+    if modules and (portable or resolved):
         config = replace(
             config,
-            target_modules=_shortest_names(model, layers),
+            target_modules=_shortest_names(model, modules),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -357,9 +361,8 @@ def _portable_state(model: nn.Module, r: int) -> dict[str, Tensor]:
     for name, layer in lora_layers(model):
         name_of_A, name_of_B = (f"{name}.{tensor}" for tensor in layer.tensor_names)
         lora_A, lora_B = state[name_of_A], state[name_of_B]
-        state[name_of_A] = torch.cat([lora_A, lora_A.new_zeros(r - layer.r, lora_A.shape[1])])
         scaled = (lora_B.float() * layer.scaling).to(lora_B.dtype)
-        state[name_of_B] = torch.cat([scaled, lora_B.new_zeros(lora_B.shape[0], r - layer.r)], dim=1)
+        state[name_of_A], state[name_of_B] = layer.widened(lora_A, scaled, r)
     return state
 
 
