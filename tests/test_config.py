@@ -68,6 +68,7 @@ REFUSED: dict[tuple[Any, str], list[Any]] = {
     (LoRAConfig, "target_modules"): [None, *LISTS[1:], "", []],
     (LoRAConfig, "exclude_modules"): [*LISTS[1:], ""],
     (LoRAConfig, "modules_to_save"): LISTS,
+    (LoRAConfig, "target_parameters"): LISTS,
     (LoRAConfig, "layers_to_transform"): ["1", 1.0, True, [1.0], ["1"], [True], {0: 1}],
     (LoRAConfig, "layers_pattern"): [*LISTS[1:], "", "layers"],
     (LoRAConfig, "rank_pattern"): [None, ["q_proj"], {"q_proj": "2"}, {"q_proj": 0}, {"q_proj": 2.0}, {1: 2}, {"": 2}],

@@ -163,7 +163,7 @@ SYNONYMS: dict[str, Meaning] = {
     "lora_bias": "biases stay frozen: vLLM and others refuse adapters that have them",
     "bias": "biases stay frozen: vLLM and others refuse adapters that have them",
     "fan_in_fan_out": "how a layer holds its weight is seen from the layer",
-    "target_parameters": "adapters on fused experts are not there yet",
+    "target_parameters": _to("model.lora.target_parameters"),
     "trainable_token_indices": "single rows of an embedding cannot be trained; model.lora.modules_to_save trains all",
     "megatron_config": "Megatron's layers are not supported",
     "adapter": _ADAPTER,

@@ -184,7 +184,7 @@ def test_another_base_model_is_refused(folder):
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
         ({"lora_bias": True}, "lora_bias=True"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters="),
+        ({"target_parameters": "experts.gate_up_proj"}, "target_parameters must be a list"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"trainable_token_indices": [1]}, "trainable_token_indices="),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens="),

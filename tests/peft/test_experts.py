@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import peft
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 
 from lit_lora import LoRAConfig, disable_lora, inject_lora, load_adapter, merge_lora, save_adapter, unmerge_lora
 from lit_lora.adapters.layers import adapter_modules
-from lit_lora.adapters.parameters import LoRAParameter
 from lit_lora.interchange.peft_format import adapter_state_dict
 from tests.tiny import language_model
 
