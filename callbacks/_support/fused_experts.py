@@ -31,7 +31,9 @@ def expert_coverage(model: nn.Module) -> str | None:
 
 
 def _adapted_parameter(module: Any) -> nn.Parameter | None:
-    name = module.__dict__.get("parameter_name")
-    while name is not None and "base_layer" in module._modules:
-        module = module._modules["base_layer"]
-    return module._parameters.get(name)
+    name = vars(module).get("parameter_name")
+    if name is None:
+        return None
+    while "base_layer" in (children := dict(module.named_children())):
+        module = children["base_layer"]
+    return dict(module.named_parameters(recurse=False)).get(name)

@@ -47,7 +47,7 @@ class FactoredWeight:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        product = _PRODUCTS.get(func) or _PRODUCTS_BY_NAME.get(str(func))
+        product = _PRODUCTS.get(func) or _PRODUCTS_BY_NAME.get(getattr(func, "__name__", "").lstrip("_"))
         if product is not None:
             result = product(*args, **kwargs)
             if result is not NotImplemented:
@@ -206,10 +206,8 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.mm: _matmul,
     torch.bmm: _matmul,
     torch.Tensor.bmm: _matmul,
-    F.grouped_mm: _grouped,
-    torch._grouped_mm: _grouped,
 }
 """What torch calls a product -> how it is made. Of what is not here, the sum is taken."""
 
-_PRODUCTS_BY_NAME = {"transformers.grouped_mm_fallback": _grouped}
-"""Operators that a package defines when it is imported."""
+_PRODUCTS_BY_NAME = {"grouped_mm": _grouped, "grouped_mm_fallback": _grouped}
+"""torch's, which shows itself by a private name, and the one that transformers defines when it is imported."""

@@ -76,7 +76,7 @@ class LoRAParameter(LoRALayer):
     @property
     def base_parameter(self) -> Tensor:
         """The parameter itself, also where something stands in its place."""
-        return cast(Tensor, self.owner._parameters[self.parameter_name])
+        return dict(self.owner.named_parameters(recurse=False))[self.parameter_name]
 
     @property
     def base_is_plain(self) -> bool:

@@ -30,23 +30,21 @@ def match_parameters(
     """
     if not wanted:
         return {}
-    ends = by_end(f"{name}.{held}" for name, module in modules.items() for held in module._parameters)
+    ends = by_end(f"{name}.{held}" for name, module in modules.items() for held in _own(module))
     found: dict[str, list[str]] = {}
     for entry in wanted:
         for name in ends.get(entry, []):
             found.setdefault(name, []).append(entry)
-    fused = [
-        f"{n}.{held}" for n, m in modules.items() for held, p in m._parameters.items() if p is not None and p.ndim == 3
-    ]
+    fused = [f"{n}.{held}" for n, m in modules.items() for held, p in _own(m).items() if p.ndim == 3]
     known = f"fused 3-D parameters end in {endings(fused)}" if fused else "the model has no fused 3-D parameters"
     problems += unmatched("target_parameters", [entry for entry in wanted if entry not in ends], "parameter", known)
     for name in found:
         owner, _, held = name.rpartition(".")
-        parameter = modules[owner]._parameters[held]
-        if parameter is None or parameter.ndim not in (2, 3) or not parameter.is_floating_point():
-            shape = None if parameter is None else f"{tuple(parameter.shape)} of {parameter.dtype}"
+        parameter = _own(modules[owner])[held]
+        if parameter.ndim not in (2, 3) or not parameter.is_floating_point():
             raise ValueError(
-                f"target_parameters matches {name}, which is {shape}: parameters of 2 or 3 dimensions in full "
+                f"target_parameters matches {name}, which is {tuple(parameter.shape)} of {parameter.dtype}: "
+                "parameters of 2 or 3 dimensions in full "
                 "precision can be adapted"
             )
         if owner in adapted or owner in saved or is_inside(owner, saved):
@@ -54,7 +52,7 @@ def match_parameters(
                 f"target_parameters matches {name}, whose module is adapted or trained in full already: name it in one "
                 "of target_parameters, target_modules and modules_to_save"
             )
-    order = {f"{name}.{held}": None for name, module in modules.items() for held in module._parameters}
+    order = {f"{name}.{held}": None for name, module in modules.items() for held in _own(module)}
     return {name: found[name] for name in order if name in found}
 
 
@@ -63,7 +61,10 @@ def experts_of(modules: dict[str, nn.Module], parameters: Iterable[str]) -> list
     names = []
     for name in parameters:
         owner, _, held = name.rpartition(".")
-        parameter = modules[owner]._parameters[held]
-        assert parameter is not None
+        parameter = _own(modules[owner])[held]
         names += [f"{name}.{number}" for number in range(len(parameter))] if parameter.ndim == 3 else []
     return names
+
+
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
