@@ -47,6 +47,10 @@ class LoRAConfig:
     """Modules to train in full and to store with the adapter, by name. The head of a classifier of transformers is
     trained so in any case, unless it is excluded."""
 
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of the embedding to train in full, by token id, and those of a tied head; or name of an embedding or a
+    head -> ids."""
+
     layers_to_transform: list[int] | int | None = None
     """Only adapt decoder layers with these indices. A layer that is targeted by its full name is adapted anyway."""
 
@@ -78,7 +82,8 @@ class LoRAConfig:
             raise ValueError(f"r must be at least 1, got {self.r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        if not self.target_modules and not self.modules_to_save and not self.target_parameters:
+        trained = self.modules_to_save or self.target_parameters or self.trainable_token_indices
+        if not self.target_modules and not trained:
             raise ValueError("target_modules is empty: name the layers to adapt, or use 'all-linear'")
         if self.target_parameters and self.lora_dropout:
             raise ValueError(
@@ -88,8 +93,16 @@ class LoRAConfig:
         for pattern, rank in self.rank_pattern.items():
             if rank < 1:
                 raise ValueError(f"rank_pattern[{pattern!r}] must be at least 1, got {rank}")
+        for name, ids in self.rows_to_train("the embedding").items():
+            if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
+                raise ValueError(f"trainable_token_indices must be different ids from 0 on, got {ids} for {name}")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform: set both or neither")
+
+    def rows_to_train(self, embedding: str) -> dict[str, list[int]]:
+        """Module -> ids of ``trainable_token_indices``; a list is for the one named ``embedding``."""
+        rows = self.trainable_token_indices
+        return rows if isinstance(rows, dict) else {embedding: rows} if rows is not None else {}
 
     def check_for_training(self) -> None:
         """Adapters that others trained may have any scale; what is to be trained needs one above zero.
@@ -280,7 +293,7 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 _WORDS = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false", NoneType: "null"}
-_PLURALS = {int: "integers", float: "finite numbers", str: "names"}
+_PLURALS = {int: "integers", float: "finite numbers", str: "names", list[int]: "lists of integers"}
 
 
 def _described(hint: Any) -> str:

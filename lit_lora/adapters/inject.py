@@ -19,6 +19,8 @@ from lit_lora.adapters.matching import Matched, layer_indices, match_modules, ra
 from lit_lora.adapters.module_names import named_modules, plain_name, replace_module, shared_modules
 from lit_lora.adapters.parameters import LoRAParameter, factor_sizes, fused_experts, nested_name, targeted_layers
 from lit_lora.adapters.peft_limits import refused_by_peft
+from lit_lora.adapters.task_heads import as_pretrained
+from lit_lora.adapters.trainable_tokens import DELTA, TrainableTokens, token_modules
 from lit_lora.base import base_weight
 from lit_lora.base.quantized_forward import prepare_base_layer
 from lit_lora.config import LoRAConfig
@@ -129,7 +131,13 @@ class InjectionPlan:
     adapted: dict[str, PlannedLayer]
     parameters: dict[str, PlannedParameter]
     saved: dict[str, nn.Module]
+    tokens: dict[str, list[int]]
+    """Module -> rows to train."""
+    tied_tokens: dict[str, str]
+    """Tied head -> the module whose rows it has."""
     coverage: dict[str, int]
+    token_owners: dict[str, nn.Module]
+    """Modules of ``tokens`` and ``tied_tokens``."""
     ignored: list[str] = field(default_factory=list)
     """Entries that matched nothing, where that is no error."""
 
@@ -138,6 +146,8 @@ class InjectionPlan:
         shapes = {key: shape for name, layer in self.adapted.items() for key, shape in layer.shapes(name).items()}
         for parameter in self.parameters.values():
             shapes |= parameter.shapes()
+        for name, ids in self.tokens.items():
+            shapes[f"{name}.{DELTA}"] = (len(ids), self.token_owners[name].get_parameter("weight").shape[1])
         for name, module in self.saved.items():
             state = module.state_dict()
             shapes |= {f"{name}.{plain_name(key)}": tuple(tensor.shape) for key, tensor in state.items()}
@@ -187,7 +197,8 @@ def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fa
     found = match_modules(model, config, from_file=from_file)
     if found.problems and not from_file:
         raise ValueError("; ".join(found.problems))
-    if not found.adapted and not found.saved and not found.parameters:
+    tokens, tied = _planned_tokens(model, config, found)
+    if not (found.adapted or found.saved or found.parameters or tokens):
         raise ValueError("the configuration adapts no layer, nothing would be trainable: check target_modules")
     modules = named_modules(model)
     shared = shared_modules(model)
@@ -206,7 +217,33 @@ def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fa
     saved = {name: modules[name] for name in found.saved}
     config = replace(config, modules_to_save=found.saved or None)
     parameters = _planned_parameters(modules, found, config)
-    return InjectionPlan(config, adapted, parameters, saved, found.coverage, found.problems)
+    of_rows = {name: modules[name] for name in (*tokens, *tied)}
+    coverage = found.coverage | {f"{name} (rows)": len(ids) for name, ids in tokens.items()}
+    return InjectionPlan(config, adapted, parameters, saved, tokens, tied, coverage, of_rows, found.problems)
+
+
+def _planned_tokens(
+    model: nn.Module, config: LoRAConfig, found: Matched
+) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Rows to train of each module, and tied heads.
+
+    As PEFT: heads that the model ties to the embedding stay tied.
+    """
+    if config.trainable_token_indices is None:
+        return {}, {}
+    pretrained = as_pretrained(model)
+    modules = named_modules(model)
+    embedding: nn.Module | None = pretrained.get_input_embeddings() if pretrained is not None else None
+    name = next((name for name, module in modules.items() if module is embedding), "embed_tokens")
+    tied = pretrained is not None and bool(getattr(pretrained.config, "tie_word_embeddings", False))
+    tokens, ties = token_modules(modules, config.rows_to_train(name), tied=tied)
+    twice = [name for name in (*tokens, *ties) if name in found.adapted or name in found.saved]
+    if twice:
+        raise ValueError(
+            f"trainable_token_indices: {some(twice)} is adapted or trained in full already: train rows of it or all of "
+            "it, not both"
+        )
+    return tokens, ties
 
 
 def _planned_parameters(
@@ -282,6 +319,14 @@ def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
         outer.train(inner.training)
         replace_module(modules, place, outer)
         modules[place] = outer
+    rows: dict[str, TrainableTokens] = {}
+    for name, ids in plan.tokens.items():
+        rows[name] = TrainableTokens(plan.token_owners[name], config, ids)
+    for name, source in plan.tied_tokens.items():
+        rows[name] = TrainableTokens(plan.token_owners[name], config, plan.tokens[source], tied_to=rows[source])
+    for name, tokens in rows.items():
+        tokens.train(plan.token_owners[name].training)
+        replace_module(modules, name, tokens)
     for name, module in plan.saved.items():
         wrapper = TrainableCopy(module, config)
         wrapper.train(module.training)

@@ -23,6 +23,7 @@ from lit_lora.adapters.half_precision import Adapted, lora_linears
 from lit_lora.adapters.lora_layer import FORWARDED, LoRALayer, bare_linear, scaled_product
 from lit_lora.adapters.module_names import plain_name
 from lit_lora.adapters.shared_input import SharedInput
+from lit_lora.adapters.trainable_tokens import TrainableTokens
 from lit_lora.base import base_weight
 from lit_lora.config import LoRAConfig
 
@@ -277,10 +278,10 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
             yield plain_name(name), module
 
 
-def adapter_modules(model: nn.Module) -> Iterator[tuple[str, LoRALayer | TrainableCopy]]:
-    """The LoRA layers and trainable copies of a model with their names, in the model's order."""
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, LoRALayer | TrainableCopy | TrainableTokens]]:
+    """The LoRA layers, trainable copies and trainable rows of a model with their names, in the model's order."""
     for name, module in model.named_modules():
-        if isinstance(module, (LoRALayer, TrainableCopy)):
+        if isinstance(module, (LoRALayer, TrainableCopy, TrainableTokens)):
             yield plain_name(name), module
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_lora.adapters.layers import LoRALayer, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
 from lit_lora.adapters.module_names import named_modules, replace_module
+from lit_lora.adapters.trainable_tokens import TrainableTokens
 
 
 @torch.no_grad()
@@ -39,19 +40,29 @@ def merge_lora(model: nn.Module, *, unload: bool = True) -> None:
         raise ValueError("the model has no adapters to merge")
     layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
     merged = [name for name, layer in layers.items() if layer.merged]
-    if merged and not unload:
-        raise ValueError(f"{some(merged)} are merged already: call unmerge_lora first")
     to_merge = {name: layer for name, layer in layers.items() if not layer.merged}
+    tokens = {name: module for name, module in modules.items() if isinstance(module, TrainableTokens)}
+    merged += [name for name, module in tokens.items() if module.merged]
     copies = {name: module for name, module in modules.items() if isinstance(module, TrainableCopy)} if unload else {}
     _check_mergeable(to_merge)
+    if merged and not unload:
+        raise ValueError(f"{some(merged)} are merged already: call unmerge_lora first")
     _check_finite(to_merge, copies)
+    for name, module in tokens.items():
+        if not torch.isfinite(module.rows_KD).all():
+            raise ValueError(f"the adapter holds NaN or infinity in {name}: it is not merged")
     in_place = named_modules(model)
     for layer in to_merge.values():
         _merge_layer(layer)
+    for module in sorted(tokens.values(), key=lambda module: module.tied_to is not None):
+        if not module.merged:
+            module.merge_rows()
     if not unload:
         return
     for name, copied in copies.items():
         replace_module(in_place, name, _plain_copy(copied))
+    for name, module in tokens.items():
+        replace_module(in_place, name, module.base_layer)
     for name in reversed(layers):  # of wrappers around each other the inner ones first
         replace_module(in_place, name, layers[name].base_layer)
     _untie_if_diverged(getattr(model, "_orig_mod", model))
@@ -65,10 +76,13 @@ def unmerge_lora(model: nn.Module) -> None:
         ValueError: if no adapter is merged.
     """
     merged = [layer for _, layer in lora_layers(model) if layer.original_weight is not None]
-    if not merged:
+    tokens = [module for _, module in adapter_modules(model) if isinstance(module, TrainableTokens) and module.merged]
+    if not merged and not tokens:
         raise ValueError("no adapter is merged: nothing to undo (after unload=True there is no way back)")
     for layer in merged:
         _restore(layer)
+    for module in tokens:
+        module.restore_rows()
 
 
 @contextmanager
@@ -79,7 +93,7 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
         ValueError: if the adapters are merged into the base weights, where they cannot be switched off.
     """
     modules = [module for _, module in adapter_modules(model)]
-    if any(isinstance(module, LoRALayer) and module.merged for module in modules):
+    if any(not isinstance(module, TrainableCopy) and module.merged for module in modules):
         raise ValueError("the adapters are merged: call unmerge_lora before disable_lora")
     before = [module.enabled for module in modules]
     for module in modules:

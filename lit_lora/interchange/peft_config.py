@@ -82,7 +82,7 @@ def to_peft_config(
         "target_modules": config.target_modules,
         "target_parameters": config.target_parameters,
         "task_type": task_type,
-        "trainable_token_indices": None,
+        "trainable_token_indices": config.trainable_token_indices,
         "use_dora": False,
         "use_rslora": config.use_rslora,
     }
@@ -112,7 +112,7 @@ def from_peft_config(content: Any) -> LoRAConfig:
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         raise ValueError(f"uses what lit_lora does not implement, or does not know: {', '.join(names[:20])}{more}")
     if not known.get("target_modules"):
-        if not known.get("modules_to_save") and not known.get("target_parameters"):
+        if not any(known.get(name) for name in ("modules_to_save", "target_parameters", "trainable_token_indices")):
             raise ValueError("target_modules is missing or empty: name the adapted layers")
         known["target_modules"] = []
     known.setdefault("lora_alpha", 8)  # PEFT's default, ours differs

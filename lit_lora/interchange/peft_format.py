@@ -23,6 +23,7 @@ from lit_lora.adapters.matching import resolve_pattern, some
 from lit_lora.adapters.module_names import named_modules, plain_name
 from lit_lora.adapters.parameters import LoRAParameter, targeted_layers
 from lit_lora.adapters.task_heads import as_pretrained, task_type
+from lit_lora.adapters.trainable_tokens import DELTA, TrainableTokens
 from lit_lora.base import base_weight
 from lit_lora.base.trained_on import noted, noted_metadata
 from lit_lora.config import LoRAConfig
@@ -65,6 +66,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, module in adapter_modules(model):
         if isinstance(module, TrainableCopy):
             state |= {f"{name}.{plain_name(key)}": tensor for key, tensor in module.copy.state_dict().items()}
+        elif isinstance(module, TrainableTokens):
+            if module.tied_to is None:
+                state[f"{name}.{DELTA}"] = module.rows_KD.detach()
         else:
             inner = module.state_dict()
             state |= {f"{name}.{key}": inner[key] for key in inner if key.startswith("lora_")}
