@@ -21,6 +21,7 @@ from lit_lora.data.data_record import data_record
 from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, tokenizer_digest
 from lit_lora.data.limits import check_limits
 from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only, prompts_of
+from lit_lora.data.new_tokens import NewTokens
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
 from lit_lora.data.resume import check_fingerprint, check_not_resumed, rank_batches_consumed
@@ -47,6 +48,7 @@ class SFTDataModule(pl.LightningDataModule):
         format: "alpaca", "sharegpt", "messages", "prompt_completion", "text", or "auto" to tell by the columns.
         columns: names that differ from the format's, for example ``{"prompt": "question", "completion": "answer"}``.
         tokenizer: tokenizer, or name or folder of one; by default that of the module's ``base``.
+        new_tokens: tokens to add to the tokenizer; their embeddings are trained, and saved with the adapter.
         max_length: longest example in tokens; longer ones lose their end.
         batch_size: most examples in a micro-batch; 4 if neither this nor ``max_tokens_per_batch`` is given.
         max_tokens_per_batch: most tokens in a micro-batch, padding included where batches are padded.
@@ -57,8 +59,7 @@ class SFTDataModule(pl.LightningDataModule):
         train_on_prompt: train on the prompts, too.
         limit: use only the first rows of ``train``, this many.
         on_bad_rows: "error" to refuse data with bad rows, "drop" to skip them.
-        cache_dir: folder for tokenized data; by default ``$LIT_LORA_CACHE/tokenized`` or
-            ``~/.cache/lit_lora/tokenized``.
+        cache_dir: folder for tokenized data; by default ``$LIT_LORA_CACHE/tokenized``, or in ``~/.cache/lit_lora``.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class SFTDataModule(pl.LightningDataModule):
         format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto",
         columns: dict[str, str] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
+        new_tokens: list[str] | None = None,
         max_length: int = 1024,
         batch_size: int | None = None,
         max_tokens_per_batch: int | None = None,
@@ -114,6 +116,7 @@ class SFTDataModule(pl.LightningDataModule):
         self.validation_data: TokenizedDataset | None = None
         self.test_data: TokenizedDataset | None = None
         self.summary: DataSummary | None = None
+        self.new_tokens = NewTokens(new_tokens or [])
         self._tokenizer = tokenizer
         self._tokenizer_name: str | None = None
         self._datasets: dict[str, TokenizedDataset] = {}
@@ -145,7 +148,7 @@ class SFTDataModule(pl.LightningDataModule):
                 name, revision=revision, trust_remote_code=getattr(module, "trust_remote_code", False)
             )
             self._tokenizer_name = name
-        return self._tokenizer
+        return self.new_tokens.added_to(self._tokenizer)
 
     def trained_on(self) -> dict[str, Any]:
         """What the record of an adapter says of this data; plain types."""
@@ -162,6 +165,7 @@ class SFTDataModule(pl.LightningDataModule):
             "validation_fraction": self.validation_fraction,
             "test": self.test_source,
             "tokenizer": tokenizer if isinstance(tokenizer, str | None) else tokenizer.name_or_path or str(tokenizer),
+            "new_tokens": self.new_tokens.tokens,
             **asdict(self.source_settings),
             **asdict(self.batch_settings),
         }
@@ -377,7 +381,9 @@ class SFTDataModule(pl.LightningDataModule):
         return self._loader(data, sampler)
 
     def _loader(self, data: TokenizedDataset, sampler: ResumableBatchSampler) -> DataLoader:
-        self._check_vocabulary(data)
+        model = getattr(None if self.trainer is None else self.trainer.lightning_module, "model", None)
+        if isinstance(model, PreTrainedModel):
+            check_vocabulary(data, model.config.get_text_config().vocab_size)
         return ResumableDataLoader(
             data,
             batch_sampler=sampler,
@@ -392,9 +398,3 @@ class SFTDataModule(pl.LightningDataModule):
     def _generator(self) -> torch.Generator:
         """A DataLoader draws from a generator for every iterator; the global one would differ after a resume."""
         return torch.Generator().manual_seed(self.batch_settings.seed)
-
-    def _check_vocabulary(self, data: TokenizedDataset) -> None:
-        module = None if self.trainer is None else self.trainer.lightning_module
-        model = getattr(module, "model", None)
-        if isinstance(model, PreTrainedModel):
-            check_vocabulary(data, model.config.get_text_config().vocab_size)
