@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lit_lora.adapters.lora_layer import FORWARDED
 from lit_lora.config import LoRAConfig
+from lit_lora.wording import in_words_of
 
 DELTA = "token_adapter.trainable_tokens_delta"
 """What the rows are called below the module, as PEFT writes them: values, in spite of the name."""
@@ -178,8 +179,11 @@ def token_modules(
         beyond = [i for i in ids if not 0 <= i < rows]
         if beyond:
             raise ValueError(
-                f"trainable_token_indices: {name} has no rows {beyond[:5]}, only 0 to {rows - 1}: call "
-                f"model.resize_token_embeddings({max(ids) + 1}) first"
+                f"trainable_token_indices: {name} has no rows {beyond[:5]}, only 0 to {rows - 1}. "
+                + in_words_of(
+                    python=f"Call model.resize_token_embeddings({max(ids) + 1}) first",
+                    command_line="Tokens that the tokenizer does not have yet are added by --data.new_tokens",
+                )
             )
     ties: dict[str, str] = {}
     sources = {id(modules[name].weight): name for name in reversed(found) if isinstance(modules[name], nn.Embedding)}

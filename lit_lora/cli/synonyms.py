@@ -164,7 +164,7 @@ SYNONYMS: dict[str, Meaning] = {
     "bias": "biases stay frozen: vLLM and others refuse adapters that have them",
     "fan_in_fan_out": "how a layer holds its weight is seen from the layer",
     "target_parameters": _to("model.lora.target_parameters"),
-    "trainable_token_indices": "single rows of an embedding cannot be trained; model.lora.modules_to_save trains all",
+    "trainable_token_indices": _to("model.lora.trainable_token_indices"),
     "megatron_config": "Megatron's layers are not supported",
     "adapter": _ADAPTER,
     "adapter_path": _ADAPTER,

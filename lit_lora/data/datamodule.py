@@ -153,8 +153,8 @@ class SFTDataModule(pl.LightningDataModule):
     def trained_on(self) -> dict[str, Any]:
         """What the record of an adapter says of this data; plain types."""
         assert self.train_data is not None, "setup() comes before trained_on()"
-        format = self.train_data.statistics.format
-        return data_record(self.tokenizer, self.source_settings, name=self._tokenizer_name, format=format)
+        format, added = self.train_data.statistics.format, {"new_tokens": self.new_tokens.tokens or None}
+        return added | data_record(self.tokenizer, self.source_settings, name=self._tokenizer_name, format=format)
 
     def settings(self) -> dict[str, Any]:
         """What it was built with, for loggers."""
@@ -390,7 +390,7 @@ class SFTDataModule(pl.LightningDataModule):
             collate_fn=collate_packed if self.packing else collate_padded,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            # From memory of its own a copy to the GPU need not wait for what the GPU is at.
+            # From memory of its own a copy to the GPU need not wait.
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             generator=self._generator(),
         )

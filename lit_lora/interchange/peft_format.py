@@ -200,7 +200,8 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: b
         state = _by_name(raw, header, folder)
         check_adapter(weights, raw, from_peft_config(content))
         _check_finite(state, str(folder))
-        _check_equal_base(of_base, state, header, weights, added)
+        held = {f"{layer}.weight": added for layer in (*plan.tokens, *plan.tied_tokens)}
+        _check_equal_base(of_base, state, header, weights, held)
         state |= {name: state[weight][ids] for name, (weight, ids) in whole.items()}
     report = apply_plan(model, plan)
     load_adapter_state_dict(model, {name: state[name] for name in expected})
@@ -295,15 +296,16 @@ def _check_equal_base(
     state: Mapping[str, Tensor],
     header: Mapping[str, StoredTensor],
     weights: Path,
-    added: range,
+    held: Mapping[str, range],
 ) -> None:
+    """Refuse another base; ``held`` says which rows of which weight the adapter holds itself."""
     to_copy = []
     for name, parameter in of_base.items():
         stored = state[name].to(device=parameter.device, dtype=parameter.dtype)
         if torch.equal(stored, parameter):
             continue
         differ = (stored != parameter).reshape(len(parameter), -1).any(dim=1).nonzero().flatten().tolist()
-        if set(differ) <= set(added):
+        if set(differ) <= set(held.get(name, ())):
             continue
         if differ[0] == 0 or differ != list(range(differ[0], len(parameter))):
             raise ValueError(

@@ -282,7 +282,6 @@ def test_entries_that_peft_ignored_do_not_stop_loading(tmp_path):
         ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base"),
     ],

@@ -103,7 +103,7 @@ def test_values_gradients_tensors_and_merge_are_those_of_peft(kind, fields, rows
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"trainable_token_indices": [500]}, r"has no rows \[500\], only 0 to 127: call model.resize_token_embeddings"),
+        ({"trainable_token_indices": [500]}, r"has no rows \[500\], only 0 to 127. Call model.resize_token_embeddings"),
         (
             {"trainable_token_indices": {"embeddings": [1]}},
             "'embeddings' matches no module; embeddings are model.embed",
