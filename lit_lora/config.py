@@ -68,6 +68,10 @@ class LoRAConfig:
     use_rslora: bool = False
     """Scale by ``lora_alpha / sqrt(r)`` (rank-stabilised LoRA, arXiv:2312.03732, eq. 3)."""
 
+    use_dora: bool = False
+    """Also train the length of each row of an adapted weight (DoRA, arXiv:2402.09353): one more pass over the weight in
+    each forward, for their norms."""
+
     init_lora_weights: bool | Literal["gaussian"] = True
     """How A and B start: true (Kaiming-uniform A, zero B), "gaussian" (normal A, zero B), or false (both random, for
     tests)."""
@@ -93,6 +97,8 @@ class LoRAConfig:
         for pattern, rank in self.rank_pattern.items():
             if rank < 1:
                 raise ValueError(f"rank_pattern[{pattern!r}] must be at least 1, got {rank}")
+        if self.target_parameters and self.use_dora:
+            raise ValueError("use_dora does not work with target_parameters, in PEFT either: set one of them")
         for name, ids in self.rows_to_train("the embedding").items():
             if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
                 raise ValueError(f"trainable_token_indices must be different ids from 0 on, got {ids} for {name}")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lit_lora.adapters.direct_reads import call_adapted_layers, direct_reads
+from lit_lora.adapters.dora import MAGNITUDE, DoRAEmbedding, DoRALinear
 from lit_lora.adapters.initializers import INITIALIZERS
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALayer, LoRALinear, TrainableCopy, adapter_modules
 from lit_lora.adapters.matching import Matched, layer_indices, match_modules, ranges, some
@@ -92,16 +93,26 @@ class PlannedLayer:
     module: nn.Module
     r: int
     lora_alpha: float
+    dora: bool = False
+
+    @property
+    def kind(self) -> type[LoRALayer]:
+        """Of what takes its place."""
+        if isinstance(self.module, nn.Embedding):
+            return DoRAEmbedding if self.dora else LoRAEmbedding
+        return DoRALinear if self.dora else LoRALinear
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """The adapter's tensors, by their names in the model."""
         if isinstance(self.module, nn.Embedding):
-            return {
+            lengths = {f"{name}.{MAGNITUDE}": (self.module.embedding_dim,)} if self.dora else {}
+            return lengths | {
                 f"{name}.lora_embedding_A": (self.r, self.module.num_embeddings),
                 f"{name}.lora_embedding_B": (self.module.embedding_dim, self.r),
             }
         num_out, num_in = base_weight.linear_shape(self.module)
-        return {f"{name}.lora_A.weight": (self.r, num_in), f"{name}.lora_B.weight": (num_out, self.r)}
+        lengths = {f"{name}.{MAGNITUDE}": (num_out,)} if self.dora else {}
+        return lengths | {f"{name}.lora_A.weight": (self.r, num_in), f"{name}.lora_B.weight": (num_out, self.r)}
 
 
 @dataclass(frozen=True)
@@ -211,7 +222,9 @@ def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fa
     refused |= {} if from_file else refused_by_peft(model, found.adapted)
     _check_served(refused | direct_reads(model, modules, found.adapted))
     adapted = {
-        name: PlannedLayer(modules[name], found.ranks.get(name, config.r), found.alphas.get(name, config.lora_alpha))
+        name: PlannedLayer(
+            modules[name], found.ranks.get(name, config.r), found.alphas.get(name, config.lora_alpha), config.use_dora
+        )
         for name in found.adapted
     }
     saved = {name: modules[name] for name in found.saved}
@@ -296,12 +309,9 @@ def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
         prepare_base_layer(name, module)  # those that get no adapter too: gradients pass through them
     model.requires_grad_(False)
     for name, planned in plan.adapted.items():
-        layer: LoRALayer
-        if isinstance(planned.module, nn.Embedding):
-            layer = LoRAEmbedding(planned.module, config, r=planned.r, lora_alpha=planned.lora_alpha)
-        else:
-            layer = LoRALinear(planned.module, config, r=planned.r, lora_alpha=planned.lora_alpha)
+        layer = planned.kind(planned.module, config, r=planned.r, lora_alpha=planned.lora_alpha)
         INITIALIZERS[config.init_lora_weights](layer)
+        layer.finish_start()
         layer.train(planned.module.training)
         replace_module(modules, name, layer)
     for name, parameter in plan.parameters.items():

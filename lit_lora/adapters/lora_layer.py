@@ -69,6 +69,14 @@ class LoRALayer(nn.Module, ABC):
         owner, name = self.held
         setattr(owner, name, nn.Parameter(weight, requires_grad=False))
 
+    def merged_weight(self) -> Tensor:
+        """What merging puts in the place of the base weight: summed in the wider dtype, rounded to that of the base."""
+        weight = self.read_base()
+        return (weight + self.delta_weight()).to(weight.dtype)
+
+    def finish_start(self) -> None:
+        """Fill what follows from base, A and B."""
+
     @abstractmethod
     def start(self, fill: Callable[[Tensor], Any]) -> None:
         """Fill the half that starts non-zero, and the other one with zeros."""

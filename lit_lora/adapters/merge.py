@@ -158,7 +158,7 @@ def _check_finite(layers: dict[str, LoRALayer], copies: dict[str, TrainableCopy]
         parts = {
             "the adapter holds": all(torch.isfinite(factor).all() for factor in layer.factors()),
             "the base holds": torch.isfinite(layer.base_parameter).all(),
-            "the sum of base and adapter overflows to": torch.isfinite(_merged_weight(layer)).all(),
+            "the sum of base and adapter overflows to": torch.isfinite(layer.merged_weight()).all(),
         }
         for what, finite in parts.items():
             if not finite:
@@ -170,15 +170,9 @@ def _check_finite(layers: dict[str, LoRALayer], copies: dict[str, TrainableCopy]
 
 def _merge_layer(layer: LoRALayer) -> None:
     """Give the base layer ``W + delta``; the wrapper keeps the old weight."""
-    merged = _merged_weight(layer)
+    merged = layer.merged_weight()
     layer.original_weight = (cast(nn.Parameter, layer.base_parameter),)
     layer.write_base(merged)
-
-
-def _merged_weight(layer: LoRALayer) -> Tensor:
-    """``W + delta``, summed in the wider dtype and rounded to that of W."""
-    weight = layer.read_base()
-    return (weight + layer.delta_weight()).to(weight.dtype)
 
 
 def _restore(layer: LoRALayer) -> None:

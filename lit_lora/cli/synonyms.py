@@ -154,7 +154,7 @@ SYNONYMS: dict[str, Meaning] = {
     "finetuning_type": "every run trains adapters",
     "task_type": "a run fine-tunes a causal language model; for others override load_base and compute_loss",
     "peft_type": f"every run trains LoRA: {_VARIANT}",
-    "use_dora": f"DoRA is not there yet: {_VARIANT}",
+    "use_dora": _to("model.lora.use_dora"),
     "loftq_config": f"LoftQ is not there yet: {_VARIANT}",
     "eva_config": f"EVA is not there yet: {_VARIANT}",
     "corda_config": f"CorDA is not there yet: {_VARIANT}",

@@ -83,7 +83,7 @@ def to_peft_config(
         "target_parameters": config.target_parameters,
         "task_type": task_type,
         "trainable_token_indices": config.trainable_token_indices,
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
 

@@ -13,6 +13,7 @@ from lit_lora.adapters.matching import resolve_pattern
 from lit_lora.adapters.module_names import named_modules
 from lit_lora.adapters.parameters import LoRAParameter, targeted_layers
 from lit_lora.config import LoRAConfig
+from lit_lora.wording import in_words_of
 
 
 def config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> LoRAConfig:
@@ -27,6 +28,14 @@ def config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> LoR
         config: as it was injected.
         portable: without what tools do not know.
     """
+    if portable and config.use_dora:
+        raise ValueError(
+            "DoRA has no portable form: what it adds is no product of two small matrices. "
+            + in_words_of(
+                python="Write it with portable=False for PEFT, or merge it",
+                command_line="Write it with --portable false for PEFT, or merge it with lit-lora merge",
+            )
+        )
     layers = dict(targeted_layers(model))
     modules = {name: layer for name, layer in layers.items() if not isinstance(layer, LoRAParameter)}
     resolved = isinstance(config.target_modules, str) or config.layers_to_transform is not None

@@ -181,7 +181,6 @@ def test_another_base_model_is_refused(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"target_parameters": "experts.gate_up_proj"}, "target_parameters must be a list"),

@@ -90,6 +90,31 @@ CASES = {
     "scaled embedding": Case(
         {"target_modules": ["embed_tokens", "q_proj"]}, kind="Gemma3Text", model={"head_dim": 8}, num_adapted=3
     ),
+    "DoRA": Case({"target_modules": "all-linear", "use_dora": True}, num_adapted=14),
+    "DoRA, biases": Case(
+        {"target_modules": ["q_proj", "o_proj"], "use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        kind="Qwen2",
+        num_adapted=4,
+    ),
+    "DoRA, Conv1D": Case(
+        {"target_modules": ["c_attn", "c_fc"], "use_dora": True, "fan_in_fan_out": True},
+        kind="GPT2",
+        model=GPT2,
+        num_adapted=4,
+    ),
+    "DoRA, embedding": Case({"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}, num_adapted=3),
+    "DoRA, scaled embedding": Case(
+        {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+        kind="Gemma3Text",
+        model={"head_dim": 8},
+        num_adapted=3,
+    ),
+    "DoRA, NF4": Case(
+        {"target_modules": "all-linear", "use_dora": True},
+        model={"hidden_size": 64},
+        quantization=QuantizationConfig(),
+        num_adapted=14,
+    ),
     "NF4": Case(
         {"target_modules": "all-linear"}, model={"hidden_size": 64}, quantization=QuantizationConfig(), num_adapted=14
     ),
@@ -115,17 +140,18 @@ def _peft_model(case: Case, *, random: bool = True) -> Any:
     names = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "init_lora_weights": not random, **case.fields}
     model = peft.get_peft_model(case.base(), peft.LoraConfig(**names), autocast_adapter_dtype=False)
     if random:
-        _perturb({n: p for n, p in model.named_parameters() if "modules_to_save" in n})
+        _perturb({n: p for n, p in model.named_parameters() if "modules_to_save" in n or "magnitude" in n})
     return model
 
 
 def _our_model(case: Case, **fields: Any) -> Any:
     torch.manual_seed(5)
     model = case.base()
-    config = LoRAConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **case.fields, **fields})
+    given = {name: value for name, value in case.fields.items() if name != "fan_in_fan_out"}  # which is seen here
+    config = LoRAConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **given, **fields})
     report = inject_lora(model, config)
     assert len(report.adapted) == case.num_adapted
-    _perturb({n: p for n, p in model.named_parameters() if ".copy." in n})
+    _perturb({n: p for n, p in model.named_parameters() if ".copy." in n or "magnitude" in n})
     return model
 
 
@@ -179,7 +205,10 @@ def test_gradients_equal_those_of_peft(case, tmp_path):
         if tensor is not None
     }
     expected = {
-        name.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", ""): parameter.grad
+        name.removeprefix("base_model.model.")
+        .replace("magnitude_vector.default.weight", "magnitude_vector")
+        .replace(".default", "")
+        .replace(".modules_to_save", ""): parameter.grad
         for name, parameter in theirs.named_parameters()
         if parameter.grad is not None
     }
@@ -279,7 +308,6 @@ def test_entries_that_peft_ignored_do_not_stop_loading(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base"),
