@@ -72,6 +72,9 @@ class LoRAConfig:
     """Also train the length of each row of an adapted weight (DoRA, arXiv:2402.09353): one more pass over the weight in
     each forward, for their norms."""
 
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases of the base to train along: none, all, or those of adapted layers (lora_only)."""
+
     init_lora_weights: bool | Literal["gaussian"] = True
     """How A and B start: true (Kaiming-uniform A, zero B), "gaussian" (normal A, zero B), or false (both random, for
     tests)."""

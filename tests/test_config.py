@@ -86,6 +86,7 @@ REFUSED: dict[tuple[Any, str], list[Any]] = {
     (LoRAConfig, "rank_pattern"): [None, ["q_proj"], {"q_proj": "2"}, {"q_proj": 0}, {"q_proj": 2.0}, {1: 2}, {"": 2}],
     (LoRAConfig, "alpha_pattern"): [None, {"q_proj": "2"}, {"q_proj": float("nan")}, {"q_proj": True}, {1: 2.0}],
     (LoRAConfig, "use_rslora"): ["true", 1, None, np.bool_(True)],
+    (LoRAConfig, "bias"): ["some", None, True, ["all"]],
     (LoRAConfig, "use_dora"): ["true", 1, None, np.bool_(True)],
     (LoRAConfig, "init_lora_weights"): ["pissa", 1, None, "", np.bool_(True), torch.float32],
     (LoRAConfig, "adapter_dtype"): ["half", "int8", torch.float64, torch.int8, None, 32],

@@ -22,6 +22,7 @@ from lit_lora.adapters.parameters import LoRAParameter, factor_sizes, fused_expe
 from lit_lora.adapters.peft_limits import refused_by_peft
 from lit_lora.adapters.task_heads import as_pretrained
 from lit_lora.adapters.trainable_tokens import DELTA, TrainableTokens, token_modules
+from lit_lora.adapters.trained_biases import biases_to_train, note_biases
 from lit_lora.base import base_weight
 from lit_lora.base.quantized_forward import prepare_base_layer
 from lit_lora.config import LoRAConfig
@@ -149,6 +150,8 @@ class InjectionPlan:
     coverage: dict[str, int]
     token_owners: dict[str, nn.Module]
     """Modules of ``tokens`` and ``tied_tokens``."""
+    biases: dict[str, nn.Parameter]
+    """Biases to train, by the names that they will have in the model."""
     ignored: list[str] = field(default_factory=list)
     """Entries that matched nothing, where that is no error."""
 
@@ -157,6 +160,7 @@ class InjectionPlan:
         shapes = {key: shape for name, layer in self.adapted.items() for key, shape in layer.shapes(name).items()}
         for parameter in self.parameters.values():
             shapes |= parameter.shapes()
+        shapes |= {name: tuple(bias.shape) for name, bias in self.biases.items()}
         for name, ids in self.tokens.items():
             shapes[f"{name}.{DELTA}"] = (len(ids), self.token_owners[name].get_parameter("weight").shape[1])
         for name, module in self.saved.items():
@@ -232,7 +236,10 @@ def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fa
     parameters = _planned_parameters(modules, found, config)
     of_rows = {name: modules[name] for name in (*tokens, *tied)}
     coverage = found.coverage | {f"{name} (rows)": len(ids) for name, ids in tokens.items()}
-    return InjectionPlan(config, adapted, parameters, saved, tokens, tied, coverage, of_rows, found.problems)
+    wrapped = dict.fromkeys((*found.adapted, *tokens, *tied), 1) | {owner: owners.count(owner) for owner in owners}
+    biases = biases_to_train(modules, config.bias, adapted=found.adapted, wrapped=wrapped, saved=found.saved)
+    coverage |= {"biases": len(biases)} if biases else {}
+    return InjectionPlan(config, adapted, parameters, saved, tokens, tied, coverage, of_rows, biases, found.problems)
 
 
 def _planned_tokens(
@@ -341,6 +348,7 @@ def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
         wrapper = TrainableCopy(module, config)
         wrapper.train(module.training)
         replace_module(modules, name, wrapper)
+    note_biases(model, plan.biases)
     call_adapted_layers(model)
 
     num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

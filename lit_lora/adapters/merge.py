@@ -18,6 +18,7 @@ from lit_lora.adapters.layers import LoRALayer, TrainableCopy, adapter_modules, 
 from lit_lora.adapters.matching import some
 from lit_lora.adapters.module_names import named_modules, replace_module
 from lit_lora.adapters.trainable_tokens import TrainableTokens
+from lit_lora.adapters.trained_biases import forget_biases, original_biases, trained_biases
 
 
 @torch.no_grad()
@@ -48,6 +49,10 @@ def merge_lora(model: nn.Module, *, unload: bool = True) -> None:
     if merged and not unload:
         raise ValueError(f"{some(merged)} are merged already: call unmerge_lora first")
     _check_finite(to_merge, copies)
+    biases = trained_biases(model)
+    broken = [name for name, bias in biases.items() if not torch.isfinite(bias).all()]
+    if broken:
+        raise ValueError(f"the adapter holds NaN or infinity in {some(broken)}: it is not merged")
     for name, module in tokens.items():
         if not torch.isfinite(module.rows_KD).all():
             raise ValueError(f"the adapter holds NaN or infinity in {name}: it is not merged")
@@ -65,6 +70,9 @@ def merge_lora(model: nn.Module, *, unload: bool = True) -> None:
         replace_module(in_place, name, module.base_layer)
     for name in reversed(layers):  # of wrappers around each other the inner ones first
         replace_module(in_place, name, layers[name].base_layer)
+    for bias in biases.values():
+        bias.requires_grad_(False)
+    forget_biases(model)
     _untie_if_diverged(getattr(model, "_orig_mod", model))
 
 
@@ -99,7 +107,8 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
     for module in modules:
         module.enabled = False
     try:
-        yield
+        with original_biases(model):
+            yield
     finally:
         for module, enabled in zip(modules, before, strict=True):
             module.enabled = enabled

@@ -161,7 +161,7 @@ SYNONYMS: dict[str, Meaning] = {
     "lora_ga_config": f"LoRA-GA is not there yet: {_VARIANT}",
     "loraplus_lr_ratio": "LoRA+ is not there yet: A and B have one learning rate",
     "lora_bias": "biases stay frozen: vLLM and others refuse adapters that have them",
-    "bias": "biases stay frozen: vLLM and others refuse adapters that have them",
+    "bias": _to("model.lora.bias"),
     "fan_in_fan_out": "how a layer holds its weight is seen from the layer",
     "target_parameters": _to("model.lora.target_parameters"),
     "trainable_token_indices": _to("model.lora.trainable_token_indices"),

@@ -23,8 +23,9 @@ METADATA_KEY = "lit_lora_sha256"
 _WITHOUT_EFFECT = ("lora_dropout", "init_lora_weights")
 """Fields that a loaded adapter computes the same without."""
 
-_LATER = ("target_parameters", "trainable_token_indices", "use_dora")
+_LATER = ("target_parameters", "trainable_token_indices", "use_dora", "bias")
 """Fields that adapters of earlier versions were written without: they count where they are set."""
+_UNSET = (None, False, "none")
 
 
 def adapter_checksum(tensors: Mapping[str, Tensor], config: LoRAConfig) -> str:
@@ -37,7 +38,7 @@ def adapter_checksum(tensors: Mapping[str, Tensor], config: LoRAConfig) -> str:
     fields = {
         name: value
         for name, value in asdict(config).items()
-        if name not in _WITHOUT_EFFECT and not (name in _LATER and not value)
+        if name not in _WITHOUT_EFFECT and (name not in _LATER or value not in _UNSET)
     }
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):

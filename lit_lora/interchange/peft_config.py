@@ -63,7 +63,7 @@ def to_peft_config(
         "alpha_pattern": dict(config.alpha_pattern),
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
-        "bias": "none",
+        "bias": config.bias,
         "exclude_modules": config.exclude_modules,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,

@@ -21,6 +21,7 @@ from lit_lora.adapters.matching import some
 from lit_lora.adapters.module_names import named_modules, plain_name
 from lit_lora.adapters.task_heads import as_pretrained, task_type
 from lit_lora.adapters.trainable_tokens import DELTA, TrainableTokens
+from lit_lora.adapters.trained_biases import trained_biases
 from lit_lora.base import base_weight
 from lit_lora.base.trained_on import noted, noted_metadata
 from lit_lora.files.atomic import FileToWrite, atomic_write_all
@@ -70,7 +71,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         else:
             inner = module.state_dict()
             state |= {f"{name}.{key}": inner[key] for key in inner if key.startswith("lora_")}
-    return state
+    return state | {name: bias.detach() for name, bias in trained_biases(model).items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -208,6 +209,8 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: b
     if not trainable:
         for _, module in adapter_modules(model):
             module.requires_grad_(False)
+        for bias in trained_biases(model).values():
+            bias.requires_grad_(False)
     return report
 
 

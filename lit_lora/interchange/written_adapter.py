@@ -28,9 +28,10 @@ def config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> LoR
         config: as it was injected.
         portable: without what tools do not know.
     """
-    if portable and config.use_dora:
+    if portable and (config.use_dora or config.bias != "none"):
+        what = "what DoRA adds is no product of two small matrices" if config.use_dora else "other tools refuse biases"
         raise ValueError(
-            "DoRA has no portable form: what it adds is no product of two small matrices. "
+            f"this adapter has no portable form: {what}. "
             + in_words_of(
                 python="Write it with portable=False for PEFT, or merge it",
                 command_line="Write it with --portable false for PEFT, or merge it with lit-lora merge",

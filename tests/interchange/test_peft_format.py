@@ -181,7 +181,7 @@ def test_another_base_model_is_refused(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "some"}, "bias must be one of none, all, lora_only"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"target_parameters": "experts.gate_up_proj"}, "target_parameters must be a list"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
