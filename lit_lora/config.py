@@ -51,6 +51,9 @@ class LoRAConfig:
     """Rows of the embedding to train in full, by token id, and those of a tied head; or name of an embedding or a
     head -> ids."""
 
+    ensure_weight_tying: bool = False
+    """Where an embedding or a head that share one weight are trained in full, train both as one."""
+
     layers_to_transform: list[int] | int | None = None
     """Only adapt decoder layers with these indices. A layer that is targeted by its full name is adapted anyway."""
 

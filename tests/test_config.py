@@ -87,6 +87,7 @@ REFUSED: dict[tuple[Any, str], list[Any]] = {
     (LoRAConfig, "alpha_pattern"): [None, {"q_proj": "2"}, {"q_proj": float("nan")}, {"q_proj": True}, {1: 2.0}],
     (LoRAConfig, "use_rslora"): ["true", 1, None, np.bool_(True)],
     (LoRAConfig, "bias"): ["some", None, True, ["all"]],
+    (LoRAConfig, "ensure_weight_tying"): ["true", 1, None],
     (LoRAConfig, "use_dora"): ["true", 1, None, np.bool_(True)],
     (LoRAConfig, "init_lora_weights"): ["pissa", 1, None, "", np.bool_(True), torch.float32],
     (LoRAConfig, "adapter_dtype"): ["half", "int8", torch.float64, torch.int8, None, 32],

@@ -21,6 +21,7 @@ from lit_lora.adapters.module_names import named_modules, plain_name, replace_mo
 from lit_lora.adapters.parameters import LoRAParameter, factor_sizes, fused_experts, nested_name, targeted_layers
 from lit_lora.adapters.peft_limits import refused_by_peft
 from lit_lora.adapters.task_heads import as_pretrained
+from lit_lora.adapters.tied import tied_pair
 from lit_lora.adapters.trainable_tokens import DELTA, TrainableTokens, token_modules
 from lit_lora.adapters.trained_biases import biases_to_train, note_biases
 from lit_lora.base import base_weight
@@ -311,7 +312,7 @@ def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
     """Carry out a plan of :func:`plan_injection` on the model that it was made for."""
     config = plan.config
     num_base = sum(base_weight.num_elements(parameter) for parameter in model.parameters())
-    modules = named_modules(model)
+    modules, pair = named_modules(model), tied_pair(model)
     for name, module in modules.items():
         prepare_base_layer(name, module)  # those that get no adapter too: gradients pass through them
     model.requires_grad_(False)
@@ -344,10 +345,12 @@ def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
     for name, tokens in rows.items():
         tokens.train(plan.token_owners[name].training)
         replace_module(modules, name, tokens)
-    for name, module in plan.saved.items():
-        wrapper = TrainableCopy(module, config)
-        wrapper.train(module.training)
-        replace_module(modules, name, wrapper)
+    copies = {name: TrainableCopy(module, config) for name, module in plan.saved.items()}
+    for name, copied in copies.items():
+        copied.train(plan.saved[name].training)
+        replace_module(modules, name, copied)
+    if pair is not None and config.ensure_weight_tying and copies.keys() >= set(pair):
+        copies[pair[1]].copy.weight = copies[pair[0]].copy.weight
     note_biases(model, plan.biases)
     call_adapted_layers(model)
 

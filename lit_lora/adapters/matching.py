@@ -21,6 +21,7 @@ from lit_lora.adapters.expressions import find, shown
 from lit_lora.adapters.module_names import by_end, endings, is_inside, named_modules, ranges, some, unmatched
 from lit_lora.adapters.target_parameters import experts_of, match_parameters
 from lit_lora.adapters.task_heads import as_pretrained, task_heads
+from lit_lora.adapters.tied import add_tied
 from lit_lora.base import base_weight
 from lit_lora.base.int8_rows import Int8Rows
 from lit_lora.config import LoRAConfig
@@ -77,6 +78,8 @@ def match_modules(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fal
     entries = _match_saved(modules, config.modules_to_save or [], from_file, problems)
     if not from_file:
         entries |= {name: [name] for name in task_heads(model) if name not in excluded}
+    if config.ensure_weight_tying:
+        add_tied(model, config, targeted, entries, from_file=from_file)
     _check_trainable(modules, entries)
     saved = dict.fromkeys(name for names in entries.values() for name in names)
     left_out = {*excluded, *saved}

@@ -64,8 +64,9 @@ def merge_lora(model: nn.Module, *, unload: bool = True) -> None:
             module.merge_rows()
     if not unload:
         return
+    made: dict[int, nn.Parameter] = {}
     for name, copied in copies.items():
-        replace_module(in_place, name, _plain_copy(copied))
+        replace_module(in_place, name, _plain_copy(copied, made))
     for name, module in tokens.items():
         replace_module(in_place, name, module.base_layer)
     for name in reversed(layers):  # of wrappers around each other the inner ones first
@@ -195,10 +196,11 @@ def _restore(layer: LoRALayer) -> None:
         layer.original_weight = None
 
 
-def _plain_copy(wrapper: TrainableCopy) -> nn.Module:
-    """The trained module, frozen, in the dtypes of the original."""
+def _plain_copy(wrapper: TrainableCopy, made: dict[int, nn.Parameter]) -> nn.Module:
+    """The trained module, frozen, in the dtypes of the original; ``made`` keeps what is tied so."""
     for module, name, trained in list(_trained(wrapper)):
-        setattr(module, name, nn.Parameter(trained, requires_grad=False))
+        source = getattr(module, name)
+        setattr(module, name, made.setdefault(id(source), nn.Parameter(trained, requires_grad=False)))
     return wrapper.copy
 
 

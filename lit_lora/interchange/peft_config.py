@@ -64,6 +64,7 @@ def to_peft_config(
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
         "bias": config.bias,
+        "ensure_weight_tying": config.ensure_weight_tying,
         "exclude_modules": config.exclude_modules,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,

@@ -40,7 +40,9 @@ def config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> LoR
     layers = dict(targeted_layers(model))
     modules = {name: layer for name, layer in layers.items() if not isinstance(layer, LoRAParameter)}
     resolved = isinstance(config.target_modules, str) or config.layers_to_transform is not None
-    resolved = resolved or bool(config.exclude_modules)
+    resolved = resolved or bool(config.exclude_modules) or config.ensure_weight_tying
+    # Of adapters that PEFT began as one, both are written, by their names.
+    config = replace(config, ensure_weight_tying=config.ensure_weight_tying and bool(config.modules_to_save))
     if layers and not modules:
         resolved, config = False, replace(config, target_modules=[])
     if modules and (portable or resolved):

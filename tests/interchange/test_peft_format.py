@@ -187,7 +187,6 @@ def test_another_base_model_is_refused(folder):
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"trainable_token_indices": [1]}, "trainable_token_indices: model.embed_tokens is adapted"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens="),
-        ({"ensure_weight_tying": True}, "ensure_weight_tying=True"),
         ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow=3"),
         ({"megatron_config": {"x": 1}}, "megatron_config="),
         ({"peft_type": "LOHA"}, "peft_type must be 'LORA', got 'LOHA'"),
