@@ -93,7 +93,8 @@ PRIVATE = (
     Private("torch._inductor.runtime.cache_dir_utils.cache_dir", "lit_lora/rewrites/compilation.py",
             "where compiled layers are kept, to be said", "torch.compiler tells it"),
     Private("._orig_mod",
-            "lit_lora/adapters/merge.py lit_lora/adapters/module_names.py lit_lora/adapters/task_heads.py",
+            "lit_lora/adapters/merge.py lit_lora/adapters/module_names.py lit_lora/adapters/task_heads.py "
+            "lit_lora/adapters/trained_biases.py",
             "names of a compiled module are those of the one within", "torch.compile keeps names",
             "torch._dynamo.eval_frame.OptimizedModule"),
     Private("._checkpoint_wrapped_module", "lit_lora/adapters/module_names.py",

@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_lora import LoRAConfig, inject_lora, load_adapter, save_adapter
 from lit_lora.adapters.factored_weight import FactoredWeight
+from lit_lora.adapters.grouped_product import _by_grouped_mm, grouped_product
 from lit_lora.adapters.layers import adapter_modules
 from lit_lora.adapters.parameters import LoRAParameter, targeted_layers
 from tests.tiny import language_model
@@ -184,3 +185,19 @@ def test_a_module_answers_for_its_attributes_through_the_wrapper():
     assert (experts.num_experts, experts.intermediate_dim) == (4, 64)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = experts.nonsense
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("rank", [2, 8])
+def test_what_cuda_gets_is_what_a_cpu_computes(dtype, tolerance, rank):
+    """torch's grouped products, for which ranks are filled up to whole 16 bytes."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 16, dtype=dtype, requires_grad=True), torch.randn(3, 16, 24, dtype=dtype)
+    P, Q = torch.randn(3, rank, 16, requires_grad=True), torch.randn(3, rank, 24, requires_grad=True)
+    offs, seed = torch.tensor([4, 4, 9]).int(), torch.randn(9, 24, dtype=dtype)
+    results = []
+    for function in (grouped_product, _by_grouped_mm):
+        out = function(x, weight, P, Q, offs, 0.5)
+        results.append([out.detach(), *torch.autograd.grad((out * seed).sum(), [x, P, Q])])
+    for here, there in zip(*results, strict=True):
+        assert (here - there).norm() <= tolerance * here.norm()
