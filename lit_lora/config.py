@@ -4,8 +4,8 @@ What is adapted (``LoRAConfig``), how the base is held (``QuantizationConfig``),
 (``OptimizationConfig``), and at what cost (``StepConfig``).
 
 Field names of adapters are PEFT's, so that a config reads the same in ``adapter_config.json``, in YAML and in Python.
-Left out on purpose: fields of PEFT that change the function and that lit_lora does not implement (DoRA, trainable
-biases, ...). Reading an adapter that uses one of them is an error, see ``interchange/peft_format.py``.
+Left out on purpose: fields of PEFT that change the function and that lit_lora does not implement (``lora_bias``,
+``layer_replication``, ...). Reading an adapter that uses one of them is an error, see ``interchange/peft_format.py``.
 """
 
 from __future__ import annotations

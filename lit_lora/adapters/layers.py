@@ -2,7 +2,7 @@
 
 Parameters are named as PEFT names them on disk. A wrapper answers for ``weight`` and ``bias`` of what it wraps, because
 models read them (tied heads, dtype checks) and transformers assigns them (``tie_weights``). One adapter in a model;
-several at once, DoRA and convolutions are left out.
+several at once and convolutions are left out.
 """
 
 from __future__ import annotations
