@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_lora.callbacks._support.checksum import checksums, frozen_tensors
+from lit_lora.callbacks._support.fused_experts import expert_coverage
 from lit_lora.callbacks._support.names import adapter_half, listed, module_path
 from lit_lora.callbacks._support.norms import gradient_norms
 from lit_lora.callbacks._support.trainer import is_reading_step, state_key
@@ -167,7 +168,9 @@ class GradientFlowAssertion(Check):
                 f"once the other has moved, on the second step; this run took {trainer.global_step}",
             )
         base = f"{len(self._base)} frozen tensors bit-identical" if self.check_base else "base not checked"
-        return Verdict(self.name, True, f"all {len(self._start)} trainable parameters moved; {base}")
+        experts = expert_coverage(pl_module)
+        found = [f"all {len(self._start)} trainable parameters moved", base, *([experts] if experts else [])]
+        return Verdict(self.name, True, "; ".join(found))
 
     def raise_failure(self) -> None:
         """Raise where that was asked for."""

@@ -24,6 +24,7 @@ from lit_lora.rewrites import compilation, liger_kernels
 from lit_lora.rewrites.fused_elementwise import fuse_elementwise
 from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
 from lit_lora.rewrites.recompute import checkpoint_layers
+from lit_lora.rewrites.routed_experts import check_routed_experts
 from lit_lora.rewrites.shared_inputs import share_inputs
 
 
@@ -87,6 +88,8 @@ def make_trainable(
         if not step.liger:  # which has kernels for the same
             fuse_elementwise(model)
     model.train()
+    if not valueless:
+        check_routed_experts(model)
     path = None if own_loss else _path(model, step, packing=packing, valueless=valueless)
     clock = compilation.compile_layers(model) if step.compile_layers and not valueless else None
     if step.recompute and step.activation_budget is None:

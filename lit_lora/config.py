@@ -4,8 +4,8 @@ What is adapted (``LoRAConfig``), how the base is held (``QuantizationConfig``),
 (``OptimizationConfig``), and at what cost (``StepConfig``).
 
 Field names of adapters are PEFT's, so that a config reads the same in ``adapter_config.json``, in YAML and in Python.
-Left out on purpose: fields of PEFT that change the function and that lit_lora does not implement (DoRA, trainable
-biases, ...). Reading an adapter that uses one of them is an error, see ``interchange/peft_format.py``.
+Left out on purpose: fields of PEFT that change the function and that lit_lora does not implement (``lora_bias``,
+``layer_replication``, ...). Reading an adapter that uses one of them is an error, see ``interchange/peft_format.py``.
 """
 
 from __future__ import annotations
@@ -39,9 +39,20 @@ class LoRAConfig:
     exclude_modules: list[str] | str | None = None
     """Layers to leave out although ``target_modules`` matches them: names, or one regular expression."""
 
+    target_parameters: list[str] | None = None
+    """Parameters to adapt that no linear layer holds, such as the fused experts of a mixture: names, exact or the
+    last parts of the path (experts.gate_up_proj, experts.down_proj)."""
+
     modules_to_save: list[str] | None = None
     """Modules to train in full and to store with the adapter, by name. The head of a classifier of transformers is
     trained so in any case, unless it is excluded."""
+
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of the embedding to train in full, by token id, and those of a tied head; or name of an embedding or a
+    head -> ids."""
+
+    ensure_weight_tying: bool = False
+    """Where an embedding or a head that share one weight are trained in full, train both as one."""
 
     layers_to_transform: list[int] | int | None = None
     """Only adapt decoder layers with these indices. A layer that is targeted by its full name is adapted anyway."""
@@ -52,13 +63,20 @@ class LoRAConfig:
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks that differ from ``r``: name or regular expression for the end of a path -> rank. Of several that match,
-    the first one counts."""
+    the first one counts. An expert of a fused parameter is named by its number (experts.down_proj.3)."""
 
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas that differ from ``lora_alpha``: name or regular expression for the end of a path -> alpha."""
 
     use_rslora: bool = False
     """Scale by ``lora_alpha / sqrt(r)`` (rank-stabilised LoRA, arXiv:2312.03732, eq. 3)."""
+
+    use_dora: bool = False
+    """Also train the length of each row of an adapted weight (DoRA, arXiv:2402.09353): one more pass over the weight in
+    each forward, for their norms."""
+
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases of the base to train along: none, all, or those of adapted layers (lora_only)."""
 
     init_lora_weights: bool | Literal["gaussian"] = True
     """How A and B start: true (Kaiming-uniform A, zero B), "gaussian" (normal A, zero B), or false (both random, for
@@ -74,13 +92,29 @@ class LoRAConfig:
             raise ValueError(f"r must be at least 1, got {self.r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        if not self.target_modules and not self.modules_to_save:
+        trained = self.modules_to_save or self.target_parameters or self.trainable_token_indices
+        if not self.target_modules and not trained:
             raise ValueError("target_modules is empty: name the layers to adapt, or use 'all-linear'")
+        if self.target_parameters and self.lora_dropout:
+            raise ValueError(
+                "lora_dropout must be 0 with target_parameters: in PEFT's format these adapters are added to the "
+                "parameter, where there is no input to drop from"
+            )
         for pattern, rank in self.rank_pattern.items():
             if rank < 1:
                 raise ValueError(f"rank_pattern[{pattern!r}] must be at least 1, got {rank}")
+        if self.target_parameters and self.use_dora:
+            raise ValueError("use_dora does not work with target_parameters, in PEFT either: set one of them")
+        for name, ids in self.rows_to_train("the embedding").items():
+            if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
+                raise ValueError(f"trainable_token_indices must be different ids from 0 on, got {ids} for {name}")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform: set both or neither")
+
+    def rows_to_train(self, embedding: str) -> dict[str, list[int]]:
+        """Module -> ids of ``trainable_token_indices``; a list is for the one named ``embedding``."""
+        rows = self.trainable_token_indices
+        return rows if isinstance(rows, dict) else {embedding: rows} if rows is not None else {}
 
     def check_for_training(self) -> None:
         """Adapters that others trained may have any scale; what is to be trained needs one above zero.
@@ -271,7 +305,7 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 _WORDS = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false", NoneType: "null"}
-_PLURALS = {int: "integers", float: "finite numbers", str: "names"}
+_PLURALS = {int: "integers", float: "finite numbers", str: "names", list[int]: "lists of integers"}
 
 
 def _described(hint: Any) -> str:

@@ -33,6 +33,7 @@ from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import ActivationBudget
 from lit_lora.rewrites import compilation
 from lit_lora.training import hyperparameters, on_cuda, training_record, training_state
+from lit_lora.training.new_tokens import hold_new_tokens
 from lit_lora.training.optimization import Optimization
 from lit_lora.training.resume_settings import Difference
 from lit_lora.training.step_metrics import LossOutput
@@ -178,6 +179,7 @@ class LoRALightningModule(TokenLossModule):
         model = self.load_base()
         if type(self).load_base is not LoRALightningModule.load_base:
             forget_base(model)  # what was loaded may have been changed
+        self.lora = hold_new_tokens(model, self.lora, getattr(self._trainer, "datamodule", None))
         own_loss = type(self).compute_loss is not LoRALightningModule.compute_loss
         built = make_trainable(model, self.lora, self.step, packing=self._packs, own_loss=own_loss)
         self.injection_report, self.path, self._compile_clock = built

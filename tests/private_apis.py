@@ -47,9 +47,9 @@ PRIVATE = (
             "rules of attention masks are computed within a mode that records and keeps no values",
             "torch documents it under a public name"),
     Private("torch.utils._pytree.tree_leaves",
-            "lit_lora/adapters/direct_reads.py lit_lora/memory/storage_tracker.py",
+            "lit_lora/adapters/direct_reads.py lit_lora/memory/storage_tracker.py lit_lora/rewrites/routed_experts.py",
             "tensors in nested arguments", "torch.utils.pytree is public in the oldest torch that we support"),
-    Private("torch.utils._pytree.tree_map", "lit_lora/adapters/layers.py",
+    Private("torch.utils._pytree.tree_map", "lit_lora/adapters/factored_weight.py lit_lora/adapters/layers.py",
             "tensors in nested arguments", "torch.utils.pytree is public in the oldest torch that we support"),
     Private("._cdata",
             "lit_lora/adapters/direct_reads.py lit_lora/language_model/attention_calls.py "
@@ -93,7 +93,8 @@ PRIVATE = (
     Private("torch._inductor.runtime.cache_dir_utils.cache_dir", "lit_lora/rewrites/compilation.py",
             "where compiled layers are kept, to be said", "torch.compiler tells it"),
     Private("._orig_mod",
-            "lit_lora/adapters/merge.py lit_lora/adapters/module_names.py lit_lora/adapters/task_heads.py",
+            "lit_lora/adapters/merge.py lit_lora/adapters/module_names.py lit_lora/adapters/task_heads.py "
+            "lit_lora/adapters/trained_biases.py",
             "names of a compiled module are those of the one within", "torch.compile keeps names",
             "torch._dynamo.eval_frame.OptimizedModule"),
     Private("._checkpoint_wrapped_module", "lit_lora/adapters/module_names.py",

@@ -2,17 +2,16 @@
 
 Parameters are named as PEFT names them on disk. A wrapper answers for ``weight`` and ``bias`` of what it wraps, because
 models read them (tied heads, dtype checks) and transformers assigns them (``tie_weights``). One adapter in a model;
-several at once, DoRA and convolutions are left out.
+several at once and convolutions are left out.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,108 +20,12 @@ from torch.utils._pytree import tree_map
 
 from lit_lora.adapters.functional import add_lora, half_precision, lora_linear
 from lit_lora.adapters.half_precision import Adapted, lora_linears
+from lit_lora.adapters.lora_layer import FORWARDED, LoRALayer, bare_linear, scaled_product
 from lit_lora.adapters.module_names import plain_name
 from lit_lora.adapters.shared_input import SharedInput
+from lit_lora.adapters.trainable_tokens import TrainableTokens
 from lit_lora.base import base_weight
 from lit_lora.config import LoRAConfig
-
-_FORWARDED = ("weight", "bias")
-
-
-class LoRALayer(nn.Module, ABC):
-    """A frozen layer with a low-rank addition to its weight: ``W + scaling * B @ A``.
-
-    What a kind of layer has of its own are its members; whoever starts, merges or writes adapters asks for these, not
-    for the kind.
-    """
-
-    tensor_names: ClassVar[tuple[str, str]]
-    """Of A and B, below the layer's name, as PEFT writes them."""
-
-    has_fast_path: bool = False
-    """Whether base and adapter may be computed by one function; to be switched off."""
-
-    base_layer: Any
-    """The frozen layer."""
-
-    enabled: bool
-    """False: the layer acts as its base layer."""
-
-    original_weight: tuple[nn.Parameter] | None
-    """While the adapter is folded into the base weight: the weight before. A tuple, to not register it."""
-
-    def __init__(self, base_layer: nn.Module, config: LoRAConfig, *, r: int, lora_alpha: float) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.config = config
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.scaling = config.scaling(r, lora_alpha)
-        self.enabled = True
-        self.original_weight = None
-
-    @abstractmethod
-    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The trainable matrices, A ``(r, in)`` and B ``(out, r)``."""
-
-    @abstractmethod
-    def delta_weight(self) -> Tensor:
-        """What merging adds to the base weight, in the layout of ``read_base``, at least float32."""
-
-    @abstractmethod
-    def read_base(self) -> Tensor:
-        """The base layer's weight."""
-
-    @abstractmethod
-    def write_base(self, weight: Tensor) -> None:
-        """Give the base layer a new, frozen weight, in the layout of ``read_base``."""
-
-    @abstractmethod
-    def start(self, fill: Callable[[Tensor], Any]) -> None:
-        """Fill the half that starts non-zero, and the other one with zeros."""
-
-    @abstractmethod
-    def start_at_random(self) -> None:
-        """Fill both halves, so that the adapter changes the output from the start."""
-
-    @property
-    @abstractmethod
-    def starts_nonzero(self) -> nn.Parameter:
-        """The half that does: A, but for embeddings."""
-
-    @abstractmethod
-    def sample_input(self, generator: torch.Generator) -> Tensor:
-        """A small batch that the layer takes, on its device."""
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether the base weight is stored in 4 or 8 bits."""
-        return base_weight.is_quantized(self.base_layer)
-
-    @property
-    def merged(self) -> bool:
-        """Whether the adapter is folded into the base weight, so that the base layer alone gives the result."""
-        return self.original_weight is not None
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base_layer.bias
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _FORWARDED:
-            setattr(self.base_layer, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def extra_repr(self) -> str:
-        """Rank and scale, for ``print(model)``."""
-        return f"r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling:g}"
 
 
 class LoRALinear(LoRALayer):
@@ -134,8 +37,8 @@ class LoRALinear(LoRALayer):
         super().__init__(base_layer, config, r=r, lora_alpha=lora_alpha)
         self.out_features, self.in_features = base_weight.linear_shape(base_layer)
         device, dtype = self.base_layer.weight.device, getattr(torch, config.adapter_dtype)
-        self.lora_A = _bare_linear(self.in_features, r, device=device, dtype=dtype)
-        self.lora_B = _bare_linear(r, self.out_features, device=device, dtype=dtype)
+        self.lora_A = bare_linear(self.in_features, r, device=device, dtype=dtype)
+        self.lora_B = bare_linear(r, self.out_features, device=device, dtype=dtype)
         # Looked up once: forwards should cost nothing, and torch.compile should see no lookups.
         self.has_fast_path = base_weight.is_known_product(base_layer)
         self.is_transposed = base_weight.is_conv1d(base_layer)
@@ -177,7 +80,7 @@ class LoRALinear(LoRALayer):
 
     def delta_weight(self) -> Tensor:
         """``scaling * B @ A``, ``(out, in)``."""
-        return _scaled_product(self.lora_B.weight, self.lora_A.weight, self.scaling)
+        return scaled_product(self.lora_B.weight, self.lora_A.weight, self.scaling)
 
     def read_base(self) -> Tensor:
         """``(out, in)``, whatever holds it."""
@@ -186,6 +89,11 @@ class LoRALinear(LoRALayer):
     def write_base(self, weight: Tensor) -> None:
         """``(out, in)``, into the layout of the base layer."""
         base_weight.write_weight_(self.base_layer, weight)
+
+    @property
+    def base_is_plain(self) -> bool:
+        """Not a subclass, and no hook waits for it."""
+        return base_weight.is_known_product(self.base_layer) and not base_weight.is_intercepted(self.base_layer)
 
     def start(self, fill: Callable[[Tensor], Any]) -> None:
         """Fill A, and B with zeros."""
@@ -272,15 +180,13 @@ class LoRAEmbedding(LoRALayer):
 
     def delta_weight(self) -> Tensor:
         """``scaling * (B @ A).T``, ``(vocab, dim)``."""
-        return _scaled_product(self.lora_embedding_B, self.lora_embedding_A, self.scaling).t()
+        return scaled_product(self.lora_embedding_B, self.lora_embedding_A, self.scaling).t()
 
-    def read_base(self) -> Tensor:
-        """``(vocab, dim)``."""
-        return self.base_layer.weight
-
-    def write_base(self, weight: Tensor) -> None:
-        """``(vocab, dim)``."""
-        self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+    @property
+    def base_is_plain(self) -> bool:
+        """Not a subclass, no hook waits for it, and it does not change its weight."""
+        base: Any = self.base_layer
+        return type(base) is nn.Embedding and base.max_norm is None and not base_weight.is_intercepted(base)
 
     def start(self, fill: Callable[[Tensor], Any]) -> None:
         """Zero A, normal B whatever ``fill``: the reverse of a linear layer, as in the reference implementation."""
@@ -359,7 +265,7 @@ class TrainableCopy(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # transformers' tie_weights assigns the weight: that concerns the original, a copy is never tied.
-        if name in _FORWARDED:
+        if name in FORWARDED:
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
@@ -372,23 +278,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
             yield plain_name(name), module
 
 
-def adapter_modules(model: nn.Module) -> Iterator[tuple[str, LoRALayer | TrainableCopy]]:
-    """The LoRA layers and trainable copies of a model with their names, in the model's order."""
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, LoRALayer | TrainableCopy | TrainableTokens]]:
+    """The LoRA layers, trainable copies and trainable rows of a model with their names, in the model's order."""
     for name, module in model.named_modules():
-        if isinstance(module, (LoRALayer, TrainableCopy)):
+        if isinstance(module, (LoRALayer, TrainableCopy, TrainableTokens)):
             yield plain_name(name), module
-
-
-def _bare_linear(num_in: int, num_out: int, *, device: torch.device, dtype: torch.dtype) -> nn.Linear:
-    """A linear layer with an unset weight: building it draws no random numbers."""
-    linear = nn.Linear(num_in, num_out, bias=False, device="meta", dtype=dtype)
-    linear.weight = nn.Parameter(torch.empty(num_out, num_in, device=device, dtype=dtype))
-    return linear
-
-
-def _scaled_product(lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
-    dtype = torch.promote_types(lora_A.dtype, torch.float32)
-    return (lora_B.detach().to(dtype) @ lora_A.detach().to(dtype)).mul_(scaling)
 
 
 def _trainable(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:

@@ -18,8 +18,10 @@ from typing import TypeVar
 from torch import nn
 
 from lit_lora.adapters.expressions import find, shown
-from lit_lora.adapters.module_names import named_modules
+from lit_lora.adapters.module_names import by_end, endings, is_inside, named_modules, ranges, some, unmatched
+from lit_lora.adapters.target_parameters import experts_of, match_parameters
 from lit_lora.adapters.task_heads import as_pretrained, task_heads
+from lit_lora.adapters.tied import add_tied
 from lit_lora.base import base_weight
 from lit_lora.base.int8_rows import Int8Rows
 from lit_lora.config import LoRAConfig
@@ -40,11 +42,14 @@ class Matched:
     saved: list[str]
     """Modules to train in full."""
 
+    parameters: list[str]
+    """Parameters to adapt that no layer holds."""
+
     ranks: dict[str, int]
-    """Layers whose rank a pattern sets."""
+    """Layers and parameters whose rank a pattern sets; experts of a parameter too, by its name and their number."""
 
     alphas: dict[str, float]
-    """Layers whose alpha a pattern sets."""
+    """Layers and parameters whose alpha a pattern sets."""
 
     coverage: dict[str, int]
     """Entry of ``target_modules`` or ``modules_to_save`` -> number of modules that it matched."""
@@ -73,21 +78,29 @@ def match_modules(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fal
     entries = _match_saved(modules, config.modules_to_save or [], from_file, problems)
     if not from_file:
         entries |= {name: [name] for name in task_heads(model) if name not in excluded}
+    if config.ensure_weight_tying:
+        add_tied(model, config, targeted, entries, from_file=from_file)
     _check_trainable(modules, entries)
     saved = dict.fromkeys(name for names in entries.values() for name in names)
     left_out = {*excluded, *saved}
     candidates = {
         name: targeted[name]
         for name in modules
-        if name in targeted and name not in left_out and not _is_inside(name, saved)
+        if name in targeted and name not in left_out and not is_inside(name, saved)
     }
     chosen = _in_layers(candidates, config, problems)
     _check_adaptable(modules, chosen)
     _check_unmistakable(modules, chosen, saved)
     coverage = _count_coverage(config, targeted, chosen, entries, problems)
-    ranks = resolve_pattern("rank_pattern", config.rank_pattern, chosen, problems)
-    alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, chosen, problems)
-    return Matched(list(chosen), list(saved), ranks, alphas, coverage, problems)
+    parameters = match_parameters(modules, config.target_parameters or [], chosen, saved, problems)
+    for found in parameters.values():
+        for entry in found:
+            coverage[entry] = coverage.get(entry, 0) + 1
+    patterned = [*chosen, *parameters]
+    ranked = [*patterned, *experts_of(modules, parameters)] if config.rank_pattern else patterned
+    ranks = resolve_pattern("rank_pattern", config.rank_pattern, ranked, problems)
+    alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, patterned, problems)
+    return Matched(list(chosen), list(saved), list(parameters), ranks, alphas, coverage, problems)
 
 
 def resolve_pattern(
@@ -106,7 +119,7 @@ def resolve_pattern(
     found = find(field_name, {pattern: rf"(.*\.)?({pattern})$" for pattern in patterns}, names)
     if problems is not None:
         idle = [pattern for pattern in patterns if not found[pattern]]
-        problems += _unmatched(field_name, idle, "adapted layer", f"they end in {_endings(names)}")
+        problems += unmatched(field_name, idle, "adapted layer", f"they end in {endings(names)}")
     resolved: dict[str, _T] = {}
     for pattern, value in patterns.items():
         for name in found[pattern]:
@@ -142,16 +155,6 @@ def saved_as_peft(names: Iterable[str], entries: Iterable[str]) -> dict[str, lis
     return found
 
 
-def _by_end(names: Iterable[str]) -> dict[str, list[str]]:
-    """Full name, or end of one -> the names that it stands for in a list."""
-    ends: dict[str, list[str]] = {}
-    for name in names:
-        parts = name.split(".")
-        for start in range(len(parts)):
-            ends.setdefault(".".join(parts[start:]), []).append(name)
-    return ends
-
-
 def _match_saved(
     modules: dict[str, nn.Module], wanted: list[str], from_file: bool, problems: list[str]
 ) -> dict[str, list[str]]:
@@ -159,10 +162,10 @@ def _match_saved(
         held = [name for name, module in modules.items() if any(True for _ in module.parameters())]
         found = saved_as_peft(held, wanted)
     else:
-        ends = _by_end(modules)
+        ends = by_end(modules)
         found = {entry: ends.get(entry, []) for entry in wanted}
     idle = [entry for entry, names in found.items() if not names]
-    problems += _unmatched("modules_to_save", idle, "module", f"modules end in {_endings(modules)}")
+    problems += unmatched("modules_to_save", idle, "module", f"modules end in {endings(modules)}")
     return found
 
 
@@ -183,7 +186,7 @@ def _check_trainable(modules: dict[str, nn.Module], entries: dict[str, list[str]
                     "called: name what is in it"
                 )
     saved = {name for names in entries.values() for name in names}
-    nested = [name for name in sorted(saved) if _is_inside(name, saved)]
+    nested = [name for name in sorted(saved) if is_inside(name, saved)]
     if nested:
         raise ValueError(f"modules_to_save matches {some(nested)} inside of other modules that it matches")
 
@@ -219,13 +222,13 @@ def _match_targets(
             example = f"; the whole path has to match, such as {next(iter(linear))!r}" if linear else ""
             problems.append(f"target_modules {targets!r} matches no module{example}")
         return found
-    ends = _by_end(modules)
+    ends = by_end(modules)
     found = {}
     for entry in targets:
         for name in ends.get(entry, []):
             found.setdefault(name, []).append(entry)
     idle = [entry for entry in targets if entry not in ends]
-    problems += _unmatched("target_modules", idle, "layer", f"linear layers end in {_endings(linear)}")
+    problems += unmatched("target_modules", idle, "layer", f"linear layers end in {endings(linear)}")
     return found
 
 
@@ -238,9 +241,9 @@ def _match_excluded(modules: dict[str, nn.Module], config: LoRAConfig, problems:
         if not excluded:
             problems.append(f"exclude_modules {shown(excludes)} matches no module (the whole path has to match)")
         return excluded
-    ends = _by_end(modules)
+    ends = by_end(modules)
     idle = [entry for entry in excludes if entry not in ends]
-    problems += _unmatched("exclude_modules", idle, "module", f"modules end in {_endings(modules)}")
+    problems += unmatched("exclude_modules", idle, "module", f"modules end in {endings(modules)}")
     return {name for entry in excludes for name in ends.get(entry, [])}
 
 
@@ -307,36 +310,3 @@ def _count_coverage(
 
 def _is_quantized(module: nn.Module) -> bool:
     return base_weight.may_be_quantized(module) and base_weight.is_quantized(module)
-
-
-def _is_inside(name: str, others: Collection[str]) -> bool:
-    return any(name[:end] in others for end, letter in enumerate(name) if letter == ".")
-
-
-def _unmatched(field_name: str, entries: list[str], what: str, known: str) -> list[str]:
-    named = [f"{field_name} entry {shown(entry)} matches no {what}" for entry in entries[:5]]
-    if len(entries) > 5:
-        named.append(f"nor do {len(entries) - 5} more")
-    return [f"{named[0]}; {known}", *named[1:]] if named else []
-
-
-def _endings(names: Iterable[str]) -> str:
-    return some(sorted({name.rpartition(".")[2] for name in names} - {str(i) for i in range(1000)}), limit=20)
-
-
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """The first few of many names."""
-    names = list(names)
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """``0-3, 7`` for 0, 1, 2, 3, 7."""
-    parts: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

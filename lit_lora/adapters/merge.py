@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lit_lora.adapters.layers import LoRALayer, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
 from lit_lora.adapters.module_names import named_modules, replace_module
-from lit_lora.base import base_weight
+from lit_lora.adapters.trainable_tokens import TrainableTokens
+from lit_lora.adapters.trained_biases import forget_biases, original_biases, trained_biases
 
 
 @torch.no_grad()
@@ -40,23 +41,39 @@ def merge_lora(model: nn.Module, *, unload: bool = True) -> None:
         raise ValueError("the model has no adapters to merge")
     layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
     merged = [name for name, layer in layers.items() if layer.merged]
-    if merged and not unload:
-        raise ValueError(f"{some(merged)} are merged already: call unmerge_lora first")
     to_merge = {name: layer for name, layer in layers.items() if not layer.merged}
+    tokens = {name: module for name, module in modules.items() if isinstance(module, TrainableTokens)}
+    merged += [name for name, module in tokens.items() if module.merged]
     copies = {name: module for name, module in modules.items() if isinstance(module, TrainableCopy)} if unload else {}
     _check_mergeable(to_merge)
+    if merged and not unload:
+        raise ValueError(f"{some(merged)} are merged already: call unmerge_lora first")
     _check_finite(to_merge, copies)
+    biases = trained_biases(model)
+    broken = [name for name, bias in biases.items() if not torch.isfinite(bias).all()]
+    if broken:
+        raise ValueError(f"the adapter holds NaN or infinity in {some(broken)}: it is not merged")
+    for name, module in tokens.items():
+        if not torch.isfinite(module.rows_KD).all():
+            raise ValueError(f"the adapter holds NaN or infinity in {name}: it is not merged")
     in_place = named_modules(model)
-    for name, layer in to_merge.items():
+    for layer in to_merge.values():
         _merge_layer(layer)
-        if unload:
-            replace_module(in_place, name, layer.base_layer)
+    for module in sorted(tokens.values(), key=lambda module: module.tied_to is not None):
+        if not module.merged:
+            module.merge_rows()
     if not unload:
         return
+    made: dict[int, nn.Parameter] = {}
     for name, copied in copies.items():
-        replace_module(in_place, name, _plain_copy(copied))
-    for name in merged:
+        replace_module(in_place, name, _plain_copy(copied, made))
+    for name, module in tokens.items():
+        replace_module(in_place, name, module.base_layer)
+    for name in reversed(layers):  # of wrappers around each other the inner ones first
         replace_module(in_place, name, layers[name].base_layer)
+    for bias in biases.values():
+        bias.requires_grad_(False)
+    forget_biases(model)
     _untie_if_diverged(getattr(model, "_orig_mod", model))
 
 
@@ -68,10 +85,13 @@ def unmerge_lora(model: nn.Module) -> None:
         ValueError: if no adapter is merged.
     """
     merged = [layer for _, layer in lora_layers(model) if layer.original_weight is not None]
-    if not merged:
+    tokens = [module for _, module in adapter_modules(model) if isinstance(module, TrainableTokens) and module.merged]
+    if not merged and not tokens:
         raise ValueError("no adapter is merged: nothing to undo (after unload=True there is no way back)")
     for layer in merged:
         _restore(layer)
+    for module in tokens:
+        module.restore_rows()
 
 
 @contextmanager
@@ -82,13 +102,14 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
         ValueError: if the adapters are merged into the base weights, where they cannot be switched off.
     """
     modules = [module for _, module in adapter_modules(model)]
-    if any(isinstance(module, LoRALayer) and module.merged for module in modules):
+    if any(not isinstance(module, TrainableCopy) and module.merged for module in modules):
         raise ValueError("the adapters are merged: call unmerge_lora before disable_lora")
     before = [module.enabled for module in modules]
     for module in modules:
         module.enabled = False
     try:
-        yield
+        with original_biases(model):
+            yield
     finally:
         for module, enabled in zip(modules, before, strict=True):
             module.enabled = enabled
@@ -103,23 +124,22 @@ def _check_mergeable(layers: dict[str, LoRALayer]) -> None:
             "merge there"
         )
     for name, layer in layers.items():
-        base = layer.base_layer
-        if "weight" not in dict(base.named_parameters(recurse=False)):
+        owner, held = layer.held
+        if held not in dict(owner.named_parameters(recurse=False)):
             raise ValueError(
                 f"cannot merge into {name}: its weight is computed from others (weight norm, pruning, a "
                 "parametrization), which would undo the merge. Make it a plain parameter first"
             )
-        plain = base_weight.is_known_product(base) or (type(base) is nn.Embedding and base.max_norm is None)
-        if (not plain or base_weight.is_intercepted(base)) and not _merges_right(layer):
+        if not layer.base_is_plain and not _merges_right(layer):
             raise ValueError(
-                f"cannot merge into {name}: {type(base).__name__} does more with its weight than multiply (or a hook "
+                f"cannot merge into {name}: {type(owner).__name__} does more with its weight than multiply (or a hook "
                 "does), so that the merged layer would compute something else. Serve the adapter beside the base"
             )
 
 
 def _merges_right(layer: LoRALayer) -> bool:
     """Whether the layer computes the same merged as unmerged, with another adapter of the size of its weight."""
-    base, factors, training = layer.base_layer, layer.factors(), layer.training
+    factors, training = layer.factors(), layer.training
     before, enabled, scaling = [factor.detach().clone() for factor in factors], layer.enabled, layer.scaling
     generator = torch.Generator().manual_seed(0)
     x = layer.sample_input(generator)
@@ -128,7 +148,7 @@ def _merges_right(layer: LoRALayer) -> bool:
         for factor in factors:
             factor.copy_(torch.randn(factor.shape, generator=generator))
         layer.enabled, layer.scaling = True, 1.0
-        layer.scaling = (base.weight.float().norm() / layer.delta_weight().float().norm()).item()
+        layer.scaling = (layer.base_parameter.float().norm() / layer.delta_weight().float().norm()).item()
         expected = layer(x)
         _merge_layer(layer)
         got = layer(x)
@@ -147,8 +167,8 @@ def _check_finite(layers: dict[str, LoRALayer], copies: dict[str, TrainableCopy]
     for name, layer in layers.items():
         parts = {
             "the adapter holds": all(torch.isfinite(factor).all() for factor in layer.factors()),
-            "the base holds": torch.isfinite(layer.base_layer.weight).all(),
-            "the sum of base and adapter overflows to": torch.isfinite(_merged_weight(layer)).all(),
+            "the base holds": torch.isfinite(layer.base_parameter).all(),
+            "the sum of base and adapter overflows to": torch.isfinite(layer.merged_weight()).all(),
         }
         for what, finite in parts.items():
             if not finite:
@@ -160,33 +180,27 @@ def _check_finite(layers: dict[str, LoRALayer], copies: dict[str, TrainableCopy]
 
 def _merge_layer(layer: LoRALayer) -> None:
     """Give the base layer ``W + delta``; the wrapper keeps the old weight."""
-    merged = _merged_weight(layer)
-    layer.original_weight = (layer.base_layer.weight,)
+    merged = layer.merged_weight()
+    layer.original_weight = (cast(nn.Parameter, layer.base_parameter),)
     layer.write_base(merged)
-
-
-def _merged_weight(layer: LoRALayer) -> Tensor:
-    """``W + delta``, summed in the wider dtype and rounded to that of W."""
-    weight = layer.read_base()
-    return (weight + layer.delta_weight()).to(weight.dtype)
 
 
 def _restore(layer: LoRALayer) -> None:
     """Take a merge back."""
     if layer.original_weight is not None:
         (original,) = layer.original_weight
-        device = layer.base_layer.weight.device
+        device, (owner, held) = layer.base_parameter.device, layer.held
         # The model may have moved since; the tuple did not move along.
-        layer.base_layer.weight = (
-            original if original.device == device else nn.Parameter(original.to(device), requires_grad=False)
-        )
+        moved = original if original.device == device else nn.Parameter(original.to(device), requires_grad=False)
+        setattr(owner, held, moved)
         layer.original_weight = None
 
 
-def _plain_copy(wrapper: TrainableCopy) -> nn.Module:
-    """The trained module, frozen, in the dtypes of the original."""
+def _plain_copy(wrapper: TrainableCopy, made: dict[int, nn.Parameter]) -> nn.Module:
+    """The trained module, frozen, in the dtypes of the original; ``made`` keeps what is tied so."""
     for module, name, trained in list(_trained(wrapper)):
-        setattr(module, name, nn.Parameter(trained, requires_grad=False))
+        source = getattr(module, name)
+        setattr(module, name, made.setdefault(id(source), nn.Parameter(trained, requires_grad=False)))
     return wrapper.copy
 
 

@@ -50,6 +50,9 @@ class TrainedOn:
     tokenizer: str | None = None
     """Where the tokenizer came from: a name or folder."""
 
+    new_tokens: list[str] | None = None
+    """Tokens that were added to it."""
+
     vocabulary_sha256: str | None = None
     """Of how the tokenizer maps text to ids."""
 

@@ -25,6 +25,7 @@ from lit_lora.data.limits import check_limits, check_own_sampler
 from lit_lora.data.loaders import PromptDataset, batch_loader, generator_of, only
 from lit_lora.data.mixture import Mixture
 from lit_lora.data.named_tokenizer import loaded_tokenizer
+from lit_lora.data.new_tokens import NewTokens
 from lit_lora.data.prepare import SourceSettings, remove_abandoned_parts
 from lit_lora.data.resume import check_not_resumed, rank_batches_consumed
 from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches
@@ -54,6 +55,7 @@ class SFTDataModule(pl.LightningDataModule):
         format: "alpaca", "sharegpt", "messages", "prompt_completion", "text", or "auto" to tell by the columns.
         columns: names that differ from the format's, for example ``{"prompt": "question", "completion": "answer"}``.
         tokenizer: tokenizer, or name or folder of one; by default that of the module's ``base``.
+        new_tokens: tokens to add to the tokenizer; their embeddings are trained, and saved with the adapter.
         max_length: longest example in tokens; longer ones lose their end.
         batch_size: most examples in a micro-batch; 4 if neither this nor ``max_tokens_per_batch`` is given.
         max_tokens_per_batch: most tokens in a micro-batch, padding included where batches are padded.
@@ -64,8 +66,7 @@ class SFTDataModule(pl.LightningDataModule):
         train_on_prompt: train on the prompts, too.
         limit: use only the first rows of ``train``, this many (of each source that has no limit of its own).
         on_bad_rows: "error" to refuse data with bad rows, "drop" to skip them.
-        cache_dir: folder for tokenized data; by default ``$LIT_LORA_CACHE/tokenized`` or
-            ``~/.cache/lit_lora/tokenized``.
+        cache_dir: folder for tokenized data; by default ``$LIT_LORA_CACHE/tokenized``, or in ``~/.cache/lit_lora``.
         train_on_turns: "all" assistant turns are learned, or only the "last" of a conversation. A turn with ``weight``
             counts that much, one with ``weight: 0`` or ``train: false`` is not learned.
         reasoning: "keep" learns the reasoning of an answer where the chat template shows it, "mask" shows it without
@@ -87,6 +88,7 @@ class SFTDataModule(pl.LightningDataModule):
         format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto",
         columns: dict[str, str] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
+        new_tokens: list[str] | None = None,
         max_length: int = 1024,
         batch_size: int | None = None,
         max_tokens_per_batch: int | None = None,
@@ -144,6 +146,7 @@ class SFTDataModule(pl.LightningDataModule):
         self.validation_data: Examples | None = None
         self.test_data: Examples | None = None
         self.summary: DataSummary | None = None
+        self.new_tokens = NewTokens(new_tokens or [])
         self._tokenizer = tokenizer
         self._tokenizer_name: str | None = None
         self.mixture: Mixture | None = None
@@ -162,13 +165,13 @@ class SFTDataModule(pl.LightningDataModule):
         if not isinstance(self._tokenizer, PreTrainedTokenizerBase):
             module = None if self.trainer is None else self.trainer.lightning_module
             self._tokenizer, self._tokenizer_name = loaded_tokenizer(self._tokenizer, module)
-        return self._tokenizer
+        return self.new_tokens.added_to(self._tokenizer)
 
     def trained_on(self) -> dict[str, Any]:
         """What the record of an adapter says of this data; plain types."""
         assert self.train_data is not None, "setup() comes before trained_on()"
-        format = self.train_data.statistics.format
-        return data_record(self.tokenizer, self.source_settings, name=self._tokenizer_name, format=format)
+        format, added = self.train_data.statistics.format, {"new_tokens": self.new_tokens.tokens or None}
+        return added | data_record(self.tokenizer, self.source_settings, name=self._tokenizer_name, format=format)
 
     def settings(self) -> dict[str, Any]:
         """What it was built with, for loggers."""
@@ -179,6 +182,7 @@ class SFTDataModule(pl.LightningDataModule):
             "validation_fraction": self.validation_fraction,
             "test": None if self._test is None else self._test.plain(),
             "tokenizer": tokenizer if isinstance(tokenizer, str | None) else tokenizer.name_or_path or str(tokenizer),
+            "new_tokens": self.new_tokens.tokens,
             **asdict(self.source_settings),
             **asdict(self.batch_settings),
         }

@@ -34,6 +34,7 @@ def tokenizer_for(
         ValueError: if what is found is not what the adapter was trained with, saying in what it differs.
     """
     from lit_lora.base.load import holds_tokenizer, load_tokenizer
+    from lit_lora.data.new_tokens import NewTokens
 
     def load(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
         return load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -63,6 +64,7 @@ def tokenizer_for(
         except (ValueError, OSError) as error:
             found.append(str(error))
             continue
+        chosen = NewTokens([t for t in record.new_tokens or [] if t not in chosen.get_vocab()]).added_to(chosen)
         if not (difference := _difference(chosen, record)):
             return chosen
         found.append(f"{place.name}: {difference}")

@@ -23,6 +23,10 @@ METADATA_KEY = "lit_lora_sha256"
 _WITHOUT_EFFECT = ("lora_dropout", "init_lora_weights")
 """Fields that a loaded adapter computes the same without."""
 
+_LATER = ("target_parameters", "trainable_token_indices", "use_dora", "bias", "ensure_weight_tying")
+"""Fields that adapters of earlier versions were written without: they count where they are set."""
+_UNSET = (None, False, "none")
+
 
 def adapter_checksum(tensors: Mapping[str, Tensor], config: LoRAConfig) -> str:
     """SHA-256 over names, dtypes, shapes and values of the tensors, and the config as far as it changes the function.
@@ -31,7 +35,11 @@ def adapter_checksum(tensors: Mapping[str, Tensor], config: LoRAConfig) -> str:
         tensors: as they are in the file.
         config: as it is read from the file beside it.
     """
-    fields = {name: value for name, value in asdict(config).items() if name not in _WITHOUT_EFFECT}
+    fields = {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in _WITHOUT_EFFECT and (name not in _LATER or value not in _UNSET)
+    }
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())

@@ -63,7 +63,8 @@ def to_peft_config(
         "alpha_pattern": dict(config.alpha_pattern),
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name,
-        "bias": "none",
+        "bias": config.bias,
+        "ensure_weight_tying": config.ensure_weight_tying,
         "exclude_modules": config.exclude_modules,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
@@ -80,10 +81,10 @@ def to_peft_config(
         "rank_pattern": dict(config.rank_pattern),
         "revision": revision,
         "target_modules": config.target_modules,
-        "target_parameters": None,
+        "target_parameters": config.target_parameters,
         "task_type": task_type,
-        "trainable_token_indices": None,
-        "use_dora": False,
+        "trainable_token_indices": config.trainable_token_indices,
+        "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
 
@@ -112,7 +113,7 @@ def from_peft_config(content: Any) -> LoRAConfig:
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         raise ValueError(f"uses what lit_lora does not implement, or does not know: {', '.join(names[:20])}{more}")
     if not known.get("target_modules"):
-        if not known.get("modules_to_save"):
+        if not any(known.get(name) for name in ("modules_to_save", "target_parameters", "trainable_token_indices")):
             raise ValueError("target_modules is missing or empty: name the adapted layers")
         known["target_modules"] = []
     known.setdefault("lora_alpha", 8)  # PEFT's default, ours differs

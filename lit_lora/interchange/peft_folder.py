@@ -151,6 +151,9 @@ def _name_in_model(key: str) -> str:
     name = plain_name(key).removeprefix(PREFIX)
     name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", name)
     name = re.sub(r"\.(lora_embedding_[AB])\.[^.]+$", r".\1", name)
+    name = re.sub(r"\.lora_magnitude_vector\.[^.]+(\.weight)?$", ".lora_magnitude_vector", name)
+    name = re.sub(r"\.(token_adapter\.trainable_tokens_delta)\.[^.]+$", r".\1", name)
+    name = name.replace(".token_adapter.base_layer.", ".base_layer.")
     # With a resized vocabulary PEFT also writes both halves of its wrapper around a saved embedding.
     name = re.sub(r"\.modules_to_save\.([^.]+\.)?(weight|bias)$", r".\2", name)
     return name.replace(".original_module.", ".base_layer.")

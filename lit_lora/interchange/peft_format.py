@@ -8,9 +8,7 @@ touched. Files are written whole or not at all, and read back before they replac
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.adapters.inject import InjectionReport, apply_plan, plan_injection
-from lit_lora.adapters.layers import LoRALayer, TrainableCopy, adapter_modules, lora_layers
-from lit_lora.adapters.matching import resolve_pattern, some
+from lit_lora.adapters.layers import TrainableCopy, adapter_modules, lora_layers
+from lit_lora.adapters.matching import some
 from lit_lora.adapters.module_names import named_modules, plain_name
 from lit_lora.adapters.task_heads import as_pretrained, task_type
+from lit_lora.adapters.trainable_tokens import DELTA, TrainableTokens
+from lit_lora.adapters.trained_biases import trained_biases
 from lit_lora.base import base_weight
 from lit_lora.base.trained_on import noted, noted_metadata
-from lit_lora.config import LoRAConfig
 from lit_lora.files.atomic import FileToWrite, atomic_write_all
+from lit_lora.interchange.added_rows import grown_vocabulary, rows_in_whole_layers, with_added_rows
 from lit_lora.interchange.checksum import check_adapter, serialize
 from lit_lora.interchange.peft_config import from_peft_config, to_peft_config
 from lit_lora.interchange.peft_folder import (
@@ -41,6 +41,7 @@ from lit_lora.interchange.peft_folder import (
     read_tensors,
 )
 from lit_lora.interchange.tokenizer_files import tokenizer_files
+from lit_lora.interchange.written_adapter import config_to_write, portable_state
 from lit_lora.wording import in_words_of
 
 __all__ = [
@@ -64,10 +65,13 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, module in adapter_modules(model):
         if isinstance(module, TrainableCopy):
             state |= {f"{name}.{plain_name(key)}": tensor for key, tensor in module.copy.state_dict().items()}
+        elif isinstance(module, TrainableTokens):
+            if module.tied_to is None:
+                state[f"{name}.{DELTA}"] = module.rows_KD.detach()
         else:
             inner = module.state_dict()
             state |= {f"{name}.{key}": inner[key] for key in inner if key.startswith("lora_")}
-    return state
+    return state | {name: bias.detach() for name, bias in trained_biases(model).items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -120,8 +124,8 @@ def save_adapter(
     modules = dict(adapter_modules(model))
     if not modules:
         raise ValueError("the model has no adapters: call inject_lora first")
-    config = _config_to_write(model, next(iter(modules.values())).config, portable)
-    state = _portable_state(model, config.r) if portable else adapter_state_dict(model)
+    config = config_to_write(model, next(iter(modules.values())).config, portable)
+    state = portable_state(model, adapter_state_dict(model), config.r) if portable else adapter_state_dict(model)
     tensors = {f"{PREFIX}{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     _check_worth_saving(model, tensors)
     content = to_peft_config(
@@ -178,23 +182,35 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: b
             # PEFT then has a choice of its own for some architectures; the tensors say which it was.
             content = {**content, "target_modules": adapted_in(header.values())}
         config = from_peft_config(content)
-        plan = plan_injection(model, config, from_file=True)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
-    expected = plan.shapes()
-    of_base = _weights_of_base(model, header.values(), expected, folder)
-    stored = {tensor.name: tensor.shape for tensor in header.values() if tensor.name not in of_base}
-    _check_state(expected, stored, str(folder), hint="; ".join(plan.ignored))
-    raw = read_tensors(weights)
-    state = _by_name(raw, header, folder)
-    check_adapter(weights, raw, config)
-    _check_finite(state, str(folder))
-    _check_equal_base(of_base, state, header, weights)
+    with grown_vocabulary(model, config, header.values()) as added:
+        try:
+            config = with_added_rows(model, config, header.values(), added)
+            plan = plan_injection(model, config, from_file=True)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+        expected = plan.shapes()
+        of_base = _weights_of_base(model, header.values(), expected, folder)
+        stored = {tensor.name: tensor.shape for tensor in header.values()}
+        whole = rows_in_whole_layers(plan, stored)
+        stored = {name: shape for name, shape in stored.items() if name not in of_base}
+        stored |= {name: expected[name] for name in whole}
+        _check_state(expected, stored, str(folder), hint="; ".join(plan.ignored))
+        raw = read_tensors(weights)
+        state = _by_name(raw, header, folder)
+        check_adapter(weights, raw, from_peft_config(content))
+        _check_finite(state, str(folder))
+        held = {f"{layer}.weight": added for layer in (*plan.tokens, *plan.tied_tokens)}
+        _check_equal_base(of_base, state, header, weights, held)
+        state |= {name: state[weight][ids] for name, (weight, ids) in whole.items()}
     report = apply_plan(model, plan)
     load_adapter_state_dict(model, {name: state[name] for name in expected})
     if not trainable:
         for _, module in adapter_modules(model):
             module.requires_grad_(False)
+        for bias in trained_biases(model).values():
+            bias.requires_grad_(False)
     return report
 
 
@@ -279,14 +295,21 @@ def _weights_of_base(
 
 
 def _check_equal_base(
-    of_base: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], header: Mapping[str, StoredTensor], weights: Path
+    of_base: Mapping[str, nn.Parameter],
+    state: Mapping[str, Tensor],
+    header: Mapping[str, StoredTensor],
+    weights: Path,
+    held: Mapping[str, range],
 ) -> None:
+    """Refuse another base; ``held`` says which rows of which weight the adapter holds itself."""
     to_copy = []
     for name, parameter in of_base.items():
         stored = state[name].to(device=parameter.device, dtype=parameter.dtype)
         if torch.equal(stored, parameter):
             continue
         differ = (stored != parameter).reshape(len(parameter), -1).any(dim=1).nonzero().flatten().tolist()
+        if set(differ) <= set(held.get(name, ())):
+            continue
         if differ[0] == 0 or differ != list(range(differ[0], len(parameter))):
             raise ValueError(
                 f"{weights.parent} holds its own {name}, which differs from the model's: it was trained on another "
@@ -306,61 +329,6 @@ def _check_equal_base(
                 "its folder as the base",
             )
         )
-
-
-def _config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> LoRAConfig:
-    """The configuration in words that every reader understands alike.
-
-    Names are written as they were given. Whatever has to be worked out ("all-linear", expressions, exclusions, indices
-    of layers) is written as the names that it came to: readers do that in other ways. PEFT (0.21) makes ends of names
-    of an expression on some mixtures of experts, and versions of it differ in which number is a layer's index.
-    """
-    layers = dict(lora_layers(model))
-    resolved = isinstance(config.target_modules, str) or config.layers_to_transform is not None
-    resolved = resolved or bool(config.exclude_modules)
-    if layers and (portable or resolved):
-        config = replace(
-            config,
-            target_modules=_shortest_names(model, layers),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-        )
-    if portable and layers:
-        r = max(layer.r for layer in layers.values())
-        return replace(config, r=r, lora_alpha=r, use_rslora=False, rank_pattern={}, alpha_pattern={})
-    # Keys are sorted in the file, and of several patterns that match a layer the first one counts.
-    ranks, alphas = dict(sorted(config.rank_pattern.items())), dict(sorted(config.alpha_pattern.items()))
-    as_read = resolve_pattern("rank_pattern", ranks, layers), resolve_pattern("alpha_pattern", alphas, layers)
-    if any(as_read[0].get(name, config.r) != layer.r for name, layer in layers.items()):
-        ranks = {name: layer.r for name, layer in layers.items() if layer.r != config.r}
-    if any(as_read[1].get(name, config.lora_alpha) != layer.lora_alpha for name, layer in layers.items()):
-        alphas = {name: layer.lora_alpha for name, layer in layers.items() if layer.lora_alpha != config.lora_alpha}
-    return replace(config, rank_pattern=ranks, alpha_pattern=alphas)
-
-
-def _shortest_names(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str] | str:
-    """The last parts of the paths where they say it all, which every reader understands; else whole paths.
-
-    An expression where a whole path is also the end of another one.
-    """
-    inside = tuple(f"{name}." for name, _ in adapter_modules(model))
-    names = [name for name in named_modules(model) if name and not name.startswith(inside)]
-    outside = {name.rpartition(".")[2] for name in names if name not in layers}
-    chosen = {end if (end := name.rpartition(".")[2]) not in outside else name for name in layers}
-    mistakable = any(name not in layers and name.endswith(tuple(f".{entry}" for entry in chosen)) for name in names)
-    return "|".join(map(re.escape, sorted(layers))) if mistakable else sorted(chosen)
-
-
-def _portable_state(model: nn.Module, r: int) -> dict[str, Tensor]:
-    state = adapter_state_dict(model)
-    for name, layer in lora_layers(model):
-        name_of_A, name_of_B = (f"{name}.{tensor}" for tensor in layer.tensor_names)
-        lora_A, lora_B = state[name_of_A], state[name_of_B]
-        state[name_of_A] = torch.cat([lora_A, lora_A.new_zeros(r - layer.r, lora_A.shape[1])])
-        scaled = (lora_B.float() * layer.scaling).to(lora_B.dtype)
-        state[name_of_B] = torch.cat([scaled, lora_B.new_zeros(lora_B.shape[0], r - layer.r)], dim=1)
-    return state
 
 
 def _check_worth_saving(model: nn.Module, tensors: dict[str, Tensor]) -> None:

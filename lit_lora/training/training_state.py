@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import lit_lora
 from lit_lora.adapters.layers import LoRALayer, adapter_modules
+from lit_lora.adapters.trainable_tokens import TrainableTokens
 from lit_lora.base.base_hash import base_hash, short
 from lit_lora.data.resume import align_loop_progress, data_state
 from lit_lora.files.checkpoint import rng_state, set_rng_state
@@ -158,7 +159,11 @@ def _plain_lora(identity: Identity) -> dict[str, Any]:
 def _adapters_of(model: nn.Module) -> dict[str, list[Any]]:
     """What each adapted module has become, whatever names and patterns chose it."""
     return {
-        name: [type(module).__name__, *((module.r, module.scaling) if isinstance(module, LoRALayer) else ())]
+        name: [
+            type(module).__name__,
+            *((module.r, module.scaling) if isinstance(module, LoRALayer) else ()),
+            *((module.token_ids,) if isinstance(module, TrainableTokens) else ()),
+        ]
         for name, module in adapter_modules(model)
     }
 

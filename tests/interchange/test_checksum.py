@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_lora import LoRAConfig, inject_lora, load_adapter, save_adapter
+from lit_lora.interchange.checksum import adapter_checksum
 from tests.tiny import language_model
 
 
@@ -53,3 +55,12 @@ def test_an_adapter_without_checksum_loads(folder):
         assert set(file.metadata()) == {"format", "lit_lora_sha256"}
     save_file(load_file(path), path, metadata={"format": "pt"})
     load_adapter(language_model(), folder)
+
+
+def test_a_field_that_came_later_changes_no_checksum_where_it_is_not_set():
+    """Written by a version whose configuration had neither ``target_parameters`` nor ``trainable_token_indices``."""
+    earlier = "90ae09d39c0719386e1d9689b35bcac43900594b00b9f15657eb68d28b0b71a8"
+    tensors = {"a": torch.arange(4.0)}
+    assert adapter_checksum(tensors, LoRAConfig(r=4)) == earlier
+    assert adapter_checksum(tensors, LoRAConfig(r=4, target_parameters=["experts.down_proj"])) != earlier
+    assert adapter_checksum(tensors, LoRAConfig(r=4, trainable_token_indices=[3])) != earlier

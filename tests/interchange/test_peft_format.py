@@ -142,7 +142,7 @@ def _reshape(tensors):
         ),
         (
             _add(base_model__model__model__embed_tokens__base_layer__weight=torch.zeros(130, 32)),
-            r"resized vocabulary: .*\(130, 32\).*\(128, 32\)",
+            r"made for another base model",
         ),
         (
             _add(base_model__model__model__norm__weight=torch.zeros(32)),
@@ -181,14 +181,12 @@ def test_another_base_model_is_refused(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "some"}, "bias must be one of none, all, lora_only"),
         ({"lora_bias": True}, "lora_bias=True"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters="),
+        ({"target_parameters": "experts.gate_up_proj"}, "target_parameters must be a list"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices="),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices: model.embed_tokens is adapted"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens="),
-        ({"ensure_weight_tying": True}, "ensure_weight_tying=True"),
         ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow=3"),
         ({"megatron_config": {"x": 1}}, "megatron_config="),
         ({"peft_type": "LOHA"}, "peft_type must be 'LORA', got 'LOHA'"),

@@ -90,6 +90,46 @@ CASES = {
     "scaled embedding": Case(
         {"target_modules": ["embed_tokens", "q_proj"]}, kind="Gemma3Text", model={"head_dim": 8}, num_adapted=3
     ),
+    "DoRA": Case({"target_modules": "all-linear", "use_dora": True}, num_adapted=14),
+    "DoRA, biases": Case(
+        {"target_modules": ["q_proj", "o_proj"], "use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        kind="Qwen2",
+        num_adapted=4,
+    ),
+    "DoRA, Conv1D": Case(
+        {"target_modules": ["c_attn", "c_fc"], "use_dora": True, "fan_in_fan_out": True},
+        kind="GPT2",
+        model=GPT2,
+        num_adapted=4,
+    ),
+    "DoRA, embedding": Case({"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}, num_adapted=3),
+    "DoRA, scaled embedding": Case(
+        {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+        kind="Gemma3Text",
+        model={"head_dim": 8},
+        num_adapted=3,
+    ),
+    "DoRA, NF4": Case(
+        {"target_modules": "all-linear", "use_dora": True},
+        model={"hidden_size": 64},
+        quantization=QuantizationConfig(),
+        num_adapted=14,
+    ),
+    "all biases": Case({"target_modules": ["q_proj"], "bias": "all"}, kind="Qwen2", num_adapted=2),
+    "biases of LoRA": Case({"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"}, kind="Qwen2", num_adapted=4),
+    "all biases, Conv1D": Case(
+        {"target_modules": ["c_attn"], "bias": "all", "modules_to_save": ["ln_f"], "fan_in_fan_out": True},
+        kind="GPT2",
+        model=GPT2,
+        num_adapted=2,
+    ),
+    "biases, DoRA and 4 bits": Case(
+        {"target_modules": ["q_proj"], "bias": "lora_only", "use_dora": True},
+        kind="Qwen2",
+        model={"hidden_size": 64},
+        quantization=QuantizationConfig(),
+        num_adapted=2,
+    ),
     "NF4": Case(
         {"target_modules": "all-linear"}, model={"hidden_size": 64}, quantization=QuantizationConfig(), num_adapted=14
     ),
@@ -115,18 +155,25 @@ def _peft_model(case: Case, *, random: bool = True) -> Any:
     names = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "init_lora_weights": not random, **case.fields}
     model = peft.get_peft_model(case.base(), peft.LoraConfig(**names), autocast_adapter_dtype=False)
     if random:
-        _perturb({n: p for n, p in model.named_parameters() if "modules_to_save" in n})
+        _perturb(
+            {n: p for n, p in model.named_parameters() if "modules_to_save" in n or "magnitude" in n or _is_bias(n, p)}
+        )
     return model
 
 
 def _our_model(case: Case, **fields: Any) -> Any:
     torch.manual_seed(5)
     model = case.base()
-    config = LoRAConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **case.fields, **fields})
+    given = {name: value for name, value in case.fields.items() if name != "fan_in_fan_out"}  # which is seen here
+    config = LoRAConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **given, **fields})
     report = inject_lora(model, config)
     assert len(report.adapted) == case.num_adapted
-    _perturb({n: p for n, p in model.named_parameters() if ".copy." in n})
+    _perturb({n: p for n, p in model.named_parameters() if ".copy." in n or "magnitude" in n or _is_bias(n, p)})
     return model
+
+
+def _is_bias(name: str, parameter: torch.nn.Parameter) -> bool:
+    return name.endswith("bias") and parameter.requires_grad
 
 
 def _perturb(parameters: dict[str, torch.Tensor]) -> None:
@@ -158,8 +205,9 @@ def test_we_read_what_peft_writes_and_write_the_same_tensors(case, tmp_path):
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     save_adapter(ours, tmp_path / "ours")
     written, read = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "ours", tmp_path))
-    # PEFT also writes the base's own weights of adapted embeddings.
-    assert written.keys() == {name for name in read if ".base_layer." not in name}
+    # PEFT also writes the base's own weights of adapted embeddings, and biases of what is trained in full three times.
+    of_base = (".base_layer.weight", ".original_module.bias", ".modules_to_save.bias")
+    assert written.keys() == {name for name in read if not name.endswith(of_base)}
     assert all(torch.equal(tensor, read[name]) for name, tensor in written.items())
     assert (case.base()(IDS).logits - expected).abs().max() > 1e-2
 
@@ -179,7 +227,10 @@ def test_gradients_equal_those_of_peft(case, tmp_path):
         if tensor is not None
     }
     expected = {
-        name.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", ""): parameter.grad
+        name.removeprefix("base_model.model.")
+        .replace("magnitude_vector.default.weight", "magnitude_vector")
+        .replace(".default", "")
+        .replace(".modules_to_save", ""): parameter.grad
         for name, parameter in theirs.named_parameters()
         if parameter.grad is not None
     }
@@ -279,10 +330,7 @@ def test_entries_that_peft_ignored_do_not_stop_loading(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base"),
     ],
