@@ -25,6 +25,7 @@ from lit_lora.rewrites.fused_elementwise import fuse_elementwise
 from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
 from lit_lora.rewrites.recompute import checkpoint_layers
 from lit_lora.rewrites.shared_inputs import share_inputs
+from lit_lora.wording import setting
 
 
 class Built(NamedTuple):
@@ -48,6 +49,21 @@ def check_device(step: StepConfig, device: torch.device) -> None:
         compilation.check_compiler(device)
     if step.liger:
         liger_kernels.check_available(device)
+
+
+def check_sharded(step: StepConfig) -> None:
+    """Refuse what a base that is divided among processes cannot do, before anything is loaded.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if step.compile_layers:
+        raise ValueError(f"{setting('model.step.compile_layers')} is not there with a base that is divided: leave it out")
+    if step.activation_budget is not None:
+        raise ValueError(
+            f"{setting('model.step.recompute', step.activation_budget)} measures a step on a base that is whole: with one "
+            "that is divided among processes set it to true, or to a number of layers"
+        )
 
 
 def make_trainable(

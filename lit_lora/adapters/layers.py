@@ -24,6 +24,7 @@ from lit_lora.adapters.half_precision import Adapted, lora_linears
 from lit_lora.adapters.module_names import plain_name
 from lit_lora.adapters.shared_input import SharedInput
 from lit_lora.base import base_weight
+from lit_lora.base.shards import whole
 from lit_lora.config import LoRAConfig
 
 _FORWARDED = ("weight", "bias")
@@ -317,7 +318,7 @@ class TrainableCopy(nn.Module):
         self.config = config
         self.enabled = True
         # Parameters are copied by hand: deepcopy would copy them in the wrong dtype, and fails for fake tensors.
-        memo = {id(p): _trainable(p, getattr(torch, config.adapter_dtype)) for p in base_layer.parameters()}
+        memo = {id(p): _trainable(whole(p), getattr(torch, config.adapter_dtype)) for p in base_layer.parameters()}
         self.copy = copy.deepcopy(base_layer, memo)
 
     @property

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_lora.base import base_weight
-from lit_lora.base.load import RANDOM, _architecture, resolve_base, resolve_dtype
+from lit_lora.base.load import RANDOM, architecture, resolve_base, resolve_dtype
 from lit_lora.base.quantize import is_left_plain, quantize_
 from lit_lora.base.whole_model import readable
 from lit_lora.build import make_trainable
@@ -151,7 +151,7 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
         name, gguf_file = resolve_base(settings.base)
         if gguf_file:
             raise ValueError(f"a GGUF file holds no config to trace: name its architecture, as {RANDOM}llama-2-7b")
-    config = _architecture(name, None, settings.trust_remote_code)
+    config = architecture(name, None, settings.trust_remote_code)
     dtype = resolve_dtype(settings.dtype, torch.device(settings.device))
     with torch.device(device):
         model = readable(
