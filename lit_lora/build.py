@@ -58,11 +58,13 @@ def check_sharded(step: StepConfig) -> None:
         ValueError: naming the setting.
     """
     if step.compile_layers:
-        raise ValueError(f"{setting('model.step.compile_layers')} is not there with a base that is divided: leave it out")
+        raise ValueError(
+            f"{setting('model.step.compile_layers')} does not work on a base that is divided: leave it out"
+        )
     if step.activation_budget is not None:
         raise ValueError(
-            f"{setting('model.step.recompute', step.activation_budget)} measures a step on a base that is whole: with one "
-            "that is divided among processes set it to true, or to a number of layers"
+            f"{setting('model.step.recompute', step.activation_budget)} measures a step on a base that is whole: with "
+            "one that is divided among processes set it to true, or to a number of layers"
         )
 
 

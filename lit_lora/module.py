@@ -36,8 +36,8 @@ from lit_lora.memory.activation_budget import ActivationBudget
 from lit_lora.rewrites import compilation
 from lit_lora.training import hyperparameters, on_cuda, training_record, training_state
 from lit_lora.training.optimization import Optimization
-from lit_lora.training.sharded_strategy import LoRAShardedStrategy
 from lit_lora.training.resume_settings import Difference
+from lit_lora.training.sharded_strategy import LoRAShardedStrategy
 from lit_lora.training.step_metrics import LossOutput
 from lit_lora.training.token_loss import LOGGED, TokenLossModule
 from lit_lora.training.trainer_settings import check_built, check_monitors

@@ -23,8 +23,7 @@ from lit_lora.adapters.functional import add_lora, half_precision, lora_linear
 from lit_lora.adapters.half_precision import Adapted, lora_linears
 from lit_lora.adapters.module_names import plain_name
 from lit_lora.adapters.shared_input import SharedInput
-from lit_lora.base import base_weight
-from lit_lora.base.shards import whole
+from lit_lora.base import base_weight, shards
 from lit_lora.config import LoRAConfig
 
 _FORWARDED = ("weight", "bias")
@@ -318,7 +317,9 @@ class TrainableCopy(nn.Module):
         self.config = config
         self.enabled = True
         # Parameters are copied by hand: deepcopy would copy them in the wrong dtype, and fails for fake tensors.
-        memo = {id(p): _trainable(whole(p), getattr(torch, config.adapter_dtype)) for p in base_layer.parameters()}
+        memo = {
+            id(p): _trainable(shards.whole(p), getattr(torch, config.adapter_dtype)) for p in base_layer.parameters()
+        }
         self.copy = copy.deepcopy(base_layer, memo)
 
     @property
@@ -392,7 +393,7 @@ def _scaled_product(lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
     return (lora_B.detach().to(dtype) @ lora_A.detach().to(dtype)).mul_(scaling)
 
 
-def _trainable(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+def _trainable(parameter: Tensor, dtype: torch.dtype) -> nn.Parameter:
     is_float = parameter.is_floating_point()
     return nn.Parameter(parameter.detach().to(dtype if is_float else parameter.dtype, copy=True), is_float)
 

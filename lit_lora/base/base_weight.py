@@ -180,8 +180,8 @@ def hold_plainly_(module: Any) -> None:
     """Keep a quantized weight in plain frozen parameters, which can be divided among processes; others are left alone.
 
     bitsandbytes' own parameters lose their class, and with it their scales, when shards of them are put together
-    (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1424). The codes become the layer's plain weight, the
-    scales of 4-bit blocks a parameter beside it, and what is small stays on the layer.
+    (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1424). The codes become the layer's plain weight,
+    the scales of 4-bit blocks a parameter beside it, and what is small stays on the layer.
     """
     if not is_quantized(module) or is_held_plainly(module):
         return

@@ -1,17 +1,16 @@
 """A frozen base that is divided among processes: each holds its share of every weight, and the whole of none.
 
 torch's ``fully_shard`` does the work (FSDP2). A decoder layer's weights are gathered while the layer runs, and dropped
-after it; what lies outside of the layers (embedding, last norm, head) while the model runs. What trains is left whole in
-every process: adapters are small, and stay what callbacks, optimizers and checkpoints take them for.
+after it; what lies outside of the layers (embedding, last norm, head) while the model runs. What trains is left whole
+in every process: adapters are small, and stay what callbacks, optimizers and checkpoints take them for.
 
-A weight that is not gathered has no values to compute with. Whoever needs those without calling the model itself does so
-within :func:`in_one_pass`.
+A weight that is not gathered has no values to compute with. Whoever needs those without calling the model itself does
+so within :func:`in_one_pass`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -51,9 +50,7 @@ class Sharding:
         kept_whole = {p for p in layer.parameters() if not isinstance(p, DTensor) and (p.requires_grad or not p.ndim)}
         policy = CPUOffloadPolicy() if self.offload else OffloadPolicy()
         # Also of the outermost part: an evaluation has no backward pass that would drop what is gathered.
-        fully_shard(
-            layer, mesh=self.mesh, reshard_after_forward=True, ignored_params=kept_whole, offload_policy=policy
-        )
+        fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, ignored_params=kept_whole, offload_policy=policy)
 
     def shard_(self, model: nn.Module) -> None:
         """Keep this process's share of every frozen weight of ``model``, in place; layers may have been done before."""
@@ -81,17 +78,22 @@ def in_one_pass(model: nn.Module, function: Callable[[], T]) -> T:
     return result
 
 
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Within, every weight of a sharded model is whole, in all processes. For models that fit, and for tests."""
+def gathered_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """The modules of ``model`` that are wanted, each with all of its weights as long as the caller looks at it."""
+    if not is_sharded(model):
+        yield from filter(wanted, model.modules())
+        return
     in_one_pass(model, lambda: None)  # the first pass tells the parts whose they are
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
+    seen: set[int] = set()
+    for part in reversed([module for module in model.modules() if isinstance(module, FSDPModule)]):
+        own = [module for module in part.modules() if id(module) not in seen]
+        seen |= {id(module) for module in own}
+        if not (found := list(filter(wanted, own))):
+            continue
         part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
+        try:
+            yield from found
+        finally:
             part.reshard()
 
 

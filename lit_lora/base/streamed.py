@@ -64,7 +64,7 @@ def load_sharded_base(
 
     settings: tuple[Any, ...] = (torch_dtype, quantization, device, revision, trust_remote_code)
     if base.startswith(load.RANDOM):
-        model = load.random_model(base, *settings, seed=0, layer_done=divide)
+        model = load.random_model(base, *settings, 0, divide)
     else:
         location, gguf_file = load.resolve_base(base)
         reason = _why_whole(location, gguf_file, revision)
@@ -103,8 +103,10 @@ def _from_files(
 ) -> PreTrainedModel | None:
     """The model with its layers divided; None if transformers would do more than to copy tensors of the same names."""
     check_no_adapter(location, revision)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = readable(location, lambda: AutoConfig.from_pretrained(location, **options))
+    revised: dict[str, Any] = {} if revision is None else {"revision": revision}
+    config = readable(
+        location, lambda: AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **revised)
+    )
     with torch.device("meta"):
         model = readable(
             location,
@@ -118,7 +120,7 @@ def _from_files(
     fill_(model, stored, device=device, quantization=quantization, layer_done=divide)
     model.tie_weights()
     if model.can_generate() and (Path(files[0]).parent / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(location, revision=revision)
+        model.generation_config = GenerationConfig.from_pretrained(location, **revised)
     base_hash.note_base(model, beside_loading)
     if quantization is not None:
         quantize.finish_quantization_(model, quantization)
@@ -151,7 +153,10 @@ class _Stored:
     def __call__(self, name: str, module: nn.Module, owner: PreTrainedModel) -> None:
         if next(module.buffers(recurse=False), None) is not None:
             owner._init_weights(module)  # buffers that no file holds are computed
-        own: dict[str, Any] = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        own: dict[str, Any] = {
+            **dict(module.named_parameters(recurse=False)),
+            **dict(module.named_buffers(recurse=False)),
+        }
         by_file: dict[Path, dict[str, torch.Tensor]] = {}
         for key, tensor in own.items():
             full = f"{name}.{key}" if name else key

@@ -1,17 +1,16 @@
 """Strategy ``lora_sharded``: the frozen base divided among processes (FSDP2), the adapters whole in each of them.
 
 To Lightning and to callbacks it is as under DDP: every process has all adapters, with gradients that are the mean over
-processes once a step is complete, and checkpoints are those of one process. So a run can be resumed on another number of
-processes, sharded or not. Lightning's own ``ModelParallelStrategy`` divides and saves what trains as well; of it the
+processes once a step is complete, and checkpoints are those of one process. So a run can be resumed on another number
+of processes, sharded or not. Lightning's own ``ModelParallelStrategy`` divides and saves what trains as well; of it the
 processes, their mesh and the setup are taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,6 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lit_lora.base.base_hash import known_hash
 from lit_lora.base.shards import Sharding, is_sharded

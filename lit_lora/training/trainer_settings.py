@@ -39,8 +39,8 @@ from lit_lora.training.sharded_strategy import NAME
 
 STRATEGIES = {
     r"fsdp|model_?parallel|deepspeed": (
-        f"divides adapters too, which checkpoints of adapters only and gradients normalised by tokens need whole. Use "
-        f"{NAME!r}, which divides the frozen base alone, quantized or not; or 'ddp' where each process can hold all of it"
+        "divides adapters too, which checkpoints of adapters only and gradients normalised by tokens need whole. Use "
+        f"{NAME!r}, which divides the frozen base alone, quantized or not; or 'ddp' where a process can hold all of it"
     ),
     r"spawn|fork|notebook": (
         "trains in processes that hand back weights only, so that the record and the proof of the run would be lost "

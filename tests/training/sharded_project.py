@@ -1,4 +1,4 @@
-"""For test_sharded.py: runs that end with what they held and learned, written down. As a script, several one after another.
+"""For test_sharded.py: runs that end with what they held and learned, written down.
 
 As a script (one JSON argument, a list of runs) it starts the other ranks itself.
 """
