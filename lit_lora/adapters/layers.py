@@ -317,9 +317,7 @@ class TrainableCopy(nn.Module):
         self.config = config
         self.enabled = True
         # Parameters are copied by hand: deepcopy would copy them in the wrong dtype, and fails for fake tensors.
-        memo = {
-            id(p): _trainable(shards.whole(p), getattr(torch, config.adapter_dtype)) for p in base_layer.parameters()
-        }
+        memo = {id(p): _trainable(p, getattr(torch, config.adapter_dtype)) for p in base_layer.parameters()}
         self.copy = copy.deepcopy(base_layer, memo)
 
     @property
@@ -393,9 +391,9 @@ def _scaled_product(lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
     return (lora_B.detach().to(dtype) @ lora_A.detach().to(dtype)).mul_(scaling)
 
 
-def _trainable(parameter: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    is_float = parameter.is_floating_point()
-    return nn.Parameter(parameter.detach().to(dtype if is_float else parameter.dtype, copy=True), is_float)
+def _trainable(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    kind = dtype if parameter.is_floating_point() else parameter.dtype
+    return nn.Parameter(shards.whole(parameter.detach()).to(kind, copy=True), kind.is_floating_point)
 
 
 def _convert_float(leaf: Any, dtype: torch.dtype) -> Any:

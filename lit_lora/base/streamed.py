@@ -64,7 +64,7 @@ def load_sharded_base(
 
     settings: tuple[Any, ...] = (torch_dtype, quantization, device, revision, trust_remote_code)
     if base.startswith(load.RANDOM):
-        model = load.random_model(base, *settings, 0, divide)
+        model = load.random_model(base, torch_dtype, quantization, device, revision, trust_remote_code, 0, divide)
     else:
         location, gguf_file = load.resolve_base(base)
         reason = _why_whole(location, gguf_file, revision)

@@ -77,6 +77,7 @@ def run(
     )
     trainer.fit(module, datamodule=SFTDataModule(train, **options), ckpt_path=ckpt_path)
     return {
+        "strategy": type(trainer.strategy).__name__,
         "ckpt_path": str(checkpoint.last_path),
         "held": max(watch.held),
         "path": str(module.path),
@@ -90,8 +91,12 @@ def run(
 
 
 if __name__ == "__main__":
-    for settings in json.loads(sys.argv[1]):
-        result = run(**settings)
-        torch.save(result, Path(settings["folder"]) / f"result.rank{os.environ.get('LOCAL_RANK', '0')}.pt")
+    path, runs = sys.argv[1], json.loads(sys.argv[2])
+    results: list[dict[str, Any]] = []
+    for settings in runs:
+        if "ckpt_path" not in settings and results and settings["folder"] == runs[len(results) - 1]["folder"]:
+            settings["ckpt_path"] = results[-1]["ckpt_path"]  # a run goes on from the one before
+        results.append(run(**settings))
+    torch.save(results, f"{path}.rank{os.environ.get('LOCAL_RANK', '0')}.pt")
     if torch.distributed.is_initialized():  # left to the interpreter's end, gloo's threads may abort the process
         torch.distributed.destroy_process_group()
