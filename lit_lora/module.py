@@ -256,9 +256,10 @@ class LoRALightningModule(TokenLossModule):
     # ------------------------------------------------------------------ prediction
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """A list of one generation: see :func:`lit_lora.language_model.generation.answer`."""
+        """A list of one generation, or of none for a filler: see :func:`lit_lora.language_model.generation.answer`."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        return [answer(self.model, tokenizer, batch, max_new_tokens=self.max_new_tokens)]  # type: ignore[arg-type]
+        answered = answer(self.model, tokenizer, batch, max_new_tokens=self.max_new_tokens)  # type: ignore[arg-type]
+        return [] if batch.get("filler") else [answered]
 
     # ------------------------------------------------------------------ checkpoints
 

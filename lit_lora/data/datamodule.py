@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_lora.data.data_record import data_record
 from lit_lora.data.dataset import TokenizedDataset, check_vocabulary, tokenizer_digest
 from lit_lora.data.limits import check_limits
-from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only, prompts_of
+from lit_lora.data.loaders import PromptDataset, ResumableDataLoader, only, prompts_of, prompts_of_rank
 from lit_lora.data.packing import collate_packed, collate_padded
 from lit_lora.data.prepare import SourceSettings, read_examples, tokenize_source
 from lit_lora.data.resume import check_fingerprint, check_not_resumed, rank_batches_consumed
@@ -277,7 +277,7 @@ class SFTDataModule(pl.LightningDataModule):
         settings = self._settings_of(source)
         contents = {example.line: example.content for example in read_examples(source, settings).items}
         prompts = prompts_of([contents[line] for line in data.lines.tolist()], self.tokenizer, source)
-        share = prompts[self._rank :: self._world_size]
+        share = prompts_of_rank(prompts, self._rank, self._world_size)
         return DataLoader(PromptDataset(share), batch_size=1, collate_fn=only, generator=self._generator())
 
     def state_dict(self) -> dict[str, Any]:
