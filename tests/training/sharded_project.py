@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,34 @@ import torch
 
 from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, SFTDataModule
 from lit_lora.base.shards import held_bytes
-from lit_lora.callbacks import GradientFlowAssertion, GradientNormLogger, TrainingCheckpoint
+from lit_lora.callbacks import GradientFlowAssertion, GradientNormLogger, RankMonitor, TrainingCheckpoint
 from lit_lora.files.checkpoint import AtomicCheckpointIO
 from tests.tiny import grouped
 
 
 class Watch(L.Callback):
-    """Lets all runs start with the same adapters; notes what of the base is held between steps."""
+    """Lets all runs start with the same adapters; notes what of the base is held between steps; dies when told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, dies: str = "") -> None:
         self.held: list[int] = []
+        self.dies, self.rank = (dies.split()[0], int(dies.split()[1])) if dies else ("", -1)
 
     def setup(self, trainer, pl_module, stage):
         torch.manual_seed(1)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.held.append(held_bytes(pl_module))
+        self.die(trainer, "step", trainer.global_step >= 3)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.die(trainer, "validation", trainer.global_step >= 3)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.die(trainer, "save", trainer.global_step >= 4)
+
+    def die(self, trainer, moment, due):
+        if due and moment == self.dies and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(
@@ -49,6 +62,7 @@ def run(
     data: dict[str, Any] | None = None,
     trainer_options: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None,
+    dies: str = "",
 ) -> dict[str, Any]:
     L.seed_everything(0, verbose=False)
     module = LoRALightningModule(
@@ -58,14 +72,15 @@ def run(
         **grouped(**{"learning_rate": 0.01, "lr_schedule": "cosine", "warmup_ratio": 0.1, **(module_options or {})}),
     )
     options = {"tokenizer": "bytes", "batch_size": 2, "cache_dir": str(Path(train).parent / "cache"), **(data or {})}
-    watch, checkpoint, flow = Watch(), TrainingCheckpoint(every_n_steps=1000), GradientFlowAssertion()
+    watch, flow = Watch(dies), GradientFlowAssertion()
+    checkpoint = TrainingCheckpoint(every_n_steps=2 if dies else 1000)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy,
         accumulate_grad_batches=accumulate,
         max_steps=max_steps,
-        callbacks=[watch, GradientNormLogger(), checkpoint, flow],
+        callbacks=[watch, RankMonitor(timeout_s=20), GradientNormLogger(), checkpoint, flow],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=folder,
         use_distributed_sampler=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lit_lora.files.checkpoint import newest_checkpoint
 from lit_lora.training.sharded_strategy import NAME
 from tests.tiny import config
 from tests.training.sharded_project import run
@@ -74,12 +76,17 @@ class Project:
         place = {"folder": str(self.folder / name), "train": str(self.folder / "train.jsonl")}
         return {**place, "base": base if case.get("stored") else f"random:{base}", **others, **settings}
 
-    def in_two_processes(self, runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        path = self.folder / "results"
-        command = [sys.executable, str(Path(__file__).with_name("sharded_project.py")), str(path), json.dumps(runs)]
+    def started(self, runs: list[dict[str, Any]], *, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        path = str(self.folder / "results")
+        command = [sys.executable, str(Path(__file__).with_name("sharded_project.py")), path, json.dumps(runs)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
+        # The output is read until the last process has closed it.
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
+
+    def in_two_processes(self, runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        done = self.started(runs, timeout_s=400)
         assert done.returncode == 0, done.stderr[-6000:]
+        path = self.folder / "results"
         return [torch.load(f"{path}.rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -130,3 +137,19 @@ def test_a_run_goes_from_one_process_to_two_divided_to_two_whole_and_back(projec
     assert all(torch.equal(end["weights"][key], whole["weights"][key]) for key in whole["weights"])
     assert end["base"] == whole["base"]
     assert end["verdict"][1]
+
+
+@pytest.mark.parametrize("dies", ["save 1", "validation 0"])
+def test_a_killed_rank_ends_the_run_and_leaves_the_newest_checkpoint(project, dies):
+    """On every rank, with its reason, in less than a minute after it (the start takes its time, too)."""
+    validated = {**CASES["validated"], "max_steps": 40}
+    folder = project.folder / dies
+    killed = project.options(dies, validated, devices=2, strategy=NAME, dies=dies)
+    done = project.started([killed], timeout_s=120)
+    assert done.returncode != 0
+    reasons = "Connection (reset|closed) by peer|terminated with code -9|stops: rank [01] (is gone|has given no)"
+    assert re.search(reasons, done.stderr), done.stderr[-3000:]
+    newest, problems = newest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    assert newest.stem == "step=00000002"
+    assert problems == []
