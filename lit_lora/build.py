@@ -100,7 +100,8 @@ def make_trainable(
     if step.recompute_mlp:
         recompute_gated_mlps(model, trial=not valueless)
     # The compiler fuses such chains itself, and finds its code no more in an attention that was changed.
-    if step.fused_kernels and not step.compile_layers and takes_cuda_way(next(model.parameters())):
+    trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)  # is whole in any case
+    if step.fused_kernels and not step.compile_layers and takes_cuda_way(trained):
         share_inputs(model)
         if not step.liger:  # which has kernels for the same
             fuse_elementwise(model)
