@@ -209,12 +209,9 @@ def state_tensors(module: Any) -> list[Tensor]:
 
 def is_held_plainly(module: Any) -> bool:
     """Whether :func:`hold_plainly_` was here."""
-    return may_be_quantized(module) and type(module.weight) not in _quantized_parameters()
-
-
-def _quantized_parameters() -> tuple[type, ...]:
-    loaded = sys.modules["bitsandbytes.nn.modules"]
-    return loaded.Params4bit, loaded.Int8Params
+    if is_4bit(module):
+        return SCALES in module._parameters
+    return _is_8bit(module) and module.state.CB is None and getattr(module.weight, "SCB", None) is None
 
 
 def _plain(tensor: Tensor) -> nn.Parameter:

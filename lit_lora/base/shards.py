@@ -110,17 +110,17 @@ def whole(tensor: Tensor) -> Tensor:
 
 def held_bytes(model: nn.Module) -> int:
     """Bytes of the frozen weights, scales included, that this process holds."""
-    found: dict[int, int] = {}
+    frozen = {tensor.untyped_storage().data_ptr(): tensor for tensor in held_tensors(model, trained=False)}
+    return sum(tensor.untyped_storage().nbytes() for tensor in frozen.values())
+
+
+def held_tensors(model: nn.Module, *, trained: bool = True) -> Iterator[Tensor]:
+    """What this process holds of a model: its shares of weights and scales, buffers, and where asked for what trains."""
     for module in model.modules():
-        for tensor in _frozen(module):
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            found[local.untyped_storage().data_ptr()] = local.nbytes
-    return sum(found.values())
-
-
-def _frozen(module: Any) -> Iterator[Tensor]:
-    yield from (p for p in module.parameters(recurse=False) if not p.requires_grad)
-    yield from state_tensors(module)
+        own = [p for p in module.parameters(recurse=False) if trained or not p.requires_grad]
+        buffers = list(module.buffers(recurse=False)) if trained else []
+        for tensor in (*own, *state_tensors(module), *buffers):
+            yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def agreed(model: nn.Module, reason: str) -> str:

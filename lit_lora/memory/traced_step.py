@@ -216,12 +216,13 @@ def _divide(model: PreTrainedModel, sharding: Sharding, tracker: StorageTracker)
     for layer in layers:
         sharding.shard_layer_(layer)
     divided = tracker.alive_bytes
-    layer = (whole - divided) * sharding.mesh.size() // (sharding.mesh.size() - 1) // max(1, len(layers))
+    count = sharding.mesh.size()
+    one_layer = (whole - divided) * count // (count - 1) // max(1, len(layers))
     sharding.shard_(model)
     tracker.claim("base")
     tracker.forget_the_dead()
     share = tracker.alive_bytes
-    return Peak(max(divided, share + layer), {"base": share, WORKSPACE: max(divided - share, layer)}, "weights")
+    return Peak(max(divided, share + one_layer), {"base": share, WORKSPACE: max(divided - share, one_layer)}, "weights")
 
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -14,11 +14,17 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
-from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, SFTDataModule
-from lit_lora.base.shards import held_bytes
+from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, SFTDataModule, StepConfig
+from lit_lora.base.shards import Sharding, held_bytes, held_tensors
+from lit_lora.base.streamed import load_sharded_base
+from lit_lora.build import make_trainable
 from lit_lora.callbacks import GradientFlowAssertion, GradientNormLogger, RankMonitor, TrainingCheckpoint
 from lit_lora.files.checkpoint import AtomicCheckpointIO
+from lit_lora.language_model.forward import placeholder_batch
+from lit_lora.memory.storage_tracker import StorageTracker
+from lit_lora.memory.traced_step import run_step
 from tests.tiny import grouped
 
 
@@ -105,10 +111,27 @@ def run(
     }
 
 
+def measured_step(*, base: str, folder: str, quantization: dict[str, Any], lengths: list[int], layers: Any) -> int:
+    """Bytes of the tensors that are alive at the peak of one step on this rank."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    model = load_sharded_base(base, Sharding(mesh), quantization=QuantizationConfig(**quantization))
+    step = StepConfig(shared_prefix=False, recompute=layers)
+    path = make_trainable(model, LoRAConfig(r=4), step).path
+    assert path is not None
+    tracker = StorageTracker(model)
+    with tracker:
+        tracker.add(held_tensors(model))
+        run_step(model, placeholder_batch(lengths, packed=path.packed, device="cpu"), path, tracker)
+    return tracker.peak().total
+
+
 if __name__ == "__main__":
     path, runs = sys.argv[1], json.loads(sys.argv[2])
     results: list[dict[str, Any]] = []
     for settings in runs:
+        if "lengths" in settings:
+            results.append({"peak": measured_step(**settings)})
+            continue
         if "ckpt_path" not in settings and results and settings["folder"] == runs[len(results) - 1]["folder"]:
             settings["ckpt_path"] = results[-1]["ckpt_path"]  # a run goes on from the one before
         results.append(run(**settings))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lit_lora import LoRAConfig, QuantizationConfig, StepConfig, estimate_memory
 from lit_lora.files.checkpoint import newest_checkpoint
 from lit_lora.training.sharded_strategy import NAME
 from tests.tiny import config
@@ -28,11 +29,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
 ]
 
+USUAL: dict[str, Any] = {"module_options": {"learning_rate": 1e-3}}
+"""The rate that LoRA is trained with; rounding grows with it."""
+
 CASES: dict[str, dict[str, Any]] = {
     "lora": {},
-    "lora, 4 micro-batches": {"accumulate": 4},
+    "lora, 4 micro-batches": {"accumulate": 4, **USUAL},
     "qlora": {"quantization": QLORA},
-    "qlora, 4 micro-batches": {"quantization": QLORA, "accumulate": 4},
+    "qlora, 4 micro-batches": {"quantization": QLORA, "accumulate": 4, **USUAL},
     "fp4, from files": {"quantization": {"quant_type": "fp4", "double_quant": False}, "stored": True, "max_steps": 4},
     "8 bits, tied ends too": {
         "quantization": {"bits": 8, "embedding_bits": 8}, "tied": True, "stored": True, "max_steps": 4,
@@ -48,6 +52,12 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What is run on one process with twice as many micro-batches, and on two."""
 
+TRACED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"quantization": QLORA, "lengths": [40, 25], "layers": False}),
+    ({"tied": True, "stored": True}, {"quantization": {"bits": 8}, "lengths": [64], "layers": True}),
+]
+"""Steps whose memory is measured, with what is to be traced."""
+
 CONSTANT: dict[str, Any] = {"module_options": {"lr_schedule": "constant", "warmup_ratio": 0.0}}
 """A rate that does not depend on where a run is to end."""
 
@@ -59,7 +69,7 @@ class Project:
         self.folder = folder
         torch.manual_seed(0)
         for name, tied in (("untied", False), ("tied", True)):
-            sizes = {"vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 3, "tie_word_embeddings": tied}
+            sizes = {"vocab_size": 260, "hidden_size": 128, "num_hidden_layers": 3, "tie_word_embeddings": tied}
             made = config("Llama", initializer_range=0.2, **sizes)
             AutoModelForCausalLM.from_config(made).save_pretrained(folder / name)
         rows = [{"prompt": f"say {i} " * (i % 4 + 1), "completion": f"{i * i} it is " * (i % 3 + 1)} for i in range(14)]
@@ -68,7 +78,12 @@ class Project:
         first = run(**self.chain, accumulate=2)["ckpt_path"]
         two = [{**self.options(name, case), "devices": 2, "strategy": NAME} for name, case in CASES.items()]
         steps = [{"strategy": NAME, "max_steps": 10, "ckpt_path": first}, {"strategy": "ddp", "max_steps": 15}]
-        self.ran = self.in_two_processes([*two, *({**self.chain, "devices": 2, **step} for step in steps)])
+        self.traced = [{**self.options("traced", case), **step} for case, step in TRACED]
+        for settings in self.traced:
+            del settings["train"]
+        self.ran = self.in_two_processes(
+            [*two, *self.traced, *({**self.chain, "devices": 2, **step} for step in steps)]
+        )
 
     def options(self, name: str, case: dict[str, Any], **settings: Any) -> dict[str, Any]:
         base = str(self.folder / ("tied" if case.get("tied") else "untied"))
@@ -137,6 +152,22 @@ def test_a_run_goes_from_one_process_to_two_divided_to_two_whole_and_back(projec
     assert all(torch.equal(end["weights"][key], whole["weights"][key]) for key in whole["weights"])
     assert end["base"] == whole["base"]
     assert end["verdict"][1]
+
+
+@pytest.mark.parametrize("index", range(len(TRACED)))
+def test_the_estimate_of_a_rank_is_what_is_alive_on_it(project, index):
+    """Within 5 %, for one process's share; and the whole is more."""
+    settings = project.traced[index]
+    options: dict[str, Any] = {
+        "lengths": settings["lengths"],
+        "lora": LoRAConfig(r=4),
+        "quantization": QuantizationConfig(**settings["quantization"]),
+        "step": StepConfig(shared_prefix=False, recompute=settings["layers"]),
+    }
+    measured = project.ran[0][len(CASES) + index]["peak"]
+    estimate = estimate_memory(settings["base"], devices=2, **options)
+    assert estimate.peak_bytes == pytest.approx(measured, rel=0.05)
+    assert estimate.phases["optimizer"].total < estimate_memory(settings["base"], **options).phases["optimizer"].total
 
 
 @pytest.mark.parametrize("dies", ["save 1", "validation 0"])
