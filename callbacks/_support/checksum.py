@@ -35,7 +35,7 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def _sums(words: Tensor, offset: int, *, bytes_of_words: bool = False) -> Tensor:
-    """The two sums of integers, of which the first is number ``offset``; of bytes, as parts of the words they are in."""
+    """The two sums of integers, of which the first is number ``offset``; of bytes, as parts of their words."""
     result = torch.zeros(2, dtype=torch.int64, device=words.device)
     size = _CPU_CHUNK if words.device.type == "cpu" else _DEVICE_CHUNK
     weights = torch.arange(min(size, words.numel()), device=words.device)

@@ -115,7 +115,7 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def held_tensors(model: nn.Module, *, trained: bool = True) -> Iterator[Tensor]:
-    """What this process holds of a model: its shares of weights and scales, buffers, and where asked for what trains."""
+    """What this process holds of a model: its shares of weights and scales, buffers, and if asked what trains."""
     for module in model.modules():
         own = [p for p in module.parameters(recurse=False) if trained or not p.requires_grad]
         buffers = list(module.buffers(recurse=False)) if trained else []

@@ -122,12 +122,15 @@ def project(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(project, name):
-    """Adapters bit for bit with one micro-batch in a step of a process; more are added up in another order."""
+    """Adapters bit for bit with one micro-batch in a step of a process; more are added up in another order.
+
+    Losses to the last digits of the float32 sum that they are.
+    """
     case = CASES[name]
     one = run(**project.options(f"{name} on one", on_one_process(case)))
     first, second = (project.ran[rank][list(CASES).index(name)] for rank in range(2))
     assert first["path"] == one["path"]
-    assert first["losses"] == second["losses"] == pytest.approx(one["losses"], rel=1e-7, abs=1e-6)
+    assert first["losses"] == second["losses"] == pytest.approx(one["losses"], rel=1e-6)
     assert first["validation"] == second["validation"]
     assert [list(entry) for entry in first["validation"]] == [list(entry) for entry in one["validation"]]
     for entry, expected in zip(first["validation"], one["validation"], strict=True):
