@@ -210,7 +210,7 @@ def state_tensors(module: Any) -> list[Tensor]:
 def is_held_plainly(module: Any) -> bool:
     """Whether :func:`hold_plainly_` was here."""
     if is_4bit(module):
-        return SCALES in module._parameters
+        return hasattr(module, SCALES)
     return _is_8bit(module) and module.state.CB is None and getattr(module.weight, "SCB", None) is None
 
 
@@ -222,7 +222,7 @@ def quant_state(module: Any) -> Any:
     """The block scales: bitsandbytes keeps them on the weight, and on the layer too in case the weight is rebuilt."""
     state = getattr(module.weight, "quant_state", None)
     state = module.quant_state if state is None else state
-    held = module._parameters.get(SCALES)
+    held = getattr(module, SCALES, None)
     if held is None:
         return state
     state = copy.copy(state)
