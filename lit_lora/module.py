@@ -176,10 +176,10 @@ class LoRALightningModule(TokenLossModule):
             check_built(self._trainer)
         if self.model is not None:
             return
-        check_device(self.step, torch.get_default_device())
         own_base = type(self).load_base is not LoRALightningModule.load_base
         if self._sharding is not None:
             check_sharded(self.step)
+        check_device(self.step, torch.get_default_device())
         model = self._load_divided() if self._sharding is not None and not own_base else self.load_base()
         if own_base:
             forget_base(model)  # what was loaded may have been changed

@@ -27,8 +27,19 @@ def checksum(tensor: Tensor) -> Tensor:
     Of a tensor that is divided among processes, this process's part of the two sums.
     """
     local, start = _share(tensor.detach())
-    flat = local.reshape(-1)
-    start_byte, in_words = start * flat.element_size(), _reads_words(tensor)
+    return share_of_checksum(local, start, tensor)
+
+
+def share_of_checksum(share: Tensor, start: int, whole: Tensor) -> Tensor:
+    """What a part of a tensor contributes to its checksum.
+
+    Args:
+        share: of the tensor, contiguous.
+        start: number of elements before it.
+        whole: the tensor, of which the size and the type count.
+    """
+    flat = share.reshape(-1)
+    start_byte, in_words = start * flat.element_size(), _reads_words(whole)
     if in_words and (start_byte % 4 or flat.numel() * flat.element_size() % 4):
         return _sums(flat.view(torch.uint8), start_byte, bytes_of_words=True)
     return _sums(_as_integers(flat) if in_words else flat.view(torch.uint8), start_byte // (4 if in_words else 1))
