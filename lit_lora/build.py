@@ -26,6 +26,7 @@ from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
 from lit_lora.rewrites.recompute import checkpoint_layers
 from lit_lora.rewrites.routed_experts import check_routed_experts
 from lit_lora.rewrites.shared_inputs import share_inputs
+from lit_lora.wording import setting
 
 
 class Built(NamedTuple):
@@ -49,6 +50,23 @@ def check_device(step: StepConfig, device: torch.device) -> None:
         compilation.check_compiler(device)
     if step.liger:
         liger_kernels.check_available(device)
+
+
+def check_sharded(step: StepConfig) -> None:
+    """Refuse what a base that is divided among processes cannot do, before anything is loaded.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if step.compile_layers:
+        raise ValueError(
+            f"{setting('model.step.compile_layers')} does not work on a base that is divided: leave it out"
+        )
+    if step.activation_budget is not None:
+        raise ValueError(
+            f"{setting('model.step.recompute', step.activation_budget)} measures a step on a base that is whole: with "
+            "one that is divided among processes set it to true, or to a number of layers"
+        )
 
 
 def make_trainable(
@@ -83,7 +101,8 @@ def make_trainable(
     if step.recompute_mlp:
         recompute_gated_mlps(model, trial=not valueless)
     # The compiler fuses such chains itself, and finds its code no more in an attention that was changed.
-    if step.fused_kernels and not step.compile_layers and takes_cuda_way(next(model.parameters())):
+    trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)  # is whole in any case
+    if step.fused_kernels and not step.compile_layers and takes_cuda_way(trained):
         share_inputs(model)
         if not step.liger:  # which has kernels for the same
             fuse_elementwise(model)

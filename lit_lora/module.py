@@ -24,7 +24,9 @@ from lit_lora.adapters.module_names import plain_name
 from lit_lora.base import trained_on
 from lit_lora.base.base_hash import base_hash, forget_base, note_base
 from lit_lora.base.load import load_base_model
-from lit_lora.build import check_device, make_trainable
+from lit_lora.base.shards import Sharding
+from lit_lora.base.streamed import load_sharded_base
+from lit_lora.build import check_device, check_sharded, make_trainable
 from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
 from lit_lora.files.checkpoint import read_checkpoint
 from lit_lora.language_model.forward import ForwardPath, language_model_loss, with_targets
@@ -36,6 +38,7 @@ from lit_lora.training import hyperparameters, on_cuda, training_record, trainin
 from lit_lora.training.new_tokens import hold_new_tokens
 from lit_lora.training.optimization import Optimization
 from lit_lora.training.resume_settings import Difference
+from lit_lora.training.sharded_strategy import LoRAShardedStrategy
 from lit_lora.training.step_metrics import LossOutput
 from lit_lora.training.token_loss import LOGGED, TokenLossModule
 from lit_lora.training.trainer_settings import check_built, check_monitors
@@ -175,9 +178,12 @@ class LoRALightningModule(TokenLossModule):
             check_built(self._trainer)
         if self.model is not None:
             return
+        own_base = type(self).load_base is not LoRALightningModule.load_base
+        if self._sharding is not None:
+            check_sharded(self.step)
         check_device(self.step, torch.get_default_device())
-        model = self.load_base()
-        if type(self).load_base is not LoRALightningModule.load_base:
+        model = self._load_divided() if self._sharding is not None and not own_base else self.load_base()
+        if own_base:
             forget_base(model)  # what was loaded may have been changed
         self.lora = hold_new_tokens(model, self.lora, getattr(self._trainer, "datamodule", None))
         own_loss = type(self).compute_loss is not LoRALightningModule.compute_loss
@@ -192,6 +198,22 @@ class LoRALightningModule(TokenLossModule):
             self._activation_budget = ActivationBudget(model, amount, self.path)  # type: ignore[arg-type]
         self.model = model
         note_base(model, base_hash(model))
+
+    @property
+    def _sharding(self) -> Sharding | None:
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return strategy.sharding if isinstance(strategy, LoRAShardedStrategy) else None
+
+    def _load_divided(self) -> nn.Module:
+        assert self._sharding is not None
+        return load_sharded_base(
+            self.base,
+            self._sharding,
+            dtype=self.dtype_name,
+            quantization=self.quantization,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @property
     def _packs(self) -> bool:
@@ -237,19 +259,18 @@ class LoRALightningModule(TokenLossModule):
     # ------------------------------------------------------------------ prediction
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """A list of one generation: see :func:`lit_lora.language_model.generation.answer`."""
+        """A list of one generation, or of none for a filler: see :func:`lit_lora.language_model.generation.answer`."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        return [answer(self.model, tokenizer, batch, max_new_tokens=self.max_new_tokens)]  # type: ignore[arg-type]
+        answered = answer(self.model, tokenizer, batch, max_new_tokens=self.max_new_tokens)  # type: ignore[arg-type]
+        return [] if batch.get("filler") else [answered]
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trainable parameters only: the base is loaded from where it came from."""
-        trainable = self.trainable_parameters().keys()
         prefix = kwargs.get("prefix", "")
-        full = super().state_dict(*args, **kwargs)
-        plain = {name: plain_name(name.removeprefix(prefix)) for name in full}
-        return {f"{prefix}{plain[name]}": value for name, value in full.items() if plain[name] in trainable}
+        kept = bool(kwargs.get("keep_vars"))
+        return {f"{prefix}{name}": p if kept else p.detach() for name, p in self.trainable_parameters().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load adapters; that the base is not among them is no finding."""

@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from benchmarks.cuda.worker import Row
-from lit_lora.base.load import RANDOM, _architecture
+from lit_lora.base.load import RANDOM, architecture
 from lit_lora.data.dataset import TokenizedExample
 
 TINY = "tiny"
@@ -44,7 +44,7 @@ def base_of(model: str, folder: Path) -> str:
 
 def config_of(base: str) -> PreTrainedConfig:
     """The config of a base with random weights."""
-    return _architecture(base.removeprefix(RANDOM), None, False)
+    return architecture(base.removeprefix(RANDOM), None, False)
 
 
 def natural(num_examples: int, vocab_size: int, *, seed: int = 0, longest: int = LONGEST) -> list[Example]:

@@ -10,33 +10,92 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lit_lora.base import base_weight
+from lit_lora.base.base_weight import SCALES
 
 _CPU_CHUNK = 2**16  # elements; the int64 copy of a chunk stays in the cache
 _DEVICE_CHUNK = 2**22  # elements; few kernels, and a copy of 32 MiB
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Checksum of the bits of ``tensor``, ``(2,)`` int64 on its device. Does not wait for the device."""
-    flat = tensor.detach().reshape(-1)
-    words = _as_integers(flat)
-    result = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    size = _CPU_CHUNK if tensor.device.type == "cpu" else _DEVICE_CHUNK
-    weights = torch.arange(min(size, words.numel()), device=tensor.device)
+    """Checksum of the bits of ``tensor``, ``(2,)`` int64 on its device. Does not wait for the device.
+
+    Of a tensor that is divided among processes, this process's part of the two sums.
+    """
+    local, start = _share(tensor.detach())
+    return share_of_checksum(local, start, tensor)
+
+
+def share_of_checksum(share: Tensor, start: int, whole: Tensor) -> Tensor:
+    """What a part of a tensor contributes to its checksum.
+
+    Args:
+        share: of the tensor, contiguous.
+        start: number of elements before it.
+        whole: the tensor, of which the size and the type count.
+    """
+    flat = share.reshape(-1)
+    start_byte, in_words = start * flat.element_size(), _reads_words(whole)
+    if in_words and (start_byte % 4 or flat.numel() * flat.element_size() % 4):
+        return _sums(flat.view(torch.uint8), start_byte, bytes_of_words=True)
+    return _sums(_as_integers(flat) if in_words else flat.view(torch.uint8), start_byte // (4 if in_words else 1))
+
+
+def _sums(words: Tensor, offset: int, *, bytes_of_words: bool = False) -> Tensor:
+    """The two sums of integers, of which the first is number ``offset``; of bytes, as parts of their words."""
+    result = torch.zeros(2, dtype=torch.int64, device=words.device)
+    size = _CPU_CHUNK if words.device.type == "cpu" else _DEVICE_CHUNK
+    weights = torch.arange(min(size, words.numel()), device=words.device)
     for start in range(0, words.numel(), size):
         chunk = words[start : start + size].to(torch.int64)
+        if bytes_of_words:
+            places = weights[: chunk.numel()] + (offset + start)
+            chunk = _as_parts(chunk, places % 4)
+            result[0] += chunk.sum()
+            result[1] += chunk.mul_(places // 4).sum()
+            continue
         plain = chunk.sum()
         result[0] += plain
-        result[1] += chunk.mul_(weights[: chunk.numel()]).sum() + plain * start
+        result[1] += chunk.mul_(weights[: chunk.numel()]).sum() + plain * (start + offset)
     return result
 
 
+def _as_parts(values: Tensor, places: Tensor) -> Tensor:
+    """What bytes contribute to the signed, little-endian words of four that they are in."""
+    parts = values << (8 * places)
+    return parts - ((places == 3) & (values >= 128)) * 2**32
+
+
+def _share(tensor: Tensor) -> tuple[Tensor, int]:
+    """What this process holds of a tensor, and the number of elements before that."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    rows, mesh = tensor.shape[0], tensor.device_mesh
+    first = min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
+    return tensor.to_local(), first * (tensor.numel() // rows if rows else 0)
+
+
 def checksums(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Checksums of many tensors as numbers; one wait for the device at the end."""
-    sums = [checksum(tensor) for tensor in tensors]
+    """Checksums of many tensors as numbers; one wait for the device at the end.
+
+    Of tensors that are divided among processes, the checksums of the whole: every process must ask.
+    """
+    listed = list(tensors)
+    sums = [checksum(tensor) for tensor in listed]
     if not sums:
         return []
-    return [(plain, weighted) for plain, weighted in torch.stack([s.to(sums[0].device) for s in sums]).tolist()]
+    stacked = torch.stack([each.to(sums[0].device) for each in sums])
+    divided = [index for index, tensor in enumerate(listed) if isinstance(tensor, DTensor)]
+    if divided:
+        mesh = next(tensor.device_mesh for tensor in listed if isinstance(tensor, DTensor))
+        parts = stacked[divided].to(mesh.device_type)
+        dist.all_reduce(parts, group=mesh.get_group())
+        stacked[divided] = parts.to(stacked.device)
+    return [(plain, weighted) for plain, weighted in stacked.tolist()]
 
 
 def stored_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
@@ -46,11 +105,15 @@ def stored_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
     weight that was rebuilt. Their names here stay the same.
     """
     parameter = module.get_parameter(name)
+    if name == SCALES:  # named as the weight's
+        return {}
     held = {name: parameter.detach()}
     owned = name == "weight"
     quant_state = getattr(parameter, "quant_state", None)  # bitsandbytes' Params4bit
     if quant_state is None and owned:
         quant_state = getattr(module, "quant_state", None)
+    if quant_state is not None and SCALES in dict(module.named_parameters(recurse=False)):
+        quant_state = base_weight.quant_state(module)
     if quant_state is not None:
         for key, value in quant_state.as_dict().items():
             if isinstance(value, Tensor):
@@ -82,9 +145,11 @@ def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
     return frozen
 
 
+def _reads_words(tensor: Tensor) -> bool:
+    return tensor.dtype != torch.bool and tensor.numel() * tensor.element_size() % 4 == 0
+
+
 def _as_integers(flat: Tensor) -> Tensor:
-    if flat.dtype == torch.bool or flat.numel() * flat.element_size() % 4:
-        return flat.view(torch.uint8)
     if flat.storage_offset() * flat.element_size() % 4:  # a slice that no int32 can begin at
         flat = flat.clone()
     return flat.view(torch.int32)

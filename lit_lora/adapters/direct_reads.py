@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_lora.adapters.layers import adapter_modules
 from lit_lora.adapters.task_heads import as_pretrained
+from lit_lora.base.shards import is_sharded
 
 _METADATA = {
     "data_ptr", "device", "dim", "dtype", "element_size", "grad", "is_contiguous", "is_cuda", "is_floating_point",
@@ -55,7 +56,8 @@ def direct_reads(model: nn.Module, modules: Mapping[str, nn.Module], names: Iter
                 )
     if not suspected:
         return {}
-    sound = _sound_in_a_forward(pretrained, modules, suspected) if pretrained is not None else None
+    can_be_watched = pretrained is not None and not is_sharded(model)  # whose weights are others within a forward
+    sound = _sound_in_a_forward(pretrained, modules, suspected) if can_be_watched else None
     if sound is None:
         # One without values may need them for its forward only, which then says nothing.
         valueless = any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters())

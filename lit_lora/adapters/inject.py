@@ -311,7 +311,7 @@ def _check_served(refused: dict[str, str]) -> None:
 def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
     """Carry out a plan of :func:`plan_injection` on the model that it was made for."""
     config = plan.config
-    num_base = sum(base_weight.num_elements(parameter) for parameter in model.parameters())
+    num_base = base_weight.num_weights(model)
     modules, pair = named_modules(model), tied_pair(model)
     for name, module in modules.items():
         prepare_base_layer(name, module)  # those that get no adapter too: gradients pass through them

@@ -24,7 +24,7 @@ from lit_lora.adapters.lora_layer import FORWARDED, LoRALayer, bare_linear, scal
 from lit_lora.adapters.module_names import plain_name
 from lit_lora.adapters.shared_input import SharedInput
 from lit_lora.adapters.trainable_tokens import TrainableTokens
-from lit_lora.base import base_weight
+from lit_lora.base import base_weight, shards
 from lit_lora.config import LoRAConfig
 
 
@@ -286,8 +286,8 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, LoRALayer | Trainab
 
 
 def _trainable(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-    is_float = parameter.is_floating_point()
-    return nn.Parameter(parameter.detach().to(dtype if is_float else parameter.dtype, copy=True), is_float)
+    kind = dtype if parameter.is_floating_point() else parameter.dtype
+    return nn.Parameter(shards.whole(parameter.detach()).to(kind, copy=True), kind.is_floating_point)
 
 
 def _convert_float(leaf: Any, dtype: torch.dtype) -> Any:

@@ -110,7 +110,7 @@ def hash_weights(location: str, gguf_file: str | None, revision: str | None) -> 
     Returns:
         None if the files are not on this machine.
     """
-    paths = _weight_files(location, gguf_file, revision)
+    paths = weight_files(location, gguf_file, revision)
     configs = [] if gguf_file else _files(location, ["config.json"], revision)
     return hash_files(paths, configs[0] if configs else None) if paths else None
 
@@ -242,7 +242,7 @@ def _stream(file: Any, num_bytes: int) -> str:
     return digest.hexdigest()
 
 
-def _weight_files(location: str, gguf_file: str | None, revision: str | None) -> list[Path]:
+def weight_files(location: str, gguf_file: str | None, revision: str | None) -> list[Path]:
     """The files that transformers reads weights from, in a folder or in the Hub's cache; empty if not all are there."""
     if gguf_file:
         return _files(location, [gguf_file], revision)

@@ -8,6 +8,7 @@ and only this file differs.
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from typing import Any
@@ -22,6 +23,10 @@ from lit_lora.kernels.cuda_way import HALF
 # On import bitsandbytes 0.50 warns that it cannot load an optional kernel, which nothing here uses: an inference kernel
 # of lower precision.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
+
+
+SCALES = "quant_absmax"
+"""Parameter of a 4-bit layer whose weight is held plainly: the scales of its blocks."""
 
 
 def is_linear_like(module: nn.Module) -> bool:
@@ -171,10 +176,58 @@ def unpack_(module: Any) -> None:
         )
 
 
+def hold_plainly_(module: Any) -> None:
+    """Keep a quantized weight in plain frozen parameters, which can be divided among processes; others are left alone.
+
+    bitsandbytes' own parameters lose their class, and with it their scales, when shards of them are put together
+    (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1424). The codes become the layer's plain weight,
+    the scales of 4-bit blocks a parameter beside it, and what is small stays on the layer.
+    """
+    if not is_quantized(module) or is_held_plainly(module):
+        return
+    if is_4bit(module):
+        unpack_(module)
+        state = copy.copy(quant_state(module))
+        module.weight = _plain(module.weight)
+        module.register_parameter(SCALES, _plain(state.absmax))
+        state.absmax = None
+        module.quant_state = state
+    else:
+        codes, scales = _scales_8bit(module)
+        module.weight = _plain(codes)
+        module.state.CB, module.state.SCB = None, scales
+
+
+def state_tensors(module: Any) -> list[Tensor]:
+    """What a quantized layer holds beside its parameters, to read its weight by."""
+    if not may_be_quantized(module) or not is_quantized(module):
+        return []
+    if not is_4bit(module):
+        return [_scales_8bit(module)[1]]
+    return [value for value in quant_state(module).as_dict().values() if isinstance(value, Tensor)]
+
+
+def is_held_plainly(module: Any) -> bool:
+    """Whether :func:`hold_plainly_` was here."""
+    if is_4bit(module):
+        return hasattr(module, SCALES)
+    return _is_8bit(module) and module.state.CB is None and getattr(module.weight, "SCB", None) is None
+
+
+def _plain(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().as_subclass(Tensor), requires_grad=False)
+
+
 def quant_state(module: Any) -> Any:
     """The block scales: bitsandbytes keeps them on the weight, and on the layer too in case the weight is rebuilt."""
     state = getattr(module.weight, "quant_state", None)
-    return module.quant_state if state is None else state
+    state = module.quant_state if state is None else state
+    held = getattr(module, SCALES, None)
+    if held is None:
+        return state
+    state = copy.copy(state)
+    state.absmax = held.data
+    return state
 
 
 def bitsandbytes() -> Any:
@@ -222,10 +275,15 @@ def look_up_4bit(codes: Tensor, state: Any) -> Tensor:
     return weight.view(state.shape).to(state.dtype)
 
 
-def num_elements(parameter: Tensor) -> int:
-    """How many weights a parameter stands for; two 4-bit weights share a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+def num_weights(model: nn.Module) -> int:
+    """How many weights the parameters of a model stand for; two 4-bit weights share a byte, and scales are none."""
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            quantized = name == "weight" and is_4bit(module) and is_quantized(module)
+            shape = quant_state(module).shape if quantized else parameter.shape
+            counts[id(parameter)] = 0 if name == SCALES else torch.Size(shape).numel()
+    return sum(counts.values())
 
 
 def _is_instance(module: Any, module_name: str, class_name: str) -> bool:
@@ -241,5 +299,5 @@ def _scales_8bit(module: Any) -> tuple[Tensor, Any]:
     """Codes and row scales of an 8-bit layer; they move from the weight to ``state`` in the first forward."""
     if module.state.CB is not None:
         return module.state.CB, module.state.SCB
-    scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-    return module.weight.data, scales
+    scales = getattr(module.weight, "SCB", None)
+    return module.weight.data, module.state.SCB if scales is None else scales

@@ -19,15 +19,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from lit_lora.base import base_hash, quantize
-from lit_lora.base.base_weight import is_linear_like
+from lit_lora.base.filled import fill_, random_values
 from lit_lora.base.quantized_forward import compute_in_half_, prepare_base_layer
 from lit_lora.base.trained_on import note
 from lit_lora.base.whole_model import check_no_adapter, load_whole, readable
@@ -113,13 +114,11 @@ def load_base_model(
         FileNotFoundError: if the folder or file is not there, or the model was not fetched.
         ValueError: if the folder holds no safetensors, ``dtype`` is no float type, or the model cannot be quantized.
     """
-    from lit_lora.base.known_models import KNOWN_MODELS
-
     device = torch.device(device) if device is not None else torch.get_default_device()
     torch_dtype = resolve_dtype(dtype, device)
     prepare_attention(device)
     if base.startswith(RANDOM):
-        return _random_model(base, torch_dtype, quantization, device, revision, trust_remote_code, seed)
+        return random_model(base, torch_dtype, quantization, device, revision, trust_remote_code, seed)
     location, gguf_file = resolve_base(base)
     options: dict[str, Any] = {
         "dtype": torch_dtype,
@@ -142,8 +141,6 @@ def load_base_model(
         model = load_whole(location, options)
     # A model of the Hub may have come only now.
     base_hash.note_base(model, beside_loading or base_hash.hash_weights(location, gguf_file, revision))
-    if base in KNOWN_MODELS:
-        model.config.name_or_path = KNOWN_MODELS[base].hub_id  # what an adapter tells the world
     if gguf_file:  # the weights are plain now
         quantize.forget_quantization(model)
     if quantization is not None:
@@ -154,19 +151,35 @@ def load_base_model(
             prepare_base_layer(name, module)  # of a folder that is stored quantized
         if device.type == "cuda":
             compute_in_half_(model, torch_dtype)
-    revision = revision or _commit_of(location)
-    note(model, quantization=quantization or "none", dtype=_name_of(torch_dtype), revision=revision)
+    note_loaded(model, base, location, quantization, torch_dtype, revision)
     return model.train()
 
 
 def load_config(base: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of ``base``, without its weights."""
     if base.startswith(RANDOM):
-        return readable(base, lambda: _architecture(base.removeprefix(RANDOM), revision, trust_remote_code))
+        return readable(base, lambda: architecture(base.removeprefix(RANDOM), revision, trust_remote_code))
     location, gguf_file = resolve_base(base)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     return readable(location, lambda: AutoConfig.from_pretrained(location, **options))
+
+
+def note_loaded(
+    model: Any,
+    base: str,
+    location: str,
+    quantization: QuantizationConfig | None,
+    dtype: torch.dtype,
+    revision: str | None,
+) -> None:
+    """Note on a model that was loaded from files what it is, and how it is held."""
+    from lit_lora.base.known_models import KNOWN_MODELS
+
+    if base in KNOWN_MODELS:
+        model.config.name_or_path = KNOWN_MODELS[base].hub_id  # what an adapter tells the world
+    revision = revision or _commit_of(location)
+    note(model, quantization=quantization or "none", dtype=_name_of(dtype), revision=revision)
 
 
 def load_tokenizer(
@@ -296,7 +309,7 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _random_model(
+def random_model(
     base: str,
     dtype: torch.dtype,
     quantization: QuantizationConfig | None,
@@ -304,15 +317,28 @@ def _random_model(
     revision: str | None,
     trust_remote_code: bool,
     seed: int,
+    layer_done: Callable[[nn.Module], object] | None = None,
 ) -> PreTrainedModel:
-    config = _architecture(base.removeprefix(RANDOM), revision, trust_remote_code)
+    """An architecture with random weights, ``base`` and the rest as for :func:`load_base_model`.
+
+    Args:
+        base: random:ARCHITECTURE.
+        dtype: of the weights.
+        quantization: how to quantize.
+        device: where to.
+        revision: on the Hub.
+        trust_remote_code: run code of the architecture.
+        seed: of the weights.
+        layer_done: called with each decoder layer once it has its values.
+    """
+    config = architecture(base.removeprefix(RANDOM), revision, trust_remote_code)
     with torch.device("meta"):
         model = readable(
             base, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
-        _fill(model, "", model, device, quantization)
+        fill_(model, random_values, device=device, quantization=quantization, layer_done=layer_done)
     model.tie_weights()
     model.config.name_or_path = base
     fields = {name: value for name, value in config.to_dict().items() if name not in _SAY_NOTHING}
@@ -322,20 +348,6 @@ def _random_model(
         quantize.finish_quantization_(model, quantization)
     note(model, quantization=quantization or "none", dtype=_name_of(dtype), revision=revision)
     return model.train()
-
-
-def _fill(
-    module: Any, name: str, owner: PreTrainedModel, device: torch.device, quantization: QuantizationConfig | None
-) -> None:
-    """Give a model without values random ones, a layer at a time, each quantized before the next is made."""
-    for child_name, child in list(module.named_children()):
-        path = f"{name}.{child_name}" if name else child_name
-        _fill(child, path, child if isinstance(child, PreTrainedModel) else owner, device, quantization)
-        if quantization is None or not is_linear_like(child) or quantize.is_left_plain(path, quantization):
-            continue
-        setattr(module, child_name, quantize.quantized_layer(path, child, quantization))
-    module.to_empty(device=device, recurse=False)
-    owner._init_weights(module)
 
 
 def is_quantized_already(base: str, revision: str | None = None) -> bool:
@@ -358,7 +370,8 @@ def _check_not_quantized(location: str, revision: str | None) -> None:
         raise ValueError(f"{location} is quantized already ({method}) and is loaded as it is: leave out quantization")
 
 
-def _architecture(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+def architecture(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of ``random:NAME``."""
     if name in ARCHITECTURES:
         fields = dict(ARCHITECTURES[name])
         return AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -22,7 +22,7 @@ from lit_lora.data.dataset import Examples, lines_of, tokenizer_digest
 from lit_lora.data.evaluation_batches import OrderedBatchSampler, plan_in_order
 from lit_lora.data.fingerprint import check_fingerprint, fingerprint_of
 from lit_lora.data.limits import check_limits, check_own_sampler
-from lit_lora.data.loaders import PromptDataset, batch_loader, generator_of, only
+from lit_lora.data.loaders import PromptDataset, batch_loader, generator_of, only, prompts_of_rank
 from lit_lora.data.mixture import Mixture
 from lit_lora.data.named_tokenizer import loaded_tokenizer
 from lit_lora.data.new_tokens import NewTokens
@@ -325,7 +325,7 @@ class SFTDataModule(pl.LightningDataModule):
         source, data = next((source, data) for source, data in pairs if data is not None)
         assert source is not None
         prompts = source.prompts(data, self.tokenizer)
-        share = prompts[self._rank :: self._world_size]
+        share = prompts_of_rank(prompts, self._rank, self._world_size)
         return DataLoader(
             PromptDataset(share), batch_size=1, collate_fn=only, generator=generator_of(self.batch_settings.seed)
         )

@@ -102,6 +102,15 @@ def prompts_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
     return prompts
 
 
+def prompts_of_rank(prompts: list[dict[str, Any]], rank: int, world_size: int) -> list[dict[str, Any]]:
+    """One rank's share: equally many for every rank, a missing one as a filler whose answer is dropped.
+
+    A base that is divided among ranks runs in all of them at once, or in none.
+    """
+    share = prompts[rank::world_size]
+    return share if len(share) == -(-len(prompts) // world_size) else [*share, {**prompts[0], "filler": True}]
+
+
 def only(batch: list[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The single example of a batch."""
     return batch[0]

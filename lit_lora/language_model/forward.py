@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lit_lora.base.int8_rows import Int8Head
+from lit_lora.base.shards import in_one_pass
 from lit_lora.batch import Batch
 from lit_lora.kernels.linear_cross_entropy import (
     IGNORE_INDEX,
@@ -72,21 +73,29 @@ def language_model_loss(
         accuracy: also count the tokens that were predicted right.
     """
     batch = laid_out(batch, path)
-    positions_S, targets_S, weights_S = batch["target_positions"], batch["target_ids"], batch.get("target_weights")
     if path.direct_head:
-        with _attention_of(model, batch):
-            hidden_TD = model.get_decoder()(**_model_inputs(batch)).last_hidden_state.flatten(0, 1)
-        head = model.get_output_embeddings()
-        weight = head if isinstance(head, Int8Head) else head.weight
-        hidden_SD = hidden_TD[positions_S]
-        return linear_cross_entropy_with_accuracy(hidden_SD, weight, targets_S, accuracy=accuracy, weights=weights_S)
+        return in_one_pass(model, lambda: _direct_loss(model, batch, accuracy=accuracy))
     logits_SV = target_logits(model, batch)
+    targets_S, weights_S = batch["target_ids"], batch.get("target_weights")
     if weights_S is None:
         nll_sum = F.cross_entropy(logits_SV, targets_S, reduction="sum")
     else:
         nll_sum = (F.cross_entropy(logits_SV, targets_S, reduction="none") * weights_S).sum()
     num_correct = (logits_SV.argmax(-1) == targets_S).sum() if accuracy else None
     return LinearCrossEntropyOutput(nll_sum, num_correct)
+
+
+def _direct_loss(model: PreTrainedModel, batch: Batch, *, accuracy: bool) -> LinearCrossEntropyOutput:
+    with _attention_of(model, batch):
+        hidden_TD = model.get_decoder()(**_model_inputs(batch)).last_hidden_state.flatten(0, 1)
+    head = model.get_output_embeddings()
+    weight = head if isinstance(head, Int8Head) else head.weight
+    hidden_SD, targets_S, weights_S = (
+        hidden_TD[batch["target_positions"]],
+        batch["target_ids"],
+        batch.get("target_weights"),
+    )
+    return linear_cross_entropy_with_accuracy(hidden_SD, weight, targets_S, accuracy=accuracy, weights=weights_S)
 
 
 def target_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from lit_lora.base.base_weight import rounds_products
 from lit_lora.base.repeated_layers import repeated_layers
+from lit_lora.base.shards import agreed, recover_
 from lit_lora.base.whose_error import described, raised_here
 from lit_lora.language_model.attention import CannotPack
 from lit_lora.language_model.attention_calls import packable_up_to, record_calls
@@ -104,7 +105,7 @@ def choose_path(
         layouts = ["padded"]
         for layout in ("packed", "shared") if shared_prefix and packing else ("packed",) if packing else ():
             reason = _why_not_shared(batch, expected) if layout == "shared" else ""
-            reason = reason or _why_other_logits(model, layout, batch, general, tolerance)
+            reason = agreed(model, reason or _why_other_logits(model, layout, batch, general, tolerance))
             if reason:
                 reasons.append(f"{_WITHOUT[layout]}: {reason}")
                 break
@@ -281,10 +282,12 @@ def _confirmed(
             if got is not None:
                 differences = loss_difference(got, layout, expected, batch)
                 in_loss, *in_gradients = differences.values()
-                if in_loss <= tolerance.loss and all(value <= tolerance.gradients for value in in_gradients):
-                    return layout, direct
-                named = ", ".join(f"{name} by {value:.1g}" for name, value in differences.items())
-                reason = f"it would change {named}"
+                if not (in_loss <= tolerance.loss and all(value <= tolerance.gradients for value in in_gradients)):
+                    named = ", ".join(f"{name} by {value:.1g}" for name, value in differences.items())
+                    reason = f"it would change {named}"
+            reason = agreed(model, reason)
+            if not reason:
+                return layout, direct
             reasons.append(f"not {layout}{' with the loss from hidden states' if direct else ''}: {reason}")
     return "padded", False
 
@@ -317,4 +320,7 @@ def _attempt(function: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T |
     except Exception as error:
         if raised_here(error):
             raise
+        for argument in args:
+            if isinstance(argument, nn.Module):
+                recover_(argument)
         return None, described(error)

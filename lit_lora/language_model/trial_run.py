@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.base.int8_rows import Int8Head
 from lit_lora.base.module_state import attributes_kept
+from lit_lora.base.shards import recover_
 from lit_lora.kernels.linear_cross_entropy import IGNORE_INDEX
 from lit_lora.language_model.forward import (
     Batch,
@@ -303,6 +304,7 @@ def quietly(model: PreTrainedModel) -> Iterator[None]:
     rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with rng, attributes_kept(model):
         yield
+        recover_(model)  # what a way that failed has left gathered
 
 
 def set_mode(model: PreTrainedModel, training: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from lit_lora.config import LoRAConfig, parse_bytes
 from lit_lora.language_model.forward import ForwardPath
 from lit_lora.memory.cuda_allocator import CudaPeak, replay
-from lit_lora.memory.storage_tracker import Peak
+from lit_lora.memory.storage_tracker import GATHERED, Peak
 from lit_lora.memory.traced_step import CATEGORIES, PHASES, StepSettings, trace_step
 
 
@@ -54,6 +54,8 @@ class MemoryEstimate:
     def __str__(self) -> str:
         lines = [str(self.settings), f"{'MB':<12}" + "".join(f"{phase:>11}" for phase in self.phases)]
         for category in CATEGORIES:
+            if category == GATHERED and self.settings.devices == 1:
+                continue
             values = [peak.by_category.get(category, 0) for peak in self.phases.values()]
             lines.append(f"{category:<12}" + "".join(f"{mb(value):>11}" for value in values))
         lines.append(f"{'total':<12}" + "".join(f"{mb(peak.total):>11}" for peak in self.phases.values()))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,13 +25,16 @@ from torch.utils._pytree import tree_leaves
 WORKSPACE = "workspace"
 """Category of what nobody has claimed."""
 
+GATHERED = "gathered"
+"""Category of weights that are put together from the shares of several processes."""
+
 
 class Event(NamedTuple):
     """A storage came or went."""
 
     key: int
     num_bytes: int
-    """Negative when it went."""
+    """Negative when it went. What is gathered from several processes is given back and made again under one key."""
     phase: str
     where: str
 
@@ -61,6 +65,7 @@ class StorageTracker(TorchDispatchMode):
         self.events: list[Event] = []
         self.categories: dict[int, str] = {}
         self._live: dict[int, tuple[int, Any]] = {}
+        self._gathered: dict[int, int] = {}  # address of a storage that changes its size -> its last size
         self._num_seen = 0
         self._phase = ""
         self._modules: list[str] = []
@@ -97,13 +102,32 @@ class StorageTracker(TorchDispatchMode):
             self.add(tree_leaves((args, kwargs)), where)
         result = func(*args, **kwargs)
         self.add(tree_leaves(result), where)
+        if str(func).startswith("fsdp.split_with_sizes_copy"):
+            self._follow(kwargs["out"])
+        for address in list(self._gathered):
+            self._compare_size(address, where)
         return result
+
+    def _follow(self, tensors: Iterable[Tensor]) -> None:
+        """These storages are weights in full while a layer runs, and empty between."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._gathered:
+                self._gathered[storage._cdata] = storage.nbytes()
+                self.categories[self._live[storage._cdata][0]] = GATHERED
+
+    def _compare_size(self, address: int, where: str) -> None:
+        key, storage = self._live[address]
+        now = storage().nbytes()
+        if now != self._gathered[address]:
+            self.events.append(Event(key, now - self._gathered[address], self._phase, where))
+            self._gathered[address] = now
 
     def add(self, leaves: Iterable[Any], where: str = "") -> None:
         """Record the storages of these tensors from now on."""
         for leaf in leaves:
-            if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
-                continue
+            if not isinstance(leaf, Tensor) or leaf.device.type == "meta" or isinstance(leaf, DTensor):
+                continue  # a DTensor's own storage has the size of the whole and no memory; its share is seen by itself
             storage = leaf.untyped_storage()
             if storage._cdata not in self._live:
                 self._start(storage, where)
@@ -117,6 +141,7 @@ class StorageTracker(TorchDispatchMode):
     def _end(self, address: int, key: int, num_bytes: int) -> None:
         if self._live.get(address, (None,))[0] == key:
             del self._live[address]
+            num_bytes = self._gathered.pop(address, num_bytes)
         self.events.append(Event(key, -num_bytes, self._phase, ""))
 
     @contextmanager

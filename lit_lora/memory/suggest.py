@@ -46,6 +46,8 @@ def suggest(estimate: MemoryEstimate, limit: int | str | None = None) -> list[Su
 
 
 def _changes(settings: StepSettings) -> Iterator[tuple[str, StepSettings]]:
+    devices = 2 * settings.devices
+    yield f"trainer.strategy lora_sharded with trainer.devices {devices}", replace(settings, devices=devices)
     if settings.step.recompute is not True:
         yield "model.step.recompute true", replace(settings, step=replace(settings.step, recompute=True))
     if settings.quantization is None:

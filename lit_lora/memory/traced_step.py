@@ -10,28 +10,33 @@ fake CPU tensors in the types and with the attention that CUDA would use; operat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_lora.base import base_weight
-from lit_lora.base.load import RANDOM, _architecture, resolve_base, resolve_dtype
+from lit_lora.base.load import RANDOM, architecture, resolve_base, resolve_dtype
 from lit_lora.base.quantize import is_left_plain, quantize_
+from lit_lora.base.repeated_layers import repeated_layers
+from lit_lora.base.shards import Sharding
 from lit_lora.base.whole_model import readable
 from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.kernels.cuda_cards import STAND_IN
 from lit_lora.language_model.forward import Batch, ForwardPath, language_model_loss, placeholder_batch
-from lit_lora.memory.storage_tracker import WORKSPACE, Peak, StorageTracker
+from lit_lora.memory.storage_tracker import GATHERED, WORKSPACE, Peak, StorageTracker
 from lit_lora.memory.valueless import without_values
 
 PHASES = ("load", "forward", "backward", "optimizer")
-CATEGORIES = ("base", "adapters", "gradients", "optimizer", "activations", WORKSPACE)
+CATEGORIES = ("base", GATHERED, "adapters", "gradients", "optimizer", "activations", WORKSPACE)
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,16 @@ class StepSettings:
     accumulate_grad_batches: int = 1
     autocast: Literal["bfloat16", "float16"] | None = None
     trust_remote_code: bool = False
+    devices: int = 1
+    """Processes that the base is divided among; 1 for a base that each of them has whole."""
 
     def __str__(self) -> str:
         base = "16- or 32-bit base" if self.quantization is None else f"{self.quantization.bits}-bit base"
         count = self.step.recomputed_layers
         recomputed = "all layers" if count is None else f"{count or 'no'} layers"
         tokens = f"{len(self.lengths)} examples of up to {max(self.lengths)} tokens"
-        return f"{self.base} on {self.device}, {base}, rank {self.lora.r}, {tokens}, {recomputed} recomputed"
+        divided = f" divided among {self.devices} devices" if self.devices > 1 else ""
+        return f"{self.base} on {self.device}, {base}{divided}, rank {self.lora.r}, {tokens}, {recomputed} recomputed"
 
 
 class TracedStep(NamedTuple):
@@ -92,8 +100,14 @@ def trace_step(settings: StepSettings) -> TracedStep:
             f"{'.'.join(map(str, STAND_IN))}"
         )
     purpose = "its step cannot be traced. Run a short fit instead, which reports its peak"
-    with without_values(purpose, as_on_cuda=as_on_cuda), tracker:
+    with (
+        processes_imagined(settings.devices, device) as sharding,
+        without_values(purpose, as_on_cuda=as_on_cuda),
+        tracker,
+    ):
         model, load_peak = _load(settings, device, tracker)
+        if sharding is not None:
+            load_peak = _divide(model, sharding, tracker)
         built = make_trainable(model, settings.lora, settings.step, packing=settings.packing, valueless=True)
         path = built.path
         assert path is not None
@@ -151,7 +165,7 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
         name, gguf_file = resolve_base(settings.base)
         if gguf_file:
             raise ValueError(f"a GGUF file holds no config to trace: name its architecture, as {RANDOM}llama-2-7b")
-    config = _architecture(name, None, settings.trust_remote_code)
+    config = architecture(name, None, settings.trust_remote_code)
     dtype = resolve_dtype(settings.dtype, torch.device(settings.device))
     with torch.device(device):
         model = readable(
@@ -178,6 +192,37 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
     loaded = tracker.alive_bytes
     where = "before the last weight is quantized" if at_once else "weights"
     return model, Peak(loaded + at_once, {"base": loaded, WORKSPACE: at_once}, where)
+
+
+@contextmanager
+def processes_imagined(count: int, device: str) -> Iterator[Sharding | None]:
+    """This process as the first of so many, of which the others answer at once and with nothing; None for one."""
+    if count == 1:
+        yield None
+        return
+    if dist.is_initialized():
+        raise RuntimeError("a step of several processes is traced in a process of its own, and this one has company")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield Sharding(init_device_mesh(device, (count,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def _divide(model: PreTrainedModel, sharding: Sharding, tracker: StorageTracker) -> Peak:
+    """Keep the first process's share; the peak of loading it, where a layer is divided before the next one comes."""
+    whole = tracker.alive_bytes
+    layers = repeated_layers(model.requires_grad_(False))
+    for layer in layers:
+        sharding.shard_layer_(layer)
+    divided = tracker.alive_bytes
+    count = sharding.mesh.size()
+    one_layer = (whole - divided) * count // (count - 1) // max(1, len(layers))
+    sharding.shard_(model)
+    tracker.claim("base")
+    tracker.forget_the_dead()
+    share = tracker.alive_bytes
+    return Peak(max(divided, share + one_layer), {"base": share, WORKSPACE: max(divided - share, one_layer)}, "weights")
 
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

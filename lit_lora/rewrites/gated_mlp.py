@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.adapters.layers import LoRALinear
+from lit_lora.base.shards import gathered_modules
 from lit_lora.base.whose_error import raised_here
 
 
@@ -29,8 +30,8 @@ def recompute_gated_mlps(model: nn.Module, *, trial: bool = True) -> int:
         How many MLPs were changed.
     """
     changed = 0
-    for module in model.modules():
-        if _looks_gated(module) and (not trial or _equals_formula(module)):
+    for module in gathered_modules(model, _looks_gated):
+        if not trial or _equals_formula(module):
             module.forward = MethodType(_forward, module)
             changed += 1
     return changed

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_lora.adapters.layers import LoRALinear
 from lit_lora.adapters.shared_input import SharedInput
+from lit_lora.base.shards import in_one_pass
 from lit_lora.base.whose_error import raised_here
 
 _TOKENS = 4
@@ -63,7 +64,8 @@ def _run(model: nn.Module) -> None:
         return
     device = next(model.parameters()).device
     try:
-        model.get_decoder()(input_ids=torch.zeros((1, _TOKENS), dtype=torch.int64, device=device), use_cache=False)
+        ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device=device)
+        in_one_pass(model, lambda: model.get_decoder()(input_ids=ids, use_cache=False))
     except Exception as error:
         if raised_here(error):
             raise

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from lit_lora.files.meant import closest, did_you_mean
 
 _MOST_EPOCHS = 10
-OPTIONS = ("--fits", "--device", "--lengths", "--suggest", "--help")
+OPTIONS = ("--fits", "--device", "--devices", "--lengths", "--suggest", "--help")
 """Beside those of ``fit``."""
+SHARDED = "lora_sharded"
 
 
 def estimate(arguments: list[str]) -> None:
@@ -38,6 +39,11 @@ def estimate(arguments: list[str]) -> None:
     if not found.path.packed and batches.padded != batches.packed:
         found = trace(step_settings(config, batches.padded, device=options.device))
     print(f"{batches.origin}\n{found}")
+    count, divided = processes(config, options.devices)
+    if count > 1:
+        shared = trace(dataclasses.replace(found.settings, devices=count))
+        print(f"\nof the first of {count} processes, with trainer.strategy {SHARDED}:\n{shared}")
+        found = shared if divided else found
     if config.model.get("optimizer") is not None:
         print("traced with AdamW: the state of another optimizer is not known")
     step = found.settings.step
@@ -57,6 +63,19 @@ def estimate(arguments: list[str]) -> None:
             print(f"  {suggestion}{' (fits)' if enough else ''}")
     if not fits:
         sys.exit(1)
+
+
+def processes(config: Any, devices: int | None) -> tuple[int, bool]:
+    """How many processes a ``fit`` has, as far as its settings tell, and whether they divide the base.
+
+    Args:
+        config: the parsed settings of a ``fit``.
+        devices: as asked for; None for those of the settings.
+    """
+    divided = str(config.trainer.strategy).startswith(SHARDED)
+    given = config.trainer.devices
+    count = int(given) if str(given).isdecimal() else len(given) if isinstance(given, list) else 1
+    return devices or (count * config.trainer.num_nodes if divided else 1), divided
 
 
 class Batch(NamedTuple):
@@ -198,6 +217,12 @@ def _built(kind: Any, value: Any) -> Any:
     return kind(**fields.get("init_args", fields))
 
 
+def _at_least_two(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 2, got {text!r}")
+    return int(text)
+
+
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-lora estimate",
@@ -206,6 +231,9 @@ def _options() -> argparse.ArgumentParser:
         epilog="All other arguments are those of lit-lora fit, and mean the same: --config FILE, --model.lora.r 16 ...",
     )
     parser.add_argument("--fits", metavar="AMOUNT", help='does it fit, in for example "12GB"? Exits with 1 if not')
+    parser.add_argument(
+        "--devices", type=_at_least_two, metavar="N", help="also the peak of each of N processes that divide the base"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="by default what trainer.accelerator asks for")
     parser.add_argument(
         "--lengths", type=int, nargs="+", metavar="TOKENS",

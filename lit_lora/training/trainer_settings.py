@@ -35,11 +35,12 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_lora.training.sharded_strategy import NAME
+
 STRATEGIES = {
     r"fsdp|model_?parallel|deepspeed": (
-        "splits the model over processes, which lit_lora does not support: checkpoints of adapters only, gradients "
-        "normalised by tokens, and quantized layers need whole parameters. Use 'ddp': each process holds the base "
-        "(quantize it if it is too large) and they share the work"
+        "divides adapters too, which checkpoints of adapters only and gradients normalised by tokens need whole. Use "
+        f"{NAME!r}, which divides the frozen base alone, quantized or not; or 'ddp' where a process can hold all of it"
     ),
     r"spawn|fork|notebook": (
         "trains in processes that hand back weights only, so that the record and the proof of the run would be lost "

@@ -91,7 +91,7 @@ REFUSALS = [
     "model.optimization.learning_rate: learning_rate must be above 0",
     "model.optimization.warmup_ratio: warmup_ratio must be in [0, 1), got 2.0",
     "model.step.recompute: expected an amount of memory",
-    "trainer.strategy: 'fsdp' splits the model",
+    "trainer.strategy: 'fsdp' divides adapters too",
     "trainer.precision: precision 16-true trains adapters in float16",
     "trainer.accumulate_grad_batches: accumulate_grad_batches must be at least 1",
     "trainer.gradient_clip_val: gradient_clip_val must be at least 0",

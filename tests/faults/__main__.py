@@ -30,6 +30,7 @@ import torch
 
 from lit_lora.files.checkpoint import newest_checkpoint, read_checkpoint
 from tests.faults.preparing import killed_preparing
+from tests.faults.ranks import ranks
 from tests.faults.runs import LIMIT_S, Budget, Project, Tally, same
 from tests.faults.states import states, wait_for_a_checkpoint
 
@@ -328,6 +329,7 @@ def main() -> None:
         lambda: corruptions(project, rng, budget, options.corruptions),
         lambda: [Tally(*entry) for entry in bad_inputs(project, options.seed, budget)],
         lambda: hostile_files(project, budget),
+        lambda: ranks(project, rng, budget),
     ]
     for stage in stages:
         tallies += stage()

@@ -123,6 +123,7 @@ ALONE: dict[str, Options] = {
     "callbacks: RichProgressBar": {**_callback("RichProgressBar"), "trainer.enable_progress_bar": True},
     "callbacks: ThroughputMonitor": _callback("ThroughputMonitor", batch_size_fn="operator.length_hint"),
     "strategy: single_device": {"trainer.strategy": "single_device"},
+    "strategy: lora_sharded, one process": {"trainer.strategy": "lora_sharded", "trainer.devices": 1},
     "strategy: ddp_find_unused_parameters_true": {
         "trainer.strategy": "ddp_find_unused_parameters_true",
         "trainer.devices": 1,
@@ -152,7 +153,7 @@ class Refused(NamedTuple):
 
 _AVERAGES = "schedulefree.AdamWScheduleFree, which averages the adapters while it trains"
 _WEIGHTS_ONLY = "trains in processes that hand back weights only"
-_SPLITS = "splits the model over processes, which lit_lora does not support"
+_SPLITS = "Use 'lora_sharded', which divides the frozen base alone"
 _NO_LOGGER = "writes to a logger, and there is none: set trainer.logger"
 
 REFUSED = [

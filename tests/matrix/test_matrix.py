@@ -138,8 +138,9 @@ def test_it_is_refused_before_the_model_is_loaded(ended, case):
          "dropout": "0.1", "clipping": "value", "batches": "padded"},
     ],
 )  # fmt: skip
-def test_two_processes_work(tmp_path, row):
-    options = {**options_of(row), "trainer.strategy": "ddp", "trainer.devices": 2}
+@pytest.mark.parametrize("strategy", ["ddp", "lora_sharded"])
+def test_two_processes_work(tmp_path, row, strategy):
+    options = {**options_of(row), "trainer.strategy": strategy, "trainer.devices": 2}
     path = Project(tmp_path).write_config(tmp_path / "run", options)
     done = lit_lora("fit", "--config", path)
     assert re.search(r"^lit_lora: proved$", done.stdout, re.MULTILINE)

@@ -27,7 +27,7 @@ class LogsExactMatch(callbacks.Callback):
 
 
 BUILT = [
-    ("'ModelParallelStrategy' splits the model .* Use 'ddp'", {"strategy": ModelParallelStrategy()}),
+    ("'ModelParallelStrategy' divides adapters too.* Use 'lora_sharded'", {"strategy": ModelParallelStrategy()}),
     ("'DDPStrategy spawn' trains in processes that hand back weights", {"strategy": DDPStrategy(start_method="spawn")}),
     ("'DDPStrategy fork' trains in processes that hand back weights", {"strategy": "ddp_fork"}),
     ("bf16-true trains adapters in bfloat16", {"precision": "bf16-true"}),
@@ -75,12 +75,12 @@ def test_a_trainer_of_ones_own_is_refused_before_anything_is_loaded(tmp_path, mo
         ({"strategy": name}, "weights only")
         for name in ("ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_notebook_find_unused_parameters_true")
     ]
-    + [({"strategy": name}, "splits the model") for name in ("fsdp", "deepspeed_stage_2", "fsdp_cpu_offload")]
+    + [({"strategy": name}, "divides adapters too") for name in ("fsdp", "deepspeed_stage_2", "fsdp_cpu_offload")]
     + [({"strategy": name}, "never run on") for name in ("xla", "xla_debug", "single_tpu")]
     + [
         (
             {"strategy": Namespace(class_path="lightning.pytorch.strategies.FSDPStrategy")},
-            "'FSDPStrategy' splits the model",
+            "'FSDPStrategy' divides adapters too",
         ),
         (
             {"strategy": Namespace(class_path="x.DDPStrategy", init_args=Namespace(start_method="fork"))},

@@ -1,0 +1,139 @@
+"""A frozen base that is divided among processes: each holds its share of every weight, and the whole of none.
+
+torch's ``fully_shard`` does the work (FSDP2). A decoder layer's weights are gathered while the layer runs, and dropped
+after it; what lies outside of the layers (embedding, last norm, head) while the model runs. What trains is left whole
+in every process: adapters are small, and stay what callbacks, optimizers and checkpoints take them for.
+
+A weight that is not gathered has no values to compute with. Whoever needs those without calling the model itself does
+so within :func:`in_one_pass`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from lit_lora.base.base_weight import hold_plainly_, state_tensors
+from lit_lora.base.repeated_layers import repeated_layers
+
+T = TypeVar("T")
+_PASS = "lit_lora_pass"
+"""Attribute of a sharded model: runs a function as if it were the model's forward pass."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Among which processes a base is divided."""
+
+    mesh: DeviceMesh
+    """One-dimensional."""
+    offload: bool = False
+    """Keep a process's share in the CPU's memory, and bring a layer to the GPU when it runs."""
+
+    def shard_layer_(self, layer: nn.Module) -> None:
+        """Keep this process's share of a layer's frozen weights, in place."""
+        for module in layer.modules():
+            hold_plainly_(module)
+        kept_whole = {p for p in layer.parameters() if not isinstance(p, DTensor) and (p.requires_grad or not p.ndim)}
+        policy = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        # Also of the outermost part: an evaluation has no backward pass that would drop what is gathered.
+        fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, ignored_params=kept_whole, offload_policy=policy)
+
+    def shard_(self, model: nn.Module) -> None:
+        """Keep this process's share of every frozen weight of ``model``, in place; layers may have been done before."""
+        for layer in repeated_layers(model):
+            if not isinstance(layer, FSDPModule):
+                self.shard_layer_(layer)
+        self.shard_layer_(model)
+        setattr(model, _PASS, _run)
+        register_fsdp_forward_method(model, _PASS)
+
+
+def _run(function: Callable[[], T]) -> T:
+    return function()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the base of ``model`` is divided among processes."""
+    return isinstance(model, FSDPModule)
+
+
+def in_one_pass(model: nn.Module, function: Callable[[], T]) -> T:
+    """``function()``, within which parts of a sharded model can be called on their own, as within its forward pass."""
+    run = vars(model).get(_PASS)
+    result: T = function() if run is None else run(function)
+    return result
+
+
+def gathered_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """The modules of ``model`` that are wanted, each with all of its weights as long as the caller looks at it."""
+    if not is_sharded(model):
+        yield from filter(wanted, model.modules())
+        return
+    in_one_pass(model, lambda: None)  # the first pass tells the parts whose they are
+    seen: set[int] = set()
+    for part in reversed([module for module in model.modules() if isinstance(module, FSDPModule)]):
+        own = [module for module in part.modules() if id(module) not in seen]
+        seen |= {id(module) for module in own}
+        if not (found := list(filter(wanted, own))):
+            continue
+        part.unshard()
+        try:
+            yield from found
+        finally:
+            part.reshard()
+
+
+def recover_(model: nn.Module) -> None:
+    """After an exception within a sharded model: drop what is gathered, so that it can be run again."""
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process may have its share; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of the frozen weights, scales included, that this process holds."""
+    frozen = {tensor.untyped_storage().data_ptr(): tensor for tensor in held_tensors(model, trained=False)}
+    return sum(tensor.untyped_storage().nbytes() for tensor in frozen.values())
+
+
+def held_tensors(model: nn.Module, *, trained: bool = True) -> Iterator[Tensor]:
+    """What this process holds of a model: its shares of weights and scales, buffers, and if asked what trains."""
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if trained or not p.requires_grad]
+        buffers = list(module.buffers(recurse=False)) if trained else []
+        for tensor in (*own, *state_tensors(module), *buffers):
+            yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def agreed(model: nn.Module, reason: str) -> str:
+    """What all processes of a sharded model go by: the first reason that one of them has against something.
+
+    They must run the model alike, since each run gathers weights from all of them.
+
+    Args:
+        model: sharded or not.
+        reason: empty for none.
+    """
+    if not is_sharded(model):
+        return reason
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, reason)
+    return next(filter(None, found), "")
