@@ -97,8 +97,6 @@ class LoRALightningModule(TokenLossModule):
             raise ValueError("weight_decay has no effect on an optimizer of your own: set it there")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if step.compile_layers and quantization is not None:
-            raise ValueError(compilation.QUANTIZED_REFUSED)
 
         self.strict_loading = False  # the base is not in checkpoints; on_load_checkpoint checks the adapter's keys
         self.model: nn.Module | None = None

@@ -161,7 +161,7 @@ class _LoRALinear(torch.autograd.Function):
                 grad_A = products.matmul(grad_down_TR.t(), x_TI.to(adapter)).to(lora_A.dtype)
                 del x_TI
             if needs_x:
-                grad_TI = products.matmul(grad_TO.to(product), _weight(ctx.layer, weight_OI, product)).to(x.dtype)
+                grad_TI = products.matmul(grad_TO.to(product), _weight(ctx.layer, weight_OI, product, grad)).to(x.dtype)
                 grad_x = _add_product_(grad_TI, grad_down_TR, lora_A.to(adapter), 1.0).view(x.shape)
                 if silu is not None:
                     grad_up = silu.mul_(grad_x)
@@ -175,9 +175,11 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up) if not torch.is_grad_enabled() else F.silu(gate) * up
 
 
-def _weight(layer: nn.Module | None, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _weight(
+    layer: nn.Module | None, weight: Tensor | None, dtype: torch.dtype, gradient: Tensor | None = None
+) -> Tensor:
     if layer is not None:
-        return base_weight.read_weight(layer, dtype)
+        return base_weight.read_weight(layer, dtype, gradient=gradient)
     assert weight is not None
     return weight.to(dtype)
 

@@ -117,9 +117,9 @@ class _LoRALinears(torch.autograd.Function):
                 for i, grad_A in enumerate(stacked_RI.split([B_OR.shape[1] for B_OR in B_ORs])):
                     grad_As[i] = grad_A.to(A_dtypes[i]) if needs_A[i] else None
             if needs_x:
-                grad_TI = grads_TO[0] @ _weight(ctx.layers[0], weights[0], ctx.dtype)
+                grad_TI = grads_TO[0] @ _weight(ctx.layers[0], weights[0], ctx.dtype, grads_TO[0])
                 for layer, weight, grad_TO in zip(ctx.layers[1:], weights[1:], grads_TO[1:], strict=True):
-                    grad_TI.addmm_(grad_TO, _weight(layer, weight, ctx.dtype))
+                    grad_TI.addmm_(grad_TO, _weight(layer, weight, ctx.dtype, grad_TO))
                 grad_x = grad_TI.addmm_(grad_down_TR, A_RI).to(x.dtype).view(x.shape)
                 if up is not None:
                     grad_x, grad_up = swiglu_backward(x, up, grad_x)
@@ -160,8 +160,10 @@ def _gradient_of_down(grads_TO: list[Tensor], B_ORs: Sequence[Tensor], scalings:
     return stacked_TR
 
 
-def _weight(layer: nn.Module | None, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _weight(
+    layer: nn.Module | None, weight: Tensor | None, dtype: torch.dtype, gradient: Tensor | None = None
+) -> Tensor:
     if layer is not None:
-        return base_weight.read_weight(layer, dtype)
+        return base_weight.read_weight(layer, dtype, gradient=gradient)
     assert weight is not None
     return weight.to(dtype)

@@ -19,6 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lit_lora.kernels.cuda_stand_ins import is_on_cuda
 from lit_lora.kernels.cuda_way import HALF
+from lit_lora.kernels.made_again import after
 
 # On import bitsandbytes 0.50 warns that it cannot load an optional kernel, which nothing here uses: an inference kernel
 # of lower precision.
@@ -126,21 +127,28 @@ def rounds_products(module: nn.Module) -> bool:
     return _is_8bit(module) or compute_dtype(module, torch.float32) in HALF
 
 
-def read_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
+def read_weight(module: Any, dtype: torch.dtype | None = None, *, gradient: Tensor | None = None) -> Tensor:
     """The weight as ``(out_features, in_features)``, dequantized if need be.
 
     Args:
         module: a linear-like layer.
         dtype: what to convert to; by default the dtype it is stored in, or was quantized from.
+        gradient: in a backward pass, one that is at hand: a compiler then dequantizes again instead of keeping the
+            weight since the forward pass.
 
     Returns:
         The weight itself or a view of it where that is possible, else a new tensor. Not to be written to.
     """
     if is_quantized(module):
+        again = gradient is not None and torch.compiler.is_compiling()
         if is_4bit(module):
-            weight = _dequantize_4bit(module.weight.data, quant_state(module))
+            state = quant_state(module)
+            if again:
+                state.absmax = after(state.absmax, gradient)
+            weight = _dequantize_4bit(module.weight.data, state)
             return weight if dtype is None else weight.to(dtype)
         codes, scales = _scales_8bit(module)
+        scales = after(scales, gradient) if again else scales
         # LLM.int8 (arXiv:2208.07339), eq. 4: rows scaled to [-127, 127]; the same operations as bitsandbytes' own.
         return codes.to(dtype or scales.dtype, copy=True).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
     weight = module.weight.t() if is_conv1d(module) else module.weight
@@ -246,12 +254,15 @@ def bitsandbytes() -> Any:
     return bnb
 
 
+_HAS_VECTOR_KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def _dequantize_4bit(codes: Tensor, state: Any) -> Tensor:
     """bitsandbytes (0.50) has a vector kernel for CPUs with AVX512; lookups are far faster than its scalar code.
 
     Lookups can go when it has more: https://github.com/bitsandbytes-foundation/bitsandbytes/pull/2072.
     """
-    if codes.device.type == "cpu" and not is_on_cuda(codes) and torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if codes.device.type == "cpu" and not is_on_cuda(codes) and not _HAS_VECTOR_KERNEL:
         return look_up_4bit(codes, state)
     return bitsandbytes().functional.dequantize_4bit(codes, state)
 

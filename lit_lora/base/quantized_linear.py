@@ -61,7 +61,7 @@ class _QuantizedLinear(torch.autograd.Function):
         with without_autocast(grad):
             grad_TO = grad.reshape(-1, grad.shape[-1])
             if ctx.needs_input_grad[0]:
-                weight = base_weight.read_weight(ctx.layer, ctx.product)
+                weight = base_weight.read_weight(ctx.layer, ctx.product, gradient=grad)
                 grad_TI = products.matmul(grad_TO.to(ctx.product), weight).to(ctx.x_dtype)
                 grad_x = grad_TI.view(*grad.shape[:-1], grad_TI.shape[-1])
             if ctx.needs_input_grad[1]:

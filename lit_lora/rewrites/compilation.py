@@ -8,8 +8,8 @@ the code on disk for the next run, which then waits half as long.
 On a CPU it is no faster (``benchmarks/NOTES.md``), since products and attention take most of a step. It is meant for
 CUDA; on an H200 a 135M model gained nothing, and its first steps took 67 s.
 
-A call with a key-value cache (generation) runs the layer as it was. Left out: bitsandbytes' layers, which cannot be
-compiled, and the head, whose loss is computed in chunks.
+A call with a key-value cache (generation) runs the layer as it was. Left out: the head, whose loss is computed in
+chunks.
 """
 
 from __future__ import annotations
@@ -26,12 +26,6 @@ from transformers import Cache
 
 from lit_lora.base import base_weight
 from lit_lora.base.repeated_layers import repeated_layers
-
-QUANTIZED_REFUSED = (
-    "compile_layers does not work with a quantized base: torch.compile cannot take bitsandbytes' parameters as inputs "
-    "(it recurses without end), and left out they cut each layer into a dozen pieces that are compiled per layer. "
-    "Set compile_layers to false"
-)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -53,17 +47,18 @@ def check_compiler(device: torch.device) -> None:
 def compile_layers(model: nn.Module) -> CompileClock:
     """Let the layers of ``model`` run compiled; parameters keep their names.
 
-    To be called before ``checkpoint_layers``: what is recomputed is then the compiled layer.
+    To be called before ``checkpoint_layers``: what is recomputed is then the compiled layer. Quantized weights become
+    plain parameters: bitsandbytes' own are no inputs that the compiler can take.
 
     Raises:
-        ValueError: if the model has no list of layers, or is quantized.
+        ValueError: if the model has no list of layers.
     """
-    if any(base_weight.may_be_quantized(module) for module in model.modules()):
-        raise ValueError(QUANTIZED_REFUSED)
     layers = repeated_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no list of equal layers to compile: set compile_layers to false")
     for layer in layers:
+        for module in layer.modules():
+            base_weight.hold_plainly_(module)
         layer.forward = _CompiledForward(layer.forward)
     return CompileClock()
 

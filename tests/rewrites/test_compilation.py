@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from lit_lora.adapters.inject import inject_lora
+from lit_lora.adapters.layers import lora_layers
+from lit_lora.base import base_weight
+from lit_lora.base.quantize import quantize_
 from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.data.dataset import TokenizedExample
@@ -59,10 +62,13 @@ def no_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
-def adapted() -> PreTrainedModel:
-    model = language_model(num_hidden_layers=10)  # more than what the compiler compiles anew before it gives up
+def adapted(quantization: QuantizationConfig | None = None, *, num_layers: int = 10) -> PreTrainedModel:
+    model = language_model(num_hidden_layers=num_layers)  # 10: more than are compiled anew before it gives up
+    if quantization is not None:
+        for layer in model.model.layers:  # not the head, which a run leaves as it is, too
+            quantize_(layer, quantization)
     inject_lora(model, LoRAConfig(r=4))
-    assert recompute_gated_mlps(model) == 10
+    assert recompute_gated_mlps(model) == num_layers
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -110,14 +116,48 @@ def test_graphs_equal_eager_for_batches_of_any_lengths_without_compiling_again(r
     _compiled_equals_eager(recomputed)
 
 
-def _compiled_equals_eager(recomputed: int) -> None:
-    eager, compiled = adapted(), adapted()
+@pytest.mark.usefixtures("no_code_generation")
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        QuantizationConfig(4, block_size=32),
+        QuantizationConfig(8),
+    ],
+    ids=str,
+)
+def test_graphs_of_a_quantized_base_equal_it_run_eagerly(quantization: QuantizationConfig) -> None:
+    _compiled_equals_eager(0, quantization)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_dequantized_weight_is_not_kept_for_the_backward_pass(bits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler keeps is chosen without generating code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    model = adapted(QuantizationConfig(bits, block_size=32) if bits == 4 else QuantizationConfig(bits), num_layers=2)
+    choose_path(model)
+    compile_layers(model)
+    shapes = {module.lora_B.weight.shape[:1] + module.lora_A.weight.shape[1:] for _, module in lora_layers(model)}
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_and_gradients(model, (7, 12, 5))
+    assert len(kept) > 10
+    both = shapes | {torch.Size(reversed(shape)) for shape in shapes}
+    assert not [tensor.shape for tensor in kept if tensor.is_floating_point() and tensor.shape in both]
+
+
+def _compiled_equals_eager(recomputed: int, quantization: QuantizationConfig | None = None) -> None:
+    eager, compiled = adapted(quantization), adapted(quantization)
     for model in (eager, compiled):
         assert choose_path(model).packed
-    names = list(compiled.state_dict())
+    names = [name for name, _ in compiled.named_parameters()]
     compile_layers(compiled)
     checkpoint_layers(compiled, recomputed)
-    assert list(compiled.state_dict()) == names
+    assert [name for name, _ in compiled.named_parameters() if not name.endswith(base_weight.SCALES)] == names
     for number, lengths in enumerate(BATCHES):
         with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
             got = loss_and_gradients(compiled, lengths)
@@ -199,7 +239,5 @@ def test_a_missing_compiler_is_told_before_anything_is_loaded(monkeypatch: pytes
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not work with a quantized base"):
-        LoRALightningModule(step=StepConfig(compile_layers=True), quantization=QuantizationConfig())
     with pytest.raises(ValueError, match="Linear has no list of equal layers to compile"):
         compile_layers(torch.nn.Linear(2, 2))
