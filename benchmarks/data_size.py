@@ -89,7 +89,10 @@ class Rows:  # a segment of a hundred thousand
         dtype, shape = self.shapes()[name]
         if name == "lengths":
             return self.lengths
-        return np.ones(shape, dtype)
+        values = np.ones(shape, dtype)
+        if name == "mask":  # nothing predicts a first token
+            values[self.lengths.cumsum() - self.lengths] = False
+        return values
 
 if phase == "write":
     import json

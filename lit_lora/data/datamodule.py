@@ -253,14 +253,9 @@ class SFTDataModule(pl.LightningDataModule):
             self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
     def source_names(self, stage: str) -> list[str]:
-        """Of the sources that are evaluated, in the order that a batch's ``source`` counts.
-
-        Args:
-            stage: "validate" or "test".
-        """
+        """Of the sources that are evaluated ("validate" or "test"), in the order that a batch's ``source`` counts."""
         of_validation = self._validation or self._train
-        data = of_validation if stage != "test" else self._test or of_validation
-        return data.names
+        return (self._test or of_validation if stage == "test" else of_validation).names
 
     def train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank, from the place where a loaded checkpoint stopped.
