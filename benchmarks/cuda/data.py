@@ -17,7 +17,8 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from benchmarks.cuda.worker import Row
-from lit_lora.base.load import RANDOM, architecture
+from lit_lora.base.architectures import architecture
+from lit_lora.base.load import RANDOM
 from lit_lora.data.dataset import TokenizedExample
 
 TINY = "tiny"

@@ -45,7 +45,7 @@ from benchmarks.cuda import report as cuda_report
 from benchmarks.cuda.data import TINY
 from benchmarks.cuda.speed import FRAMEWORKS
 from benchmarks.cuda.worker import Measurement, Outcome, Row, Worker
-from lit_lora.base.load import ARCHITECTURES
+from lit_lora.base.architectures import ARCHITECTURES
 
 PARTS = ("correctness", "memory", "speed")
 RESULTS = Path(__file__).parents[1] / "results"

@@ -28,6 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from lit_lora.base import base_hash, quantize
+from lit_lora.base.architectures import architecture
 from lit_lora.base.filled import fill_, random_values
 from lit_lora.base.quantized_forward import compute_in_half_, prepare_base_layer
 from lit_lora.base.trained_on import note
@@ -46,45 +47,6 @@ BYTE_TOKENIZER = "bytes"
 _MOST_GROWTH = 10_000.0
 _SAY_NOTHING = ("_name_or_path", "architectures", "transformers_version")
 """Of a config: where it lay and who wrote it."""
-
-_LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        **_LLAMA,
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-    },
-    "tinyllama-1.1b": {
-        **_LLAMA,
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-    },
-    "llama-2-7b": {
-        **_LLAMA,
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-    },
-}
-"""Architectures by name, from the models' published ``config.json``."""
 
 
 def load_base_model(
@@ -368,32 +330,6 @@ def _check_not_quantized(location: str, revision: str | None) -> None:
     if saved:
         method = saved.get("quant_method", "unknown") if isinstance(saved, dict) else saved
         raise ValueError(f"{location} is quantized already ({method}) and is loaded as it is: leave out quantization")
-
-
-def architecture(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config of ``random:NAME``."""
-    if name in ARCHITECTURES:
-        fields = dict(ARCHITECTURES[name])
-        return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    path = check_architecture(name)
-    if path.exists():
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-
-
-def check_architecture(name: str) -> Path:
-    """The path that ``random:NAME`` would have if it is one.
-
-    Raises:
-        FileNotFoundError: if it is neither that, nor a known architecture, nor the name of a model on the Hub.
-    """
-    path = Path(name).expanduser()
-    if name in ARCHITECTURES or path.exists():
-        return path
-    if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
-        hint = did_you_mean(closest(name, ARCHITECTURES)) or f"known are {', '.join(ARCHITECTURES)}"
-        raise FileNotFoundError(f"no architecture {name!r}: {hint}; or give a folder or a config.json")
-    return path
 
 
 def _neighbours(path: Path) -> str:

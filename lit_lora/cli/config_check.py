@@ -15,7 +15,8 @@ from typing import Any, cast
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from lit_lora.base.load import BYTE_TOKENIZER, RANDOM, check_architecture, resolve_base, resolve_tokenizer
+from lit_lora.base.architectures import check_architecture
+from lit_lora.base.load import BYTE_TOKENIZER, RANDOM, resolve_base, resolve_tokenizer
 from lit_lora.cli.command_line import settings
 from lit_lora.cli.parse_errors import reason
 from lit_lora.cli.setting_check import known_settings, look_at_each, misplaced, nested_settings, wrong_type

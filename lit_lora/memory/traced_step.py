@@ -23,7 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_lora.base import base_weight
-from lit_lora.base.load import RANDOM, architecture, resolve_base, resolve_dtype
+from lit_lora.base.architectures import architecture
+from lit_lora.base.load import RANDOM, resolve_base, resolve_dtype
 from lit_lora.base.quantize import is_left_plain, quantize_
 from lit_lora.base.repeated_layers import repeated_layers
 from lit_lora.base.shards import Sharding

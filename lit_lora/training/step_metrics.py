@@ -194,11 +194,12 @@ class EvaluationMeans(nn.Module):
         which the others wait.
         """
         targets = max(1, output.num_targets)
-        mean = output.loss_sum.detach() / targets
+        weight: Any = output.num_targets if output.target_weight is None else output.target_weight.detach()
+        mean = output.loss_sum.detach() / torch.as_tensor(weight).where(torch.as_tensor(weight) > 0, 1)
         self.num_targets.update(output.num_targets)
-        self.loss.update(mean, weight=output.num_targets)
+        self.loss.update(mean, weight=weight)
         if self.sources:
-            self._losses[source].update(mean, weight=output.num_targets)
+            self._losses[source].update(mean, weight=weight)
         if output.num_correct is not None:
             self.token_accuracy.update(output.num_correct / targets, weight=output.num_targets)
 
