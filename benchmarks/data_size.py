@@ -71,8 +71,8 @@ PREPARED = """
 import sys, time
 import numpy as np
 from pathlib import Path
-from lit_lora.data.array_file import InMemory, write_arrays
-from lit_lora.data.dataset import DatasetStatistics, TokenizedDataset
+from lit_lora.data.prepared.array_file import InMemory, write_arrays
+from lit_lora.data.prepared.dataset import DatasetStatistics, TokenizedDataset
 path, rows, phase = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
 class Rows:  # a segment of a hundred thousand
@@ -101,8 +101,8 @@ if phase == "write":
     with path.open("wb") as file:
         write_arrays(file, [Rows(seed) for seed in range(rows // 100_000)], {"statistics": statistics})
     sys.exit()
-from lit_lora.data.packing import collate_packed
-from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler
+from lit_lora.data.batches.packing import collate_packed
+from lit_lora.data.batches.sampler import BatchSettings, ResumableBatchSampler
 begun = time.monotonic()
 data = TokenizedDataset.load(path)
 loaded = time.monotonic() - begun

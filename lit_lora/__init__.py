@@ -41,7 +41,7 @@ _PUBLIC = {
     "QuantizationConfig": "config",
     "LoRALightningModule": "module",
     "SFTDataModule": "data.datamodule",
-    "DataSource": "data.data_source",
+    "DataSource": "data.rows.data_source",
     "InjectionReport": "adapters.inject",
     "inject_lora": "adapters.inject",
     "merge_lora": "adapters.merge",
@@ -52,8 +52,8 @@ _PUBLIC = {
     "linear_cross_entropy": "kernels.linear_cross_entropy",
     "load_base_model": "base.load",
     "load_tokenizer": "base.load",
-    "DataReport": "data.report",
-    "inspect_data": "data.inspection",
+    "DataReport": "data.look.report",
+    "inspect_data": "data.look.inspection",
     "fit": "runs.fit",
     "Outcome": "report.outcome",
     "load": "evaluation.load",
@@ -107,10 +107,10 @@ if TYPE_CHECKING:
     from lit_lora.adapters.merge import disable_lora, merge_lora, unmerge_lora
     from lit_lora.base.load import load_base_model, load_tokenizer
     from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
-    from lit_lora.data.data_source import DataSource
     from lit_lora.data.datamodule import SFTDataModule
-    from lit_lora.data.inspection import inspect_data
-    from lit_lora.data.report import DataReport
+    from lit_lora.data.look.inspection import inspect_data
+    from lit_lora.data.look.report import DataReport
+    from lit_lora.data.rows.data_source import DataSource
     from lit_lora.evaluation.export import export
     from lit_lora.evaluation.generate import generate
     from lit_lora.evaluation.load import load

@@ -131,7 +131,7 @@ PRIVATE = (
             "Lightning tells it", "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop"),
     Private("._combined_loader", "lit_lora/training/schedule.py", "a resumed run makes its loaders again",
             "estimated_stepping_batches leaves loaders to be made", "lightning.pytorch.loops.fit_loop._FitLoop"),
-    Private("._accelerator_connector", "lit_lora/data/limits.py", "whether Lightning replaces the sampler",
+    Private("._accelerator_connector", "lit_lora/data/batches/limits.py", "whether Lightning replaces the sampler",
             "the Trainer tells use_distributed_sampler", "lightning.pytorch.Trainer"),
     Private("._start_method", "lit_lora/training/trainer_settings.py", "how a strategy starts its processes",
             "strategies tell it", "lightning.pytorch.strategies.DDPStrategy"),

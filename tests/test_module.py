@@ -25,8 +25,8 @@ from lit_lora.callbacks import (
     GradientNormLogger,
     HFAdapterExport,
 )
-from lit_lora.data.dataset import TokenizedExample
-from lit_lora.data.packing import collate_packed, collate_padded
+from lit_lora.data.batches.packing import collate_packed, collate_padded
+from lit_lora.data.prepared.dataset import TokenizedExample
 from lit_lora.files.checkpoint import AtomicCheckpointIO, DamagedCheckpointError, read_checkpoint
 from tests.tiny import SIZES, config, examples, grouped
 

@@ -20,8 +20,8 @@ from lit_lora import (
     save_adapter,
 )
 from lit_lora.base.load import resolve_base
-from lit_lora.data.packing import collate_packed
-from lit_lora.data.prepare import SourceSettings, tokenize_source
+from lit_lora.data.batches.packing import collate_packed
+from lit_lora.data.prepared.prepare import SourceSettings, tokenize_source
 from lit_lora.language_model.forward import language_model_loss
 from lit_lora.language_model.trial import choose_path
 from tests.command_line import lit_lora

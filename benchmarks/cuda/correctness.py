@@ -26,7 +26,7 @@ from lit_lora.base import base_weight
 from lit_lora.base.quantize import quantized_layer
 from lit_lora.base.quantized_forward import prepare_base_layer
 from lit_lora.config import QuantizationConfig
-from lit_lora.data.packing import collate_packed, collate_padded
+from lit_lora.data.batches.packing import collate_packed, collate_padded
 from lit_lora.language_model.forward import ForwardPath, language_model_loss
 from lit_lora.language_model.trial import choose_path
 from lit_lora.rewrites.gated_mlp import recompute_gated_mlps

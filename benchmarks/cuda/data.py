@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from benchmarks.cuda.worker import Row
 from lit_lora.base.architectures import architecture
 from lit_lora.base.load import RANDOM
-from lit_lora.data.dataset import TokenizedExample
+from lit_lora.data.prepared.dataset import TokenizedExample
 
 TINY = "tiny"
 TINY_CONFIG: dict[str, Any] = {

@@ -27,7 +27,7 @@ from benchmarks.cuda.data import config_of, dense, tokenized
 from benchmarks.cuda.worker import Row
 from benchmarks.memory_table import DQ, METHODS, SETUPS, Setup
 from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, StepConfig
-from lit_lora.data.packing import collate_packed
+from lit_lora.data.batches.packing import collate_packed
 from lit_lora.memory.estimate import estimate_memory
 
 LORA = "LoRA, bf16"

@@ -44,8 +44,8 @@ def lit_lora(
 
     from lit_lora import LoRAConfig, LoRALightningModule, OptimizationConfig, QuantizationConfig, StepConfig
     from lit_lora.callbacks import GradientFlowAssertion, GradientNormLogger, MemoryProfiler, ThroughputLogger
-    from lit_lora.data.dataset import TokenizedExample
-    from lit_lora.data.packing import collate_packed, collate_padded
+    from lit_lora.data.batches.packing import collate_packed, collate_padded
+    from lit_lora.data.prepared.dataset import TokenizedExample
     from lit_lora.interchange.peft_format import load_adapter_state_dict
 
     torch.set_num_threads(job["threads"])
@@ -222,8 +222,8 @@ def parity(job: Job) -> dict[str, Any]:
     import torch
 
     from lit_lora import QuantizationConfig, load_base_model
-    from lit_lora.data.dataset import TokenizedExample
-    from lit_lora.data.packing import collate_packed
+    from lit_lora.data.batches.packing import collate_packed
+    from lit_lora.data.prepared.dataset import TokenizedExample
     from lit_lora.interchange.peft_format import load_adapter
     from lit_lora.language_model.forward import language_model_loss
     from lit_lora.language_model.trial import choose_path

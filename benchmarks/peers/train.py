@@ -79,7 +79,7 @@ def _prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
 
     from lit_lora import LoRAConfig, inject_lora, load_base_model, load_tokenizer, save_adapter
-    from lit_lora.data.prepare import SourceSettings, tokenize_source
+    from lit_lora.data.prepared.prepare import SourceSettings, tokenize_source
 
     num_examples = args.batch_size * (args.steps + 1)
     tokenizer = load_tokenizer(args.base)

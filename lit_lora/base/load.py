@@ -28,7 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from lit_lora.base import base_hash, quantize
-from lit_lora.base.architectures import architecture
+from lit_lora.base.architectures import ARCHITECTURES, architecture
 from lit_lora.base.filled import fill_, random_values
 from lit_lora.base.quantized_forward import compute_in_half_, prepare_base_layer
 from lit_lora.base.trained_on import note

@@ -21,8 +21,8 @@ from lit_lora.cli.command_line import settings
 from lit_lora.cli.parse_errors import reason
 from lit_lora.cli.setting_check import known_settings, look_at_each, misplaced, nested_settings, wrong_type
 from lit_lora.config import LoRAConfig
-from lit_lora.data.data_source import DataSource
-from lit_lora.data.sources import check_source
+from lit_lora.data.rows.data_source import DataSource
+from lit_lora.data.rows.sources import check_source
 from lit_lora.files import strict_yaml
 from lit_lora.files.shipped import shipped
 

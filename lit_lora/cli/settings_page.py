@@ -11,8 +11,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from lit_lora.cli.help import explanation, settings_of, value_words
-from lit_lora.data.data_source import DataSource
 from lit_lora.data.datamodule import SFTDataModule
+from lit_lora.data.rows.data_source import DataSource
 from lit_lora.module import LoRALightningModule
 from lit_lora.runs.fit import CALLBACKS
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_lora.data.chat_template import chat_template, run_tokenizer
-from lit_lora.data.prepare import SourceSettings
-from lit_lora.data.turn_end import text_end, turn_end
+from lit_lora.data.chats.chat_template import chat_template, run_tokenizer
+from lit_lora.data.chats.turn_end import text_end, turn_end
+from lit_lora.data.prepared.prepare import SourceSettings
 
 _PROBE = "The  quick\tbrown fox, 12345.67 don't\n\n  Ünïcödé 東京 😀 naïve ﬁ <a> [b] {c}; x=y+z\n"
 """Text that normalizers, pre-tokenizers and merges treat in their own ways."""

@@ -16,21 +16,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from lit_lora.data.batches.evaluation_batches import OrderedBatchSampler, plan_in_order
+from lit_lora.data.batches.fingerprint import check_fingerprint, fingerprint_of
+from lit_lora.data.batches.limits import check_limits, check_own_sampler
+from lit_lora.data.batches.loaders import PromptDataset, batch_loader, generator_of, only, prompts_of_rank
+from lit_lora.data.batches.mixture import Mixture
+from lit_lora.data.batches.resume import check_not_resumed, rank_batches_consumed
+from lit_lora.data.batches.sampler import BatchSettings, ResumableBatchSampler, plan_batches
 from lit_lora.data.data_record import data_record
-from lit_lora.data.data_source import Given
-from lit_lora.data.dataset import Examples, lines_of, tokenizer_digest
-from lit_lora.data.evaluation_batches import OrderedBatchSampler, plan_in_order
-from lit_lora.data.fingerprint import check_fingerprint, fingerprint_of
-from lit_lora.data.limits import check_limits, check_own_sampler
-from lit_lora.data.loaders import PromptDataset, batch_loader, generator_of, only, prompts_of_rank
-from lit_lora.data.mixture import Mixture
+from lit_lora.data.look.summary import DataSummary, summarize
 from lit_lora.data.named_tokenizer import loaded_tokenizer
 from lit_lora.data.new_tokens import NewTokens
-from lit_lora.data.prepare import SourceSettings, remove_abandoned_parts
-from lit_lora.data.resume import check_not_resumed, rank_batches_consumed
-from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches
+from lit_lora.data.prepared.dataset import Examples, lines_of, tokenizer_digest
+from lit_lora.data.prepared.prepare import SourceSettings, remove_abandoned_parts
+from lit_lora.data.rows.data_source import Given
 from lit_lora.data.source_data import source_data
-from lit_lora.data.summary import DataSummary, summarize
 from lit_lora.data.untrained_tokens import warn_of_untrained_tokens
 from lit_lora.files.atomic import remove_partial_files
 from lit_lora.files.environment import cache_folder
@@ -302,7 +302,7 @@ class SFTDataModule(pl.LightningDataModule):
         return self._evaluation_loader(data)
 
     def source_lines(self, example_ids: Sequence[int]) -> list[int | str]:
-        """See :func:`lit_lora.data.dataset.lines_of`."""
+        """See :func:`lit_lora.data.prepared.dataset.lines_of`."""
         assert self.train_data is not None, "setup() comes before source_lines()"
         return lines_of(self.train_data, example_ids)
 

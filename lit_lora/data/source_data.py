@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lit_lora.data.data_source import DataSource, RowsInMemory, described, sources_of
-from lit_lora.data.dataset import ChosenExamples, Examples, TokenizedDataset
-from lit_lora.data.formats import Example
-from lit_lora.data.loaders import prompts_of
-from lit_lora.data.mixture import Mixture, check_mixture, check_no_mixture
-from lit_lora.data.prepare import SourceSettings, find_examples, tokenize_source
-from lit_lora.data.rows import Problems
-from lit_lora.data.sampler import split_indices
-from lit_lora.data.tokenize import encode_examples
+from lit_lora.data.batches.loaders import prompts_of
+from lit_lora.data.batches.mixture import Mixture, check_mixture, check_no_mixture
+from lit_lora.data.batches.sampler import split_indices
+from lit_lora.data.chats.formats import Example
+from lit_lora.data.chats.tokenize import encode_examples
+from lit_lora.data.prepared.dataset import ChosenExamples, Examples, TokenizedDataset
+from lit_lora.data.prepared.prepare import SourceSettings, find_examples, tokenize_source
+from lit_lora.data.rows.data_source import DataSource, RowsInMemory, described, sources_of
+from lit_lora.data.rows.rows import Problems
 from lit_lora.wording import setting
 
 
@@ -147,7 +147,7 @@ def source_data(
 
     Args:
         key: of the setting.
-        given: see :func:`~lit_lora.data.data_source.sources_of`.
+        given: see :func:`~lit_lora.data.rows.data_source.sources_of`.
         settings: how sources are read, where they do not say.
         cache_dir: folder of the cache.
         num_workers: processes to tokenize with.

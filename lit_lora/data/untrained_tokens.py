@@ -13,9 +13,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_lora.data.chat_template import ChatTemplate
-from lit_lora.data.template_needs import TemplateNeeds
-from lit_lora.data.turn_end import turn_end
+from lit_lora.data.chats.chat_template import ChatTemplate
+from lit_lora.data.chats.template_needs import TemplateNeeds
+from lit_lora.data.chats.turn_end import turn_end
 from lit_lora.wording import advice
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from transformers import TextStreamer
 
-from lit_lora.data.tokenize import format_prompt, format_text
-from lit_lora.data.turn_end import TurnEnd, is_hidden, text_end, turn_end
+from lit_lora.data.chats.tokenize import format_prompt, format_text
+from lit_lora.data.chats.turn_end import TurnEnd, is_hidden, text_end, turn_end
 from lit_lora.evaluation.load import Loaded
 from lit_lora.language_model.generation import Completion, complete
 from lit_lora.wording import setting

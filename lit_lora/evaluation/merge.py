@@ -18,8 +18,8 @@ from lit_lora.base.load import load_base_model
 from lit_lora.base.quantize import dequantize_, transformers_quantization_config
 from lit_lora.base.trained_on import TrainedOn
 from lit_lora.config import QuantizationConfig
-from lit_lora.data.prepare import SourceSettings, tokenize_source
-from lit_lora.data.turn_end import text_end, turn_end
+from lit_lora.data.chats.turn_end import text_end, turn_end
+from lit_lora.data.prepared.prepare import SourceSettings, tokenize_source
 from lit_lora.evaluation.drift import Drift, measure_drift, sample_logits
 from lit_lora.evaluation.load import trained_dtype
 from lit_lora.files.shipped import FOLDER, shipped

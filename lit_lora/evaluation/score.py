@@ -14,14 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.adapters.merge import disable_lora
 from lit_lora.base.trained_on import TrainedOn
-from lit_lora.data.dataset import TokenizedExample
-from lit_lora.data.formats import Examples, resolve_columns
-from lit_lora.data.packing import collate_packed
-from lit_lora.data.prepare import SourceSettings, read_examples
-from lit_lora.data.sources import Problems, existing_file, is_file_source, read_rows
-from lit_lora.data.template_needs import without_thinking
-from lit_lora.data.tokenize import encode_examples, format_prompt, last_answer
-from lit_lora.data.turn_end import turn_end
+from lit_lora.data.batches.packing import collate_packed
+from lit_lora.data.chats.formats import Examples, resolve_columns
+from lit_lora.data.chats.template_needs import without_thinking
+from lit_lora.data.chats.tokenize import encode_examples, format_prompt, last_answer
+from lit_lora.data.chats.turn_end import turn_end
+from lit_lora.data.prepared.dataset import TokenizedExample
+from lit_lora.data.prepared.prepare import SourceSettings, read_examples
+from lit_lora.data.rows.sources import Problems, existing_file, is_file_source, read_rows
 from lit_lora.evaluation.load import Loaded
 from lit_lora.files.shipped import shipped
 from lit_lora.language_model.forward import language_model_loss

@@ -1,8 +1,8 @@
 """Complete prompts, as training taught it: what ``generate``, ``evaluate`` and ``predict`` share.
 
-An answer ends where an answer of the training data ended (``data/turn_end.py``), and at what else the base model ends
-with. Sampling settings that come with the base (a repetition penalty, for one) are left out: what is asked for here is
-all there is.
+An answer ends where an answer of the training data ended (``data/chats/turn_end.py``), and at what else the base model
+ends with. Sampling settings that come with the base (a repetition penalty, for one) are left out: what is asked for
+here is all there is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from lit_lora.data.turn_end import TurnEnd, turn_end
+from lit_lora.data.chats.turn_end import TurnEnd, turn_end
 
 
 class Completion(NamedTuple):

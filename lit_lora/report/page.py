@@ -142,7 +142,7 @@ def _hashes(run: RunFiles) -> dict[str, str]:
 
 
 def _pieces(text: str) -> list[tuple[bool, str]]:
-    """An example of the data as (is it supervised, text), from the marks of :mod:`lit_lora.data.pieces`."""
+    """An example of the data as (is it supervised, text), from the marks of :mod:`lit_lora.data.look.pieces`."""
     pieces, place = [], 0
     for match in _NOT_SUPERVISED.finditer(text):
         pieces += [(True, text[place : match.start()]), (match[1].startswith("×"), match[1])]

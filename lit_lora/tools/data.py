@@ -14,7 +14,7 @@ from lit_lora.cli.setting_check import refuse
 from lit_lora.files.meant import closest, did_you_mean
 
 if TYPE_CHECKING:
-    from lit_lora.data.report import DataReport
+    from lit_lora.data.look.report import DataReport
 
 OPTIONS = ("rows", "examples", "json", "html", "help")
 """Beside those of ``fit``."""
@@ -44,7 +44,7 @@ def data(arguments: list[str]) -> DataReport | None:
 
     from lit_lora.cli.lightning_cli import parse_fit
     from lit_lora.cli.progress import Counting
-    from lit_lora.data.inspection import inspect_data
+    from lit_lora.data.look.inspection import inspect_data
     from lit_lora.wording import for_command_line
 
     config = parse_fit(fit_arguments)

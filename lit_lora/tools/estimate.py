@@ -131,7 +131,7 @@ def _training_data(config: Any) -> tuple[Any, Any, Any]:
 
 
 def _largest_planned(examples: Any, settings: Any, mixture: Any, config: Any) -> LargestBatches:
-    from lit_lora.data.sampler import plan_batches
+    from lit_lora.data.batches.sampler import plan_batches
 
     kept, supervised = examples.lengths, examples.supervised  # what follows the last supervised token is not kept
     first = plan_batches(examples.lengths, settings, mixture=mixture)

@@ -35,7 +35,7 @@ def saved(state: dict[str, Any]) -> TrainedOn:
 def check_tokenizer(trainer: Trainer, record: TrainedOn) -> None:
     """Check that a checkpoint is validated, tested or asked for answers with the tokenizer that it was trained with.
 
-    A resume compares all of the data (``data/resume.py``).
+    A resume compares all of the data (``data/batches/resume.py``).
 
     Raises:
         ValueError: saying in what they differ.

@@ -23,7 +23,7 @@ import lit_lora
 from lit_lora.adapters.layers import LoRALayer, adapter_modules
 from lit_lora.adapters.trainable_tokens import TrainableTokens
 from lit_lora.base.base_hash import base_hash, short
-from lit_lora.data.resume import align_loop_progress, data_state
+from lit_lora.data.batches.resume import align_loop_progress, data_state
 from lit_lora.files.checkpoint import rng_state, set_rng_state
 from lit_lora.training import optimization, resume_settings
 from lit_lora.training.metrics_record import MetricsRecord

@@ -11,8 +11,8 @@ from torch import nn
 
 from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, inject_lora
 from lit_lora.base.quantize import dequantize_, quantize_
-from lit_lora.data.dataset import TokenizedExample
-from lit_lora.data.packing import collate_packed
+from lit_lora.data.batches.packing import collate_packed
+from lit_lora.data.prepared.dataset import TokenizedExample
 from tests.large_tensors import LargeTensors
 from tests.tiny import examples, language_model
 

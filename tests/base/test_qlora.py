@@ -20,8 +20,8 @@ from lit_lora.base import base_weight
 from lit_lora.base.quantize import dequantize_, finish_quantization_, quantize_
 from lit_lora.callbacks import MemoryProfiler
 from lit_lora.callbacks.memory_profiler import MemoryBudgetExceeded
-from lit_lora.data.dataset import TokenizedExample
-from lit_lora.data.packing import collate_packed
+from lit_lora.data.batches.packing import collate_packed
+from lit_lora.data.prepared.dataset import TokenizedExample
 from lit_lora.files.checkpoint import AtomicCheckpointIO
 from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
 from lit_lora.rewrites.recompute import checkpoint_layers

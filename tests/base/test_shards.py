@@ -14,7 +14,7 @@ from lit_lora.base.quantize import quantize_
 from lit_lora.base.shards import held_bytes, is_sharded
 from lit_lora.base.streamed import load_sharded_base
 from lit_lora.callbacks._support import checksum
-from lit_lora.data.loaders import prompts_of_rank
+from lit_lora.data.batches.loaders import prompts_of_rank
 from lit_lora.memory.storage_tracker import StorageTracker
 from lit_lora.memory.traced_step import processes_imagined
 from lit_lora.training.sharded_strategy import NAME, OFFLOADED, LoRAShardedStrategy

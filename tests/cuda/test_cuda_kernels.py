@@ -14,8 +14,8 @@ from lit_lora import LoRAConfig, QuantizationConfig, inject_lora, load_base_mode
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.base.quantize import quantize_
 from lit_lora.callbacks._support.norms import gradient_norms
-from lit_lora.data.dataset import TokenizedExample
-from lit_lora.data.packing import collate_packed, collate_padded
+from lit_lora.data.batches.packing import collate_packed, collate_padded
+from lit_lora.data.prepared.dataset import TokenizedExample
 from lit_lora.kernels import cuda_cards, varlen_attention
 from lit_lora.language_model.attention import SeqLens, _per_example, no_mask, packed_attention_forward
 from lit_lora.language_model.forward import language_model_loss

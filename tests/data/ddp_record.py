@@ -9,8 +9,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from lit_lora.data.batches.resume import align_loop_progress
 from lit_lora.data.datamodule import SFTDataModule
-from lit_lora.data.resume import align_loop_progress
 
 
 class Recorder(pl.LightningModule):

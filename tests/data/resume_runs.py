@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from lit_lora.data.batches.resume import align_loop_progress
 from lit_lora.data.datamodule import SFTDataModule
-from lit_lora.data.resume import align_loop_progress
 
 NUM_EXAMPLES, BATCHES, EPOCHS = 10, 5, 3
 

@@ -7,7 +7,7 @@ from json import dumps
 
 import pytest
 
-from lit_lora.data.prepare import SourceSettings, read_examples
+from lit_lora.data.prepared.prepare import SourceSettings, read_examples
 
 USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -152,7 +152,7 @@ FIELDS = {
 
 def test_what_is_nested_too_deeply_is_named(tmp_path, monkeypatch) -> None:
     row = {"messages": [USER | {"x": [[1]]}, ASSISTANT]}
-    monkeypatch.setattr("lit_lora.data.formats.json.dumps", _too_deep)
+    monkeypatch.setattr("lit_lora.data.chats.formats.json.dumps", _too_deep)
     with pytest.raises(ValueError, match=r"a.jsonl:1: nested too deeply"):
         read(tmp_path, row)
 

@@ -15,9 +15,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_lora.base.byte_tokenizer import byte_tokenizer
-from lit_lora.data import encoding
+from lit_lora.data.batches.sampler import split_indices
 from lit_lora.data.datamodule import SFTDataModule
-from lit_lora.data.sampler import split_indices
+from lit_lora.data.prepared import encoding
 
 ROWS = [{"prompt": f"question {i}", "completion": "answer " * (1 + i % 4) + str(i)} for i in range(20)]
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from lit_lora.data.formats import FORMATS, resolve_columns
-from lit_lora.data.prepare import SourceSettings, read_examples
+from lit_lora.data.chats.formats import FORMATS, resolve_columns
+from lit_lora.data.prepared.prepare import SourceSettings, read_examples
 
 USER = {"role": "user", "content": "u"}
 ASSISTANT = {"role": "assistant", "content": "a"}

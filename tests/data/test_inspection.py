@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from lit_lora import DataReport, SFTDataModule, inspect_data
-from lit_lora.data.data_source import DataSource
-from lit_lora.data.pieces import Piece, as_text, pieces_of, visible
-from lit_lora.data.suggestion import suggest
+from lit_lora.data.look.pieces import Piece, as_text, pieces_of, visible
+from lit_lora.data.look.suggestion import suggest
+from lit_lora.data.rows.data_source import DataSource
 from lit_lora.files import strict_yaml
 from tests.chat_tokenizers import chat_tokenizer
 from tests.tiny import config

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lit_lora.data import sources
-from lit_lora.data.data_source import DataSource
 from lit_lora.data.datamodule import SFTDataModule
-from lit_lora.data.sources import Problems, read_rows
+from lit_lora.data.rows import sources
+from lit_lora.data.rows.data_source import DataSource
+from lit_lora.data.rows.sources import Problems, read_rows
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(5)]
 
@@ -141,7 +141,7 @@ def test_the_same_content_under_another_name_is_in_the_cache(tmp_path, monkeypat
     ready(a_file(tmp_path), tmp_path / "cache")
     (tmp_path / "other").mkdir()
     other = a_file(tmp_path / "other")
-    monkeypatch.setattr("lit_lora.data.encoding.encode_examples", None)
+    monkeypatch.setattr("lit_lora.data.prepared.encoding.encode_examples", None)
     data = ready(other, tmp_path / "cache")
     assert data.train_data.statistics.source == other, "under its own name"
 

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from lit_lora.data.formats import Example
-from lit_lora.data.long_rows import chunks
-from lit_lora.data.sources import Problems
-from lit_lora.data.tokenize import encode_examples
+from lit_lora.data.chats.formats import Example
+from lit_lora.data.chats.long_rows import chunks
+from lit_lora.data.chats.tokenize import encode_examples
+from lit_lora.data.rows.sources import Problems
 from tests.chat_tokenizers import chat_tokenizer
 from tests.data.test_tokenize import supervised_runs
 

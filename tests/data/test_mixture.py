@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_lora.data.data_source import DataSource
+from lit_lora.data.batches.mixture import Mixture
+from lit_lora.data.batches.sampler import BatchSettings, ResumableBatchSampler, plan_batches
 from lit_lora.data.datamodule import SFTDataModule
-from lit_lora.data.mixture import Mixture
-from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches
+from lit_lora.data.rows.data_source import DataSource
 from tests.data.resume_runs import SMALL_RUNS, Recorder, SaveAt, Stopped, trainer
 
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_lora.data.dataset import DatasetStatistics, TokenizedDataset, check_vocabulary
-from lit_lora.data.packing import collate_packed, collate_padded
-from lit_lora.data.tokenize import Encoded
+from lit_lora.data.batches.packing import collate_packed, collate_padded
+from lit_lora.data.chats.tokenize import Encoded
+from lit_lora.data.prepared.dataset import DatasetStatistics, TokenizedDataset, check_vocabulary
 
 STATISTICS = DatasetStatistics("data.jsonl", "text", 0, 0, 0, 0, 0)
 

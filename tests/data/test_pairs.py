@@ -13,7 +13,7 @@ import yaml
 
 from lit_lora import SFTDataModule, inspect_data
 from lit_lora.__main__ import main
-from lit_lora.data.pairs import is_pair
+from lit_lora.data.chats.pairs import is_pair
 from tests.tiny import config
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from lit_lora.data.chat_template import common_length
-from lit_lora.data.conversation import read_conversation, read_tools
-from lit_lora.data.formats import Example
-from lit_lora.data.sources import Problems
-from lit_lora.data.tokenize import Encoded, encode_examples, format_prompt
-from lit_lora.data.turn_end import turn_end
+from lit_lora.data.chats.chat_template import common_length
+from lit_lora.data.chats.conversation import read_conversation, read_tools
+from lit_lora.data.chats.formats import Example
+from lit_lora.data.chats.tokenize import Encoded, encode_examples, format_prompt
+from lit_lora.data.chats.turn_end import turn_end
+from lit_lora.data.rows.sources import Problems
 from tests.data.published_templates import CONVERSATIONS, conversation, published, tokenizer_of
 
 TEMPLATES = published()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from ddp_record import fit
 
+from lit_lora.data.batches.sampler import plan_batches
 from lit_lora.data.datamodule import SFTDataModule
-from lit_lora.data.sampler import plan_batches
 
 pytestmark = [
     pytest.mark.ddp,

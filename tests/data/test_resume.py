@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lit_lora.data.resume import align_loop_progress, rank_batches_consumed
+from lit_lora.data.batches.resume import align_loop_progress, rank_batches_consumed
 from tests.data.resume_runs import (
     BATCHES,
     EPOCHS,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_lora.data.sampler import BatchSettings, ResumableBatchSampler, plan_batches, rank_batches
+from lit_lora.data.batches.sampler import BatchSettings, ResumableBatchSampler, plan_batches, rank_batches
 
 LENGTHS = np.random.default_rng(0).integers(5, 60, 201)
 SETTINGS = {

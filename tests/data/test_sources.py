@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_lora.data import readers, sources
-from lit_lora.data.prepare import SourceSettings, read_examples
-from lit_lora.data.sources import Problems, is_file_source, read_rows
+from lit_lora.data.prepared.prepare import SourceSettings, read_examples
+from lit_lora.data.rows import readers, sources
+from lit_lora.data.rows.sources import Problems, is_file_source, read_rows
 
 GOOD = {"prompt": "p", "completion": "c"}
 

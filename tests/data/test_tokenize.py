@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lit_lora.base.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
-from lit_lora.data.chat_template import ALPACA_TEMPLATE
-from lit_lora.data.formats import Example
-from lit_lora.data.sources import Problems
-from lit_lora.data.tokenize import Encoded, encode_examples, format_prompt
+from lit_lora.data.chats.chat_template import ALPACA_TEMPLATE
+from lit_lora.data.chats.formats import Example
+from lit_lora.data.chats.tokenize import Encoded, encode_examples, format_prompt
+from lit_lora.data.rows.sources import Problems
 
 SMOLLM_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

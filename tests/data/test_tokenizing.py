@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from lit_lora.base.byte_tokenizer import byte_tokenizer
-from lit_lora.data import readers, tokenizing, waiting
-from lit_lora.data.dataset import TokenizedDataset
-from lit_lora.data.prepare import SourceSettings, tokenize_source
+from lit_lora.data.prepared import tokenizing
+from lit_lora.data.prepared.dataset import TokenizedDataset
+from lit_lora.data.prepared.prepare import SourceSettings, tokenize_source
+from lit_lora.data.rows import readers, waiting
 
 NUM_ROWS = 95
 BAD = (3, 17, 18, 60, 94)
@@ -78,11 +79,13 @@ def test_a_limit_ends_where_it_would_in_one_piece(file, monkeypatch, limit) -> N
 def test_an_interrupted_start_is_gone_on_with(file, monkeypatch) -> None:
     whole = tokenize(file, "whole")
     encode, done = tokenizing.encode_block, []
-    monkeypatch.setattr("lit_lora.data.workers.encode_block", lambda *a: done.append(a) or _stop_at(4, done, encode, a))
+    monkeypatch.setattr(
+        "lit_lora.data.prepared.workers.encode_block", lambda *a: done.append(a) or _stop_at(4, done, encode, a)
+    )
     with pytest.raises(KeyboardInterrupt):
         tokenize(file)
     done.clear()
-    monkeypatch.setattr("lit_lora.data.workers.encode_block", lambda *a: done.append(a) or encode(*a))
+    monkeypatch.setattr("lit_lora.data.prepared.workers.encode_block", lambda *a: done.append(a) or encode(*a))
     again = tokenize(file)
     assert whole.statistics == again.statistics
     assert same(whole, again)
@@ -98,7 +101,9 @@ def _stop_at(count, done, encode, arguments):
 @pytest.mark.parametrize("damage", [lambda b: b[:-5], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""])
 def test_a_damaged_block_is_tokenized_again(file, monkeypatch, damage) -> None:
     whole = tokenize(file, "whole")
-    monkeypatch.setattr("lit_lora.data.prepare.atomic_write", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "lit_lora.data.prepared.prepare.atomic_write", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         tokenize(file)
     monkeypatch.undo()
@@ -114,7 +119,9 @@ def test_a_damaged_block_is_tokenized_again(file, monkeypatch, damage) -> None:
 
 def test_a_changed_row_is_tokenized_again_and_the_rest_is_not_mistaken(file, monkeypatch) -> None:
     """The file is another one while blocks of the first are still there."""
-    monkeypatch.setattr("lit_lora.data.prepare.atomic_write", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "lit_lora.data.prepared.prepare.atomic_write", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         tokenize(file)
     monkeypatch.undo()
@@ -125,8 +132,9 @@ def test_a_changed_row_is_tokenized_again_and_the_rest_is_not_mistaken(file, mon
 START = """
 import sys
 from lit_lora.base.byte_tokenizer import byte_tokenizer
-from lit_lora.data import readers, tokenizing
-from lit_lora.data.prepare import SourceSettings, tokenize_source
+from lit_lora.data.prepared import tokenizing
+from lit_lora.data.rows import readers
+from lit_lora.data.prepared.prepare import SourceSettings, tokenize_source
 from pathlib import Path
 readers.BLOCK_ROWS, tokenizing.LARGE_BYTES = 10, 1
 settings = SourceSettings(on_bad_rows="drop")
@@ -157,7 +165,7 @@ def test_killed_in_the_middle_it_leaves_no_process_and_loses_nothing(tmp_path) -
 
 
 def test_a_worker_that_is_killed_is_told(file, monkeypatch) -> None:
-    from lit_lora.data import workers
+    from lit_lora.data.prepared import workers
 
     begun: list[subprocess.Popen] = []
     popen = subprocess.Popen

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lit_lora.base.byte_tokenizer import byte_tokenizer
-from lit_lora.data.formats import Example
-from lit_lora.data.sources import Problems
-from lit_lora.data.tokenize import encode_examples
-from lit_lora.data.turn_end import text_end, turn_end
+from lit_lora.data.chats.formats import Example
+from lit_lora.data.chats.tokenize import encode_examples
+from lit_lora.data.chats.turn_end import text_end, turn_end
+from lit_lora.data.rows.sources import Problems
 from tests.chat_tokenizers import EOS, KINDS, chat_tokenizer
 
 CONVERSATION = [

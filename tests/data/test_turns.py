@@ -6,10 +6,10 @@ import pytest
 from tokenizers import models
 
 from lit_lora.base.byte_tokenizer import byte_tokenizer
-from lit_lora.data.conversation import read_conversation
-from lit_lora.data.formats import Example
-from lit_lora.data.sources import Problems
-from lit_lora.data.tokenize import Encoded, encode_examples, format_prompt, last_answer
+from lit_lora.data.chats.conversation import read_conversation
+from lit_lora.data.chats.formats import Example
+from lit_lora.data.chats.tokenize import Encoded, encode_examples, format_prompt, last_answer
+from lit_lora.data.rows.sources import Problems
 from tests.chat_tokenizers import CHATML, chat_tokenizer
 from tests.data.test_tokenize import smollm_like, supervised_runs
 

@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_lora.base.trained_on import read_record
-from lit_lora.data.tokenize import format_prompt
-from lit_lora.data.turn_end import TurnEnd
+from lit_lora.data.chats.tokenize import format_prompt
+from lit_lora.data.chats.turn_end import TurnEnd
 from lit_lora.evaluation.load import load
 from lit_lora.language_model.generation import complete
 from lit_lora.metrics import TrainingMetrics

@@ -178,7 +178,7 @@ def _refused(action: Callable[[], Any], name: str) -> str | None:
 
 def _read_data(work: Path, data: bytes) -> str | None:
     from lit_lora.base.load import load_tokenizer
-    from lit_lora.data.prepare import SourceSettings, tokenize_source
+    from lit_lora.data.prepared.prepare import SourceSettings, tokenize_source
 
     path = work / "data.jsonl"
     path.write_bytes(data)

@@ -68,7 +68,7 @@ def _start(project: Project, number: int, case: Case) -> _Running:
 def _limit(folder: Path) -> None:
     """In the process that reads the file."""
     from lit_lora.adapters import expressions
-    from lit_lora.data import tokenize
+    from lit_lora.data.chats import tokenize
     from lit_lora.files import strict_yaml
 
     expressions.LIMIT_S = tokenize.RENDER_LIMIT_S = strict_yaml.PIPE_LIMIT_S = SHORT_S

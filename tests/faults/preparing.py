@@ -19,7 +19,8 @@ _ROWS = {"own": 60, "general": 300}
 
 def small_blocks() -> None:
     """In the run's process: what counts as large is a few rows, so that there is something to be killed in."""
-    from lit_lora.data import readers, tokenizing
+    from lit_lora.data.prepared import tokenizing
+    from lit_lora.data.rows import readers
 
     readers.BLOCK_ROWS, tokenizing.LARGE_BYTES = 10, 1
 

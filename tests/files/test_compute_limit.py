@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from lit_lora.__main__ import main
 from lit_lora.base.byte_tokenizer import byte_tokenizer
-from lit_lora.data import tokenize
+from lit_lora.data.chats import tokenize
 from lit_lora.files.compute_limit import LimitExceeded, compute_limit
 from tests.tiny import config
 

@@ -20,9 +20,9 @@ import torch
 from lit_lora.__main__ import MOST_CHARACTERS, main
 from lit_lora.base.load import load_tokenizer
 from lit_lora.cli.setting_check import refuse
-from lit_lora.data import readers
-from lit_lora.data.chat_template import run_tokenizer
-from lit_lora.data.prepare import SourceSettings, read_examples
+from lit_lora.data.chats.chat_template import run_tokenizer
+from lit_lora.data.prepared.prepare import SourceSettings, read_examples
+from lit_lora.data.rows import readers
 from lit_lora.files import strict_yaml
 from lit_lora.files.checkpoint import CHECKSUM, DamagedCheckpointError, newest_checkpoint, read_checkpoint
 from lit_lora.metrics import TrainingMetrics

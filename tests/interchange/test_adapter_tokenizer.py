@@ -24,10 +24,10 @@ from lit_lora import (
 from lit_lora.base.byte_tokenizer import CHAT_TEMPLATE
 from lit_lora.base.trained_on import note
 from lit_lora.cli.lightning_cli import parse_fit
+from lit_lora.data.chats.tokenize import format_prompt, format_text
+from lit_lora.data.chats.turn_end import turn_end
 from lit_lora.data.data_record import data_record
-from lit_lora.data.prepare import SourceSettings
-from lit_lora.data.tokenize import format_prompt, format_text
-from lit_lora.data.turn_end import turn_end
+from lit_lora.data.prepared.prepare import SourceSettings
 from lit_lora.evaluation.load import load
 from lit_lora.language_model.generation import stop_tokens
 from lit_lora.tools.estimate import largest_batches

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from lit_lora import LoRAConfig, inject_lora
-from lit_lora.data.dataset import TokenizedExample
-from lit_lora.data.packing import collate_packed, collate_padded
+from lit_lora.data.batches.packing import collate_packed, collate_padded
+from lit_lora.data.prepared.dataset import TokenizedExample
 from lit_lora.language_model.forward import ForwardPath, language_model_loss, unpack, with_targets
 from lit_lora.language_model.trial import choose_path
 from lit_lora.rewrites.recompute import checkpoint_layers

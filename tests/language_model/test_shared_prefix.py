@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lit_lora import LoRAConfig, inject_lora
-from lit_lora.data.dataset import TokenizedExample
-from lit_lora.data.packing import collate_packed
+from lit_lora.data.batches.packing import collate_packed
+from lit_lora.data.prepared.dataset import TokenizedExample
 from lit_lora.kernels import products
 from lit_lora.language_model.forward import language_model_loss
 from lit_lora.language_model.shared_prefix import share_prefix

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_lora import LoRAConfig, inject_lora
-from lit_lora.data.dataset import TokenizedExample
-from lit_lora.data.packing import collate_packed
+from lit_lora.data.batches.packing import collate_packed
+from lit_lora.data.prepared.dataset import TokenizedExample
 from lit_lora.language_model.forward import language_model_loss
 from lit_lora.language_model.trial import choose_path
 from tests.tiny import examples, language_model

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lit_lora import LoRAConfig, inject_lora
-from lit_lora.data.packing import collate_packed
+from lit_lora.data.batches.packing import collate_packed
 from lit_lora.kernels import blockwise_attention
 from lit_lora.language_model import attention, forward
 from lit_lora.language_model.attention_calls import packable_up_to, record_calls

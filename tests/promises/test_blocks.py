@@ -20,8 +20,8 @@ import torch
 import yaml
 
 from lit_lora.base.known_models import KNOWN_MODELS, MANIFEST
-from lit_lora.data.prepare import SourceSettings, read_examples
-from lit_lora.data.tokenize import encode_examples
+from lit_lora.data.chats.tokenize import encode_examples
+from lit_lora.data.prepared.prepare import SourceSettings, read_examples
 from tests.chat_tokenizers import CHATML
 from tests.data.published_templates import OWN, tokenizer_of
 from tests.promises.blocks import (

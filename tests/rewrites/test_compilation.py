@@ -21,8 +21,8 @@ from lit_lora.base import base_weight
 from lit_lora.base.quantize import quantize_
 from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
-from lit_lora.data.dataset import TokenizedExample
-from lit_lora.data.packing import collate_packed
+from lit_lora.data.batches.packing import collate_packed
+from lit_lora.data.prepared.dataset import TokenizedExample
 from lit_lora.kernels import products
 from lit_lora.kernels.cuda_way import as_on_cuda
 from lit_lora.language_model.forward import ForwardPath, language_model_loss

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from lit_lora import LoRAConfig, LoRALightningModule, StepConfig, inject_lora
 from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.base.repeated_layers import repeated_layers
-from lit_lora.data.dataset import TokenizedExample
-from lit_lora.data.packing import collate_packed, collate_padded
+from lit_lora.data.batches.packing import collate_packed, collate_padded
+from lit_lora.data.prepared.dataset import TokenizedExample
 from lit_lora.language_model.forward import ForwardPath, laid_out, language_model_loss
 from lit_lora.language_model.trial import choose_path
 from lit_lora.module import LossOutput

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_lora import load_adapter, load_base_model
-from lit_lora.data.turn_end import turn_end
+from lit_lora.data.chats.turn_end import turn_end
 from lit_lora.evaluation.load import load
 from tests.chat_tokenizers import CHATML, KINDS
 from tests.started_runs import fit, lit_lora, make_base, questions

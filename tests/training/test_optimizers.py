@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers.optimization import Adafactor, AdafactorSchedule
 
 from lit_lora import LoRALightningModule, SFTDataModule
-from lit_lora.data.packing import collate_packed
+from lit_lora.data.batches.packing import collate_packed
 from lit_lora.files.checkpoint import AtomicCheckpointIO, read_checkpoint
 from lit_lora.files.csv_log import PatientCSVLogger
 from lit_lora.interchange.peft_format import save_adapter

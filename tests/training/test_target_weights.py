@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lit_lora import LoRAConfig, LoRALightningModule
-from lit_lora.data.dataset import TokenizedExample
-from lit_lora.data.packing import collate_packed, collate_padded
+from lit_lora.data.batches.packing import collate_packed, collate_padded
+from lit_lora.data.prepared.dataset import TokenizedExample
 from lit_lora.kernels.linear_cross_entropy import linear_cross_entropy_with_accuracy
 from lit_lora.training.step_metrics import EvaluationMeans, LossOutput, StepWindow
 from tests.tiny import config, examples, grouped

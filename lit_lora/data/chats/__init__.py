@@ -1,0 +1,1 @@
+"""From rows to tokens and what of them is learned."""

@@ -1,0 +1,1 @@
+"""Tokenized once, by several processes, into files that are read where they are needed."""

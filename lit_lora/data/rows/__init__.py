@@ -1,0 +1,1 @@
+"""Rows of files, folders, the Hub and memory."""
