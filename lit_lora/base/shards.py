@@ -18,9 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
     FSDPModule,
-    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -40,17 +38,14 @@ class Sharding:
 
     mesh: DeviceMesh
     """One-dimensional."""
-    offload: bool = False
-    """Keep a process's share in the CPU's memory, and bring a layer to the GPU when it runs."""
 
     def shard_layer_(self, layer: nn.Module) -> None:
         """Keep this process's share of a layer's frozen weights, in place."""
         for module in layer.modules():
             hold_plainly_(module)
         kept_whole = {p for p in layer.parameters() if not isinstance(p, DTensor) and (p.requires_grad or not p.ndim)}
-        policy = CPUOffloadPolicy() if self.offload else OffloadPolicy()
         # Also of the outermost part: an evaluation has no backward pass that would drop what is gathered.
-        fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, ignored_params=kept_whole, offload_policy=policy)
+        fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, ignored_params=kept_whole)
 
     def shard_(self, model: nn.Module) -> None:
         """Keep this process's share of every frozen weight of ``model``, in place; layers may have been done before."""

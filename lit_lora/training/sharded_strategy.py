@@ -23,26 +23,22 @@ from lit_lora.base.base_hash import known_hash
 from lit_lora.base.shards import Sharding, is_sharded
 
 NAME = "lora_sharded"
-OFFLOADED = "lora_sharded_offload"
 
 
 class LoRAShardedStrategy(ModelParallelStrategy):
     """Divides the frozen base of a ``LoRALightningModule`` among all processes.
 
     Args:
-        cpu_offload: keep each process's share in the CPU's memory, and bring a layer to the GPU when it runs.
         process_group_backend: gloo on a CPU and nccl on CUDA, where it is None.
         timeout: after which a process that waits for the others gives up.
     """
 
     def __init__(
         self,
-        cpu_offload: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
-        self.cpu_offload = cpu_offload
         self._reduces = True
 
     # Of one process: adapters are whole, so there is nothing to put together. Lightning's own go through torch's
@@ -60,16 +56,10 @@ class LoRAShardedStrategy(ModelParallelStrategy):
     @property
     def sharding(self) -> Sharding:
         """Among which processes the base is divided; known once they have found each other."""
-        return Sharding(self.device_mesh["data_parallel"], self.cpu_offload)
+        return Sharding(self.device_mesh["data_parallel"])
 
     def setup_environment(self) -> None:
-        """Let the processes find each other: all of them work on different data.
-
-        Raises:
-            ValueError: if the share of a process is to be kept in the memory that it is in anyway.
-        """
-        if self.cpu_offload and self.root_device.type == "cpu":
-            raise ValueError(f"{OFFLOADED} keeps the base in the CPU's memory, where it is anyway: use {NAME}")
+        """Let the processes find each other: all of them work on different data."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
@@ -134,6 +124,5 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
                 parameter.grad = mean.view_as(parameter).clone()
 
 
-for _name, _offload in ((NAME, False), (OFFLOADED, True)):
-    if _name not in StrategyRegistry:
-        StrategyRegistry.register(_name, LoRAShardedStrategy, description=__doc__ or "", cpu_offload=_offload)
+if NAME not in StrategyRegistry:
+    StrategyRegistry.register(NAME, LoRAShardedStrategy, description=__doc__ or "")

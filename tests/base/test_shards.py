@@ -17,7 +17,7 @@ from lit_lora.callbacks._support import checksum
 from lit_lora.data.batches.loaders import prompts_of_rank
 from lit_lora.memory.storage_tracker import StorageTracker
 from lit_lora.memory.traced_step import processes_imagined
-from lit_lora.training.sharded_strategy import NAME, OFFLOADED, LoRAShardedStrategy
+from lit_lora.training.sharded_strategy import NAME, LoRAShardedStrategy
 from tests.tiny import config, language_model
 
 KINDS = {
@@ -96,18 +96,17 @@ def test_a_share_is_half_of_two(stored):
 
 
 @pytest.mark.parametrize(
-    ("step", "strategy", "message"),
+    ("step", "message"),
     [
-        (StepConfig(recompute="1GiB"), NAME, "base that is whole.* set it to true"),
-        (StepConfig(compile_layers=True), NAME, "does not work on a base that is divided"),
-        (StepConfig(), OFFLOADED, "where it is anyway: use lora_sharded"),
+        (StepConfig(recompute="1GiB"), "base that is whole.* set it to true"),
+        (StepConfig(compile_layers=True), "does not work on a base that is divided"),
     ],
 )
-def test_what_a_divided_base_cannot_do_is_refused(stored, monkeypatch, step, strategy, message):
+def test_what_a_divided_base_cannot_do_is_refused(stored, monkeypatch, step, message):
     """Before anything is loaded."""
     monkeypatch.setattr("lit_lora.module.load_sharded_base", lambda *_, **__: pytest.fail("it was loaded"))
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, strategy=strategy, logger=False, barebones=False, enable_progress_bar=False
+        accelerator="cpu", devices=1, strategy=NAME, logger=False, barebones=False, enable_progress_bar=False
     )
     assert isinstance(trainer.strategy, LoRAShardedStrategy)
     module = LoRALightningModule(str(stored), step=step)
