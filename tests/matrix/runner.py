@@ -58,6 +58,7 @@ class Project:
             "data.validation_fraction": 0.2,
             "data.cache_dir": str(self.folder / "cache"),
             "trainer.accelerator": "cpu",
+            "report": False,
             "trainer.enable_progress_bar": False,
             "trainer.default_root_dir": str(run),
             "trainer.val_check_interval": 4,
