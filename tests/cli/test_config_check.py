@@ -190,7 +190,7 @@ def test_fields_of_nested_settings_on_the_command_line_are_in_the_report(fit):
             },
             [],
             2,
-            "Use 'ddp'",
+            "lora_sharded",
         ),
         (
             {"data": {"train": "train.jsonl"}, "model": {"base": "random:tinyllama-1.1b", "lora": {"r": "x"}}},

@@ -255,7 +255,7 @@ NAMES = {
     "dataset_text_field": "data.columns",
     "model_name_or_path": "model.base",
     "devices": "trainer.devices",
-    "use_dora": None,
+    "use_dora": "model.lora.use_dora",
     "neftune_noise_alpha": None,
     "push_to_hub": None,
     "num_beams": None,

@@ -68,10 +68,10 @@ def _start(project: Project, number: int, case: Case) -> _Running:
 def _limit(folder: Path) -> None:
     """In the process that reads the file."""
     from lit_lora.adapters import expressions
-    from lit_lora.data.chats import tokenize
+    from lit_lora.data.chats import chat_template
     from lit_lora.files import strict_yaml
 
-    expressions.LIMIT_S = tokenize.RENDER_LIMIT_S = strict_yaml.PIPE_LIMIT_S = SHORT_S
+    expressions.LIMIT_S = chat_template.RENDER_LIMIT_S = strict_yaml.PIPE_LIMIT_S = SHORT_S
     os.environ["RUST_BACKTRACE"] = "0"  # it has no say in what lit_lora prints
     os.chdir(folder)  # where code that runs leaves its mark
     pages = int(Path("/proc/self/statm").read_text().split()[0])

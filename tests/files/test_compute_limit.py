@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM
 
 from lit_lora.__main__ import main
 from lit_lora.base.byte_tokenizer import byte_tokenizer
-from lit_lora.data.chats import tokenize
+from lit_lora.data.chats import chat_template
+from lit_lora.data.chats.chat_template import ChatTemplate
 from lit_lora.files.compute_limit import LimitExceeded, compute_limit
 from tests.tiny import config
 
@@ -34,8 +35,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-lora"])
     monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tokenize, "RENDER_LIMIT_S", 0.2)
-    monkeypatch.setattr(tokenize, "RENDER_LIMIT_BYTES", 2**29)
+    monkeypatch.setattr(chat_template, "RENDER_LIMIT_S", 0.2)
+    monkeypatch.setattr(chat_template, "RENDER_LIMIT_BYTES", 2**29)
     LlamaForCausalLM(config("Llama", vocab_size=260)).save_pretrained("base")
     Path("my.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
 
@@ -85,7 +86,7 @@ def test_a_chat_template_with_a_power_that_nothing_could_interrupt_is_refused(fo
 def test_stars_that_spread_arguments_are_no_power():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ dict(messages[0], ** {'a': '**'})['content'] }}"
-    with tokenize.render_limit(tokenizer, []):
+    with ChatTemplate(tokenizer).limit([]):
         pass
 
 
