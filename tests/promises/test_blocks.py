@@ -82,7 +82,7 @@ def run(reader: Stranger, command: Command, page: str) -> None:
     row = why_not_run(" ".join(words))
     if row is not None:
         check_unrun(reader, " ".join(words))
-    elif words[0] == "lit-lora" and "ddp" not in words:
+    elif words[0] == "lit-lora" and "--trainer.devices" not in words:
         printed = "--print_config" in words
         ran = reader.run(*(words[1:] if printed else smaller(words)))
         assert ran.code == 0, f"{page}: {' '.join(words)}\n{ran.text[-3000:]}"
