@@ -268,10 +268,16 @@ def test_the_yaml_of_a_page_is_taken(block, reader):
     assert ran.code == 0, ran.text
     printed = yaml.safe_load(ran.out)
 
-    def compare(asked: dict, got: dict) -> None:
-        for key, value in asked.items():
-            compare(value, got[key]) if isinstance(value, dict) else None
-            assert isinstance(value, dict) or got[key] == value
+    def compare(asked: Any, got: Any) -> None:
+        if isinstance(asked, dict):
+            for key, value in asked.items():
+                compare(value, got[key])
+        elif isinstance(asked, list) and all(isinstance(value, dict) for value in asked):
+            assert len(asked) == len(got)
+            for pair in zip(asked, got, strict=True):
+                compare(*pair)
+        else:
+            assert asked == got
 
     compare(yaml.safe_load(block.text), printed)
 
