@@ -102,6 +102,9 @@ class RunFolder:
         self._lock_path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
+        if self.path in self._made and not self.is_taken:  # loggers make empty folders in it before data are read
+            empty = sorted((path for path in self.path.rglob("*") if path.is_dir()), reverse=True)
+            self._made = [*empty, *self._made]
         for path in self._made:
             try:
                 path.rmdir()
