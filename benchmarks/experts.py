@@ -65,6 +65,7 @@ def run(library: str, kind: str, args: argparse.Namespace) -> dict[str, float]:
     loaded = _status_mb("VmRSS")
     LIBRARIES[library](model.train(), args.r)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    torch.manual_seed(1)  # adapters start with as many random numbers as their library draws
     ids = torch.randint(3, config.vocab_size, (args.batch_size, args.length))
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     losses, times, cpu_times = [], [], []
@@ -116,8 +117,9 @@ def main() -> None:
     text = (
         "# Adapters on fused experts\n\n"
         f"`{' '.join(['python -m benchmarks.experts', *sys.argv[1:]])}`\n\n{machine(args.threads)}. Median of "
-        f"{args.rounds} processes [lowest, highest], in turn, on a machine that others used too, so that a "
-        "step counts by the processor time it took (the time that passed stands beside it). "
+        f"{args.rounds} processes [lowest, highest], in turn; a step counts by the processor time it took (the time that "
+        "passed stands beside it). "
+        "Losses start alike, and part since every library starts its adapters from other random numbers. "
         f"{args.batch_size} x {args.length} tokens, r={args.r}, float32. For the step: the peak without what was "
         "resident with the libraries and the model loaded.\n\n| model | | CPU s/step | PEFT's speed | s/step | peak MB "
         "| of PEFT's | for the step, MB | of PEFT's | loss |\n|---|---|---|---|---|---|---|---|---|---|\n"
