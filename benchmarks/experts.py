@@ -117,8 +117,8 @@ def main() -> None:
     text = (
         "# Adapters on fused experts\n\n"
         f"`{' '.join(['python -m benchmarks.experts', *sys.argv[1:]])}`\n\n{machine(args.threads)}. Median of "
-        f"{args.rounds} processes [lowest, highest], in turn; a step counts by the processor time it took (the time that "
-        "passed stands beside it). "
+        f"{args.rounds} processes [lowest, highest], in turn; a step counts by the processor time it took (the time "
+        "that passed stands beside it). "
         "Losses start alike, and part since every library starts its adapters from other random numbers. "
         f"{args.batch_size} x {args.length} tokens, r={args.r}, float32. For the step: the peak without what was "
         "resident with the libraries and the model loaded.\n\n| model | | CPU s/step | PEFT's speed | s/step | peak MB "

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from lit_lora.files.atomic import atomic_write
 from lit_lora.report import charts
 from lit_lora.report.run_files import RunFiles, read_run
+from lit_lora.wording import setting
 
 FILE_NAME = "report.html"
 _TEMPLATE = "page.html.jinja"
@@ -40,9 +41,7 @@ def write_report(folders: str | Path | Sequence[str | Path], output: str | Path 
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise ValueError(f"a run is named twice: {', '.join(map(str, folders))}")
     if output is None and len(folders) > 1:
-        raise ValueError(
-            "a page that compares runs lies in none of their folders: name a file for it, output=FILE.html"
-        )
+        raise ValueError(f"a page that compares runs lies in none of their folders: set {setting('output')} to a file")
     runs = [read_run(folder) for folder in folders]
     path = Path(output) if output is not None else runs[0].folder / FILE_NAME
     if path.is_dir():

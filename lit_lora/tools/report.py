@@ -17,10 +17,6 @@ def report(runs: list[str], output: str | None = None) -> Path:
     """
     from lit_lora.report.page import write_report
 
-    if len(runs) > 1 and output is None:
-        raise ValueError(
-            "a page that compares runs lies in none of their folders: name a file for it, --output FILE.html"
-        )
     path = write_report(runs, output)
     print(f"report written to {path}")
     return path

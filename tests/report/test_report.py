@@ -197,7 +197,7 @@ def test_runs_side_by_side_show_what_differs(run: Path, base: str, tmp_path: Pat
         (["nowhere"], "nowhere is not the folder of a run: no such folder"),
         (["."], "it holds neither metrics.jsonl nor config.yaml"),
         (["run", "run/", "--output", "x.html"], "a run is named twice"),
-        (["run", "."], "--output FILE.html"),
+        (["run", "."], "set --output to a file"),
         (["run", "--output", "run"], "run is a folder"),
         ([], "missing: runs"),
     ],
