@@ -300,7 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--corruptions", type=int, default=60, help="of checkpoints, and as many of adapters")
-    parser.add_argument("--max_minutes", type=float, default=15, help="after these no new fault is started")
+    parser.add_argument("--max_minutes", type=float, default=25, help="after these no new fault is started")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="leave the working folder")
     parser.add_argument("--output", type=Path, default=RESULTS / "faults.md")
@@ -325,7 +325,7 @@ def main() -> None:
         lambda: disks(project, rng, budget),
         lambda: disks_for_a_while(project, rng, budget),
         lambda: states(project, rng, budget),
-        lambda: [killed_preparing(project, rng, budget, options.kills // 2)],
+        lambda: [killed_preparing(project, rng, budget, options.kills // 6)],
         lambda: corruptions(project, rng, budget, options.corruptions),
         lambda: [Tally(*entry) for entry in bad_inputs(project, options.seed, budget)],
         lambda: hostile_files(project, budget),

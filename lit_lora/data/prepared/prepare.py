@@ -138,15 +138,20 @@ def tokenize_source(
             return dataset
         if waited:
             say(f"the other process did not finish {name}: tokenizing the rest of it here")
-        found = tokenized(
-            source,
-            tokenizer,
-            lambda row, file: layout_of(row, file, settings.format, settings.columns),
-            settings.encoding(),
-            limit=settings.limit,
-            folder=parts,
-            num_workers=num_workers,
-        )
+        try:
+            found = tokenized(
+                source,
+                tokenizer,
+                lambda row, file: layout_of(row, file, settings.format, settings.columns),
+                settings.encoding(),
+                limit=settings.limit,
+                folder=parts,
+                num_workers=num_workers,
+            )
+        except MemoryError as error:  # a few kilobytes of Parquet can stand for gigabytes
+            raise ValueError(
+                f"a block of rows of {name} does not fit into memory: shorten its longest texts, or leave them out"
+            ) from error
         if source_digest(source) != digest:
             raise ValueError(f"{name} changed while it was read: start again when it is complete")
         statistics = _statistics(found, name, files, settings)
