@@ -139,9 +139,11 @@ def halves_chart(updates: Sequence[LayerUpdate]) -> str:
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
         if figure.axes[1].lines:
-            figure.axes[1].legend(ncols=2, fontsize=7.5)
+            figure.legend(
+                *figure.axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8.0
+            )
 
-    return _picture(draw, 9.0, 2.8)
+    return _picture(draw, 9.0, 3.1)
 
 
 def memory_chart(phases: Mapping[str, float], budget_mib: float | None) -> str:
