@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from lit_lora.language_model.shared_prefix import share_prefix
     from lit_lora.memory.estimate import MemoryEstimate, estimate_memory
     from lit_lora.memory.storage_tracker import StorageTracker
+    from lit_lora.report.circumstances import processor
 
     class TensorPeak(L.Callback):
         """What is alive at the peak of the third step, and what was predicted for its batch."""
@@ -142,7 +143,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "tensors_mib": peak.alive_bytes / 2**20,
         "estimate_mib": peak.estimate.peak.total / 2**20,
         "dequantize_s": 0.0 if fields is None else _seconds(lambda: [read_weight(x, torch.float32) for x in layers]),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
     }
 
@@ -261,12 +262,6 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -6,18 +6,15 @@ Letters: r rank, O output features, I input features.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from lit_lora.adapters.matching import resolve_pattern
-from lit_lora.callbacks._support.names import adapter_half, module_path
+from lit_lora.callbacks._support.names import adapter_half, layer_group, module_path
 from lit_lora.interchange.peft_config import from_peft_config
 from lit_lora.interchange.peft_folder import CONFIG_NAME, PREFIX, WEIGHTS_NAME, read_config, read_tensors
-
-_NUMBERED = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,11 @@ def layer_updates(folder: Path) -> list[LayerUpdate]:
         # |BA|^2 is the sum over (B'B) * (AA'), both (r, r): the update itself is never made.
         square = float(((b.T @ b) * (a @ a.T)).sum())
         norm_a, norm_b = float(a.norm()), float(b.norm())
-        number = _NUMBERED.search(name)
+        number = layer_group(name).rpartition(".")[2]
         updates.append(
             LayerUpdate(
                 name,
-                int(number[1]) if number else None,
+                int(number) if number.isdigit() else None,
                 name.rpartition(".")[2],
                 norm_a,
                 norm_b,

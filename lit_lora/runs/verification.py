@@ -114,6 +114,8 @@ class _Run:
     steps: dict[int, StepMetrics]
     checkpoints: dict[int, Path]
     """Step -> the file; those that can be read."""
+    marks: dict[int, Mark]
+    """Step -> how far the metrics had come, as its checkpoint says."""
     problems: list[str]
     """Of the others."""
     num_processes: int
@@ -125,12 +127,14 @@ class _Run:
 
 def _read(folder: Path) -> _Run:
     metrics = TrainingMetrics.from_jsonl((folder / FILE_NAME).read_text(encoding="utf-8"))
-    checkpoints, problems = {}, []
+    checkpoints: dict[int, Path] = {}
+    marks: dict[int, Mark] = {}
+    problems = []
     for path in sorted((folder / "checkpoints").glob("*.ckpt")):
         try:
             content = read_checkpoint(path)
-            training_state.read(content)
-            checkpoints[int(content["global_step"])] = path
+            record, step = training_state.read(content)["record"], int(content["global_step"])
+            checkpoints[step], marks[step] = path, Mark(record["num_bytes"], record["sha256"])
         except (DamagedCheckpointError, ValueError, KeyError, TypeError) as error:
             problems.append(str(error))
     known = _circumstances(folder)
@@ -142,7 +146,7 @@ def _read(folder: Path) -> _Run:
         differing.append(f"{now['num_processes']} processes are repeated by one")
     steps = {step.step: step for step in metrics.steps}
     data = known["data"].get("sha256", {})
-    return _Run(folder, steps, checkpoints, problems, now["num_processes"], "; ".join(differing), data)
+    return _Run(folder, steps, checkpoints, marks, problems, now["num_processes"], "; ".join(differing), data)
 
 
 def _circumstances(folder: Path) -> dict[str, Any]:
@@ -180,11 +184,10 @@ def _of_checkpoints(run: _Run) -> Finding:
 def _record(run: _Run) -> Finding:
     """Each checkpoint says how far the metrics had come, and their SHA-256."""
     problems = []
-    for step, path in run.checkpoints.items():
-        record = training_state.read(read_checkpoint(path))["record"]
+    for step, mark in run.marks.items():
         try:
-            read_to_mark(with_set_aside(run.folder / FILE_NAME), Mark(record["num_bytes"], record["sha256"]))
-        except (ValueError, KeyError) as error:
+            read_to_mark(with_set_aside(run.folder / FILE_NAME), mark)
+        except ValueError as error:
             problems.append(f"not those that the checkpoint of step {step} was saved with: {error}")
     if problems:
         return Finding("metrics", False, "; ".join(problems))

@@ -13,6 +13,7 @@ from lit_lora.files.meant import closest, did_you_mean
 
 if TYPE_CHECKING:
     from lit_lora.evaluation.chat import Chat
+    from lit_lora.language_model.generation import Completion
 
 PROMPT = "> "
 
@@ -58,19 +59,21 @@ def chat(
     from lit_lora.evaluation.chat import Chat
     from lit_lora.evaluation.generate import check_sampling, continues_text
     from lit_lora.evaluation.load import load
+    from lit_lora.runs.said import readable
 
     check_sampling(temperature, top_p, seed, max_new_tokens)
-    loaded = load(
-        adapter,
-        base=base,
-        revision=revision,
-        quantization=quantization,
-        full_precision=full_precision,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        other_base=other_base,
-        trust_remote_code=trust_remote_code,
-    )
+    with readable():
+        loaded = load(
+            adapter,
+            base=base,
+            revision=revision,
+            quantization=quantization,
+            full_precision=full_precision,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            other_base=other_base,
+            trust_remote_code=trust_remote_code,
+        )
     if continues_text(loaded, "auto"):
         _note("the adapter was trained on plain text, and is asked in the chat template")
     if seed is not None:
@@ -127,12 +130,14 @@ class _Talk:
             _note("stopped: that turn is taken back")
         return True
 
-    def _show(self, ask: Callable[[], object]) -> None:
+    def _show(self, ask: Callable[[], Completion]) -> None:
+        from lit_lora.language_model.generation import cut_note
+
         answer = ask()
         if not self.stream:
-            print(answer.text, flush=True)  # type: ignore[attr-defined]
-        if answer.cut:  # type: ignore[attr-defined]
-            _note(f"cut at max_new_tokens={self.chat.sampling['max_new_tokens']}")
+            print(answer.text, flush=True)
+        if note := cut_note([answer], self.chat.sampling["max_new_tokens"]):
+            _note(note)
 
     def _help(self, _: str) -> None:
         for name, (_command, text) in self.commands.items():

@@ -194,8 +194,12 @@ class EvaluationMeans(nn.Module):
         which the others wait.
         """
         targets = max(1, output.num_targets)
-        weight: Any = output.num_targets if output.target_weight is None else output.target_weight.detach()
-        mean = output.loss_sum.detach() / torch.as_tensor(weight).where(torch.as_tensor(weight) > 0, 1)
+        weight: Any = output.num_targets
+        divisor: Any = targets
+        if output.target_weight is not None:
+            weight = output.target_weight.detach()
+            divisor = weight.where(weight > 0, 1.0)
+        mean = output.loss_sum.detach() / divisor
         self.num_targets.update(output.num_targets)
         self.loss.update(mean, weight=weight)
         if self.sources:
