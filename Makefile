@@ -36,8 +36,9 @@ quickstart: model  ## fine-tune a 135M model on this machine's CPU and compare i
 	$(LIT_LORA) fit --config configs/quickstart.yaml
 	$(LIT_LORA) evaluate configs/data/requests_test.jsonl "$$(ls -dt $(RUN)*/ | head -n 1)adapter"
 
+# Two processes with a thread each do more than one with two.
 test: model  ## every test, those with the real model too
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 unit: setup  ## the tests that need no model
 	$(BIN)/python -m pytest -m 'not real_model'

@@ -302,7 +302,7 @@ def _check_equal_base(
     held: Mapping[str, range],
 ) -> None:
     """Refuse another base; ``held`` says which rows of which weight the adapter holds itself."""
-    to_copy = []
+    to_copy, rows = [], 0
     for name, parameter in of_base.items():
         stored = state[name].to(device=parameter.device, dtype=parameter.dtype)
         if torch.equal(stored, parameter):
@@ -316,14 +316,16 @@ def _check_equal_base(
                 "base model"
             )
         key = next(key for key, tensor in header.items() if tensor.name == name)
+        rows = len(parameter)
         to_copy.append(f"model.get_parameter({name.replace('.base_layer.', '.')!r}).data.copy_(stored[{key!r}])")
     if to_copy:
         raise ValueError(
             f"{weights.parent} was trained with a resized vocabulary, and the tokens that were added are in this file "
             "alone. "
             + in_words_of(
-                python="Copy them into the model and load again: stored = safetensors.torch.load_file("
-                f"{str(weights)!r}); {'; '.join(to_copy)}. For the command line, save that model and give its folder "
+                python="Copy them into the model and load again: "
+                f"model.resize_token_embeddings({rows}, mean_resizing=False); "
+                f"stored = safetensors.torch.load_file({str(weights)!r}); {'; '.join(to_copy)}. For the command line, save that model and give its folder "
                 "as the base",
                 command_line="In Python, resize the base's embeddings and copy them into it, save that model, and give "
                 "its folder as the base",

@@ -20,7 +20,7 @@ from lit_lora.language_model.forward import Batch, placeholder_batch
 from lit_lora.memory.estimate import MemoryEstimate, estimate_memory, trace
 from lit_lora.memory.storage_tracker import StorageTracker
 from lit_lora.memory.suggest import suggest
-from lit_lora.memory.traced_step import CATEGORIES, StepSettings, run_step
+from lit_lora.memory.traced_step import CATEGORIES, GATHERED, StepSettings, run_step
 from lit_lora.module import LoRALightningModule
 from tests.tiny import config
 
@@ -247,5 +247,5 @@ def test_text_names_peak_and_place(tmp_path: Path) -> None:
     estimate = estimate_memory(saved_config(tmp_path, **WIDE), lengths=(64,), lora=LORA)
     text = str(estimate)
     assert f"in {estimate.peak_phase} (" in text
-    assert all(category in text for category in CATEGORIES)
+    assert [category for category in CATEGORIES if category not in text] == [GATHERED]  # of several devices
     assert asdict(estimate)["settings"]["lengths"] == (64,)
