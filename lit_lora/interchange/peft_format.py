@@ -325,8 +325,8 @@ def _check_equal_base(
             + in_words_of(
                 python="Copy them into the model and load again: "
                 f"model.resize_token_embeddings({rows}, mean_resizing=False); "
-                f"stored = safetensors.torch.load_file({str(weights)!r}); {'; '.join(to_copy)}. For the command line, save that model and give its folder "
-                "as the base",
+                f"stored = safetensors.torch.load_file({str(weights)!r}); {'; '.join(to_copy)}. "
+                "For the command line, save that model and give its folder as the base",
                 command_line="In Python, resize the base's embeddings and copy them into it, save that model, and give "
                 "its folder as the base",
             )
