@@ -51,7 +51,9 @@ CONVERTED: list[tuple[Any, str, Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "name", "value", "expected"), CONVERTED, ids=[f"{c[1]}={c[2]!r}" for c in CONVERTED])
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "expected"), CONVERTED, ids=[f"{c[1]}={type(c[2]).__name__}" for c in CONVERTED]
+)
 def test_a_value_becomes_the_plain_one_that_a_file_holds(kind, name, value, expected):
     config = kind(**{name: value})
     got = getattr(config, name)
