@@ -2,9 +2,9 @@
 
 The model is made without values. Then each weight is read from its safetensors file (or drawn, for ``random:``),
 quantized, and cut down to this process's share before the next one is read. A file is mapped into memory, so processes
-on one machine share what the system keeps of it, and rows that are not this process's are not even read. What transformers must rearrange while it loads (other
-names in the files than in the model, weights that are quantized already, GGUF) is loaded whole and then divided, one
-process of a machine after another.
+on one machine share what the system keeps of it, and rows that are not this process's are not even read. What
+transformers must rearrange while it loads (other names in the files than in the model, weights that are quantized
+already, GGUF) is loaded whole and then divided, one process of a machine after another.
 """
 
 from __future__ import annotations
