@@ -58,21 +58,22 @@ def load_sharded_base(
         model = load.random_model(asked, sharding)
     else:
         location, gguf_file = load.resolve_base(base)
-        reason = _why_whole(location, gguf_file, revision)
-        streamed = None if reason else _from_files(asked, location, sharding)
-        if streamed is None:
+        if not (reason := _why_whole(location, gguf_file, revision)):
+            model, stored = _opened(asked, location)
+            reason = stored.why_whole(model)
+        if reason:
             rank_zero_info(
-                f"{base} is loaded whole by one process of a machine after another, and then divided: "
-                f"{reason or 'its files name other tensors than the model has'}"
+                f"{base} is loaded whole by one process of a machine after another, and then divided: {reason}"
             )
-            streamed = _one_after_another(asked, sharding)
-        model = streamed
+            model = _one_after_another(asked, sharding)
+        else:
+            _read_(model, stored, asked, location, sharding)
     sharding.shard_(model.requires_grad_(False))
     return model.train()
 
 
 def _why_whole(location: str, gguf_file: str | None, revision: str | None) -> str:
-    """Why a base cannot be read a layer at a time; empty if it may be."""
+    """Why the files of a base cannot be read a weight at a time; empty if they may be."""
     if gguf_file:
         return "it is a GGUF file"
     if load.is_quantized_already(location, revision):
@@ -82,34 +83,35 @@ def _why_whole(location: str, gguf_file: str | None, revision: str | None) -> st
     return ""
 
 
-def _from_files(asked: load.Wanted, location: str, sharding: Sharding) -> PreTrainedModel | None:
-    """The model with its layers divided; None if transformers would do more than to copy tensors of the same names."""
+def _opened(asked: load.Wanted, location: str) -> tuple[PreTrainedModel, _Stored]:
+    """The model without values, and where they are."""
     check_no_adapter(location, asked.revision)
     trust = asked.trust_remote_code
     model = asked.valueless(
         location, lambda: AutoConfig.from_pretrained(location, trust_remote_code=trust, **asked.revised)
     )
     files = base_hash.weight_files(location, None, asked.revision)
-    stored = readable(location, lambda: _Stored(files, tied=set(getattr(model, "all_tied_weights_keys", None) or ())))
-    if not stored.are_of(model):
-        return None
+    return model, readable(location, lambda: _Stored(files))
+
+
+def _read_(model: PreTrainedModel, stored: _Stored, asked: load.Wanted, location: str, sharding: Sharding) -> None:
+    """Give the model its values, with its layers divided and what else it has cut."""
     beside_loading = base_hash.hash_weights(location, None, asked.revision)
     fill_(model, stored, device=asked.device, quantization=asked.quantization, sharding=sharding)
     model.tie_weights()
-    if model.can_generate() and (Path(files[0]).parent / "generation_config.json").is_file():
+    if model.can_generate() and (stored.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(location, **asked.revised)
     base_hash.note_base(model, beside_loading)
     if asked.quantization is not None:
         quantize.finish_quantization_(model, asked.quantization)
     load.note_loaded(model, asked, location)
-    return model
 
 
 class _Stored:
     """Tensors in safetensors files, as values for :func:`fill_`."""
 
-    def __init__(self, files: list[Path], tied: set[str]) -> None:
-        self._tied = tied
+    def __init__(self, files: list[Path]) -> None:
+        self.folder = files[0].parent
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
@@ -118,14 +120,17 @@ class _Stored:
                     self._file_of[name] = path
                     self._shapes[name] = tuple(file.get_slice(name).get_shape())
 
-    def are_of(self, model: PreTrainedModel) -> bool:
-        """Whether these are the model's own tensors, under its own names, and kept in the type that it asks for."""
+    def why_whole(self, model: PreTrainedModel) -> str:
+        """Why transformers would do more than to copy tensors to where the model has those names; empty if not."""
         kept_wide = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
         if kept_wide and model.dtype is not torch.float32:
-            return False
+            return "it keeps some of its weights in float32"
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        missing = shapes.keys() - self._shapes.keys() - self._tied
-        return not missing and all(shapes.get(name) == shape for name, shape in self._shapes.items())
+        missing = shapes.keys() - self._shapes.keys() - tied
+        if missing or any(shapes.get(name) != shape for name, shape in self._shapes.items()):
+            return "its files name other tensors than the model has"
+        return "its files hold a tied weight twice" if tied & self._shapes.keys() else ""
 
     def __call__(self, name: str, module: nn.Module, owner: PreTrainedModel, device: torch.device) -> None:
         if next(module.buffers(recurse=False), None) is not None:
