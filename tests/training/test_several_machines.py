@@ -73,8 +73,14 @@ def two_machines(folder: Path) -> Iterator[list[list[str]]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def documented(config: Path, strategy: str) -> list[str]:
-    """The command that the docs have for two machines of four processes, for one process on each."""
+def documented(config: Path, strategy: str, number: int | None) -> list[str]:
+    """The command that the docs have for two machines of four processes, for one process on each.
+
+    Args:
+        config: of the run.
+        strategy: of the run.
+        number: of the machine, for the other way that the docs have; None for the first one.
+    """
     (command,) = re.findall(r"^torchrun --nnodes 2 (?:.*\\\n)*.*$", DOCS, re.MULTILINE)
     words = shlex.split(command.replace("\\\n", " "))
     for option, value in {
@@ -84,6 +90,13 @@ def documented(config: Path, strategy: str) -> list[str]:
         "--config": str(config),
     }.items():
         words[words.index(option) + 1] = value
+    if number is not None:
+        (instead,) = re.findall(r"in place of `(.*)` and\n`(.*)`, `(.*)`, and `--node_rank 1` on the second", DOCS)
+        for option in instead[:2]:
+            at = words.index(option)
+            del words[at : at + 2]
+        numbered = instead[2].replace("10.0.0.1", MACHINES["first-machine"]).replace("rank 0", f"rank {number}")
+        words[1:1] = shlex.split(numbered)
     return [sys.executable, "-m", "torch.distributed.run", *words[1:]]
 
 
@@ -100,8 +113,8 @@ def project(tmp_path_factory):
     return tmp_path_factory.mktemp("machines")
 
 
-@pytest.mark.parametrize("strategy", ["lora_sharded", "ddp"])
-def test_two_machines_train_as_one_process(project, monkeypatch, strategy):
+@pytest.mark.parametrize(("strategy", "numbered"), [("lora_sharded", True), ("ddp", False)])
+def test_two_machines_train_as_one_process(project, monkeypatch, strategy, numbered):
     """With the documented command, and a config that both of them read."""
     monkeypatch.setattr(sys, "argv", ["lit-lora"])
     base, data = project / "base", project / "train.jsonl"
@@ -128,10 +141,10 @@ def test_two_machines_train_as_one_process(project, monkeypatch, strategy):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         processes = [
             subprocess.Popen(
-                [*machine, *documented(config, strategy)],
+                [*machine, *documented(config, strategy, number if numbered else None)],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=project,
             )
-            for machine in machines
+            for number, machine in enumerate(machines)
         ]  # fmt: skip
         try:
             said = [process.communicate(timeout=120)[0] for process in processes]
