@@ -35,6 +35,9 @@ TOOLS = {
 }
 """Verb -> help. Each is the function of that name in ``lit_lora.tools.<verb>``."""
 
+DIVIDED_TOOLS = ("generate", "evaluate")
+"""Those that divide the base among the processes that torchrun starts."""
+
 MOST_CHARACTERS = 16_000
 """Of an error message: one that quotes a hostile file, or that a library writes, may be of any length."""
 
@@ -88,7 +91,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run_tool(verb: str, arguments: list[str]) -> None:
-    with _log_shown():
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        with _log_shown():
+            _call_tool(verb, arguments)
+        return
+    if verb not in DIVIDED_TOOLS:
+        raise ValueError(
+            f"{verb} runs in one process: start it without torchrun ({', '.join(DIVIDED_TOOLS)} divide it)"
+        )
+    from lit_lora.evaluation.divided import among_processes
+
+    with among_processes(), _log_shown() if os.environ["RANK"] == "0" else contextlib.nullcontext():
         _call_tool(verb, arguments)
 
 

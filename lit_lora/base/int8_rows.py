@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_lora.base.shards import made_of_rows
+
 BLOCK = 4096
 """Rows of the head that are dequantized at a time."""
 
@@ -78,17 +80,19 @@ def quantize_embeddings_(model: Any) -> None:
     if head is not None and (type(head) is not nn.Linear or head.bias is not None):
         kind = "has a bias" if type(head) is nn.Linear else f"is a {type(head).__name__}"
         raise ValueError(f"embedding_bits: the output head {kind} and cannot be quantized: leave embedding_bits out")
-    small = Int8Embedding(*quantize_rows(embedding.weight), embedding.weight.dtype)
+    codes, scales = made_of_rows(embedding.weight, quantize_rows)
+    small = Int8Embedding(codes, scales, embedding.weight.dtype)
     model.set_input_embeddings(small.train(embedding.training))
     if head is None:
         return
     tied = head.weight is embedding.weight
-    codes, scales = (small.weight, small.scales) if tied else quantize_rows(head.weight)
+    if not tied:
+        codes, scales = made_of_rows(head.weight, quantize_rows)
     model.set_output_embeddings(Int8Head(codes, scales, head.weight.dtype).train(head.training))
 
 
 @torch.no_grad()
-def quantize_rows(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of a matrix: rows scaled to [-127, 127] by their largest absolute value, and rounded."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
@@ -99,7 +103,7 @@ def quantize_rows(weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
         scale = torch.where(largest > 0, largest, 1.0) / 127
         scales[start : start + BLOCK] = scale
         codes[start : start + BLOCK] = (rows / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-    return nn.Parameter(codes, requires_grad=False), nn.Parameter(scales, requires_grad=False)
+    return codes, scales
 
 
 class _Product(torch.autograd.Function):

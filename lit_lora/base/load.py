@@ -20,17 +20,18 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from lit_lora.base import base_hash, quantize
 from lit_lora.base.architectures import ARCHITECTURES, architecture
 from lit_lora.base.filled import fill_, random_values
 from lit_lora.base.quantized_forward import compute_in_half_, prepare_base_layer
+from lit_lora.base.shards import Sharding
 from lit_lora.base.trained_on import note
 from lit_lora.base.whole_model import check_no_adapter, load_whole, readable
 from lit_lora.config import QuantizationConfig
@@ -76,16 +77,62 @@ def load_base_model(
         FileNotFoundError: if the folder or file is not there, or the model was not fetched.
         ValueError: if the folder holds no safetensors, ``dtype`` is no float type, or the model cannot be quantized.
     """
+    return load_wanted(wanted(base, dtype, quantization, device, revision, trust_remote_code, seed))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A base, and how it is to be held: the arguments of :func:`load_base_model`, looked up."""
+
+    base: str
+    dtype: torch.dtype
+    quantization: QuantizationConfig | None
+    device: torch.device
+    revision: str | None
+    trust_remote_code: bool
+    seed: int
+
+    @property
+    def revised(self) -> dict[str, Any]:
+        """For transformers, where a revision that is None is none."""
+        return {} if self.revision is None else {"revision": self.revision}
+
+    def valueless(self, location: str, config: Callable[[], PreTrainedConfig]) -> PreTrainedModel:
+        """The model on the meta device, of a config that is read from ``location``."""
+        trust = self.trust_remote_code
+        with torch.device("meta"):
+            return readable(
+                location,
+                lambda: AutoModelForCausalLM.from_config(config(), dtype=self.dtype, trust_remote_code=trust),
+            )
+
+
+def wanted(
+    base: str,
+    dtype: str | torch.dtype,
+    quantization: QuantizationConfig | None,
+    device: torch.device | str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    seed: int = 0,
+) -> Wanted:
+    """What was asked for, on a device that is made ready for it."""
     device = torch.device(device) if device is not None else torch.get_default_device()
     torch_dtype = resolve_dtype(dtype, device)
     prepare_attention(device)
+    return Wanted(base, torch_dtype, quantization, device, revision, trust_remote_code, seed)
+
+
+def load_wanted(wanted: Wanted) -> PreTrainedModel:
+    """As :func:`load_base_model`."""
+    base, quantization, revision = wanted.base, wanted.quantization, wanted.revision
     if base.startswith(RANDOM):
-        return random_model(base, torch_dtype, quantization, device, revision, trust_remote_code, seed)
+        return random_model(wanted).train()
     location, gguf_file = resolve_base(base)
     options: dict[str, Any] = {
-        "dtype": torch_dtype,
+        "dtype": wanted.dtype,
         "revision": revision,
-        "trust_remote_code": trust_remote_code,
+        "trust_remote_code": wanted.trust_remote_code,
         "use_safetensors": True,
     }
     if gguf_file:
@@ -95,11 +142,11 @@ def load_base_model(
     if quantization is not None:
         _check_not_quantized(location, revision)
         if not gguf_file:
-            in_transformers = quantize.transformers_quantization_config(quantization, torch_dtype)
+            in_transformers = quantize.transformers_quantization_config(quantization, wanted.dtype)
         if in_transformers is not None:
             options["quantization_config"] = in_transformers
     beside_loading = base_hash.hash_weights(location, gguf_file, revision)
-    with torch.device(device):
+    with torch.device(wanted.device):
         model = load_whole(location, options)
     # A model of the Hub may have come only now.
     base_hash.note_base(model, beside_loading or base_hash.hash_weights(location, gguf_file, revision))
@@ -111,9 +158,9 @@ def load_base_model(
     else:
         for name, module in model.named_modules():
             prepare_base_layer(name, module)  # of a folder that is stored quantized
-        if device.type == "cuda":
-            compute_in_half_(model, torch_dtype)
-    note_loaded(model, base, location, quantization, torch_dtype, revision)
+        if wanted.device.type == "cuda":
+            compute_in_half_(model, wanted.dtype)
+    note_loaded(model, wanted, location)
     return model.train()
 
 
@@ -127,21 +174,18 @@ def load_config(base: str, *, revision: str | None = None, trust_remote_code: bo
     return readable(location, lambda: AutoConfig.from_pretrained(location, **options))
 
 
-def note_loaded(
-    model: Any,
-    base: str,
-    location: str,
-    quantization: QuantizationConfig | None,
-    dtype: torch.dtype,
-    revision: str | None,
-) -> None:
+def note_loaded(model: Any, wanted: Wanted, location: str) -> None:
     """Note on a model that was loaded from files what it is, and how it is held."""
     from lit_lora.base.known_models import KNOWN_MODELS
 
-    if base in KNOWN_MODELS:
-        model.config.name_or_path = KNOWN_MODELS[base].hub_id  # what an adapter tells the world
-    revision = revision or _commit_of(location)
-    note(model, quantization=quantization or "none", dtype=_name_of(dtype), revision=revision)
+    if wanted.base in KNOWN_MODELS:
+        model.config.name_or_path = KNOWN_MODELS[wanted.base].hub_id  # what an adapter tells the world
+    _note_held(model, wanted, wanted.revision or _commit_of(location))
+
+
+def _note_held(model: Any, wanted: Wanted, revision: str | None) -> None:
+    dtype = str(wanted.dtype).removeprefix("torch.")
+    note(model, quantization=wanted.quantization or "none", dtype=dtype, revision=revision)
 
 
 def load_tokenizer(
@@ -267,49 +311,23 @@ def _commit_of(location: str) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def random_model(
-    base: str,
-    dtype: torch.dtype,
-    quantization: QuantizationConfig | None,
-    device: torch.device,
-    revision: str | None,
-    trust_remote_code: bool,
-    seed: int,
-    layer_done: Callable[[nn.Module], object] | None = None,
-) -> PreTrainedModel:
-    """An architecture with random weights, ``base`` and the rest as for :func:`load_base_model`.
-
-    Args:
-        base: random:ARCHITECTURE.
-        dtype: of the weights.
-        quantization: how to quantize.
-        device: where to.
-        revision: on the Hub.
-        trust_remote_code: run code of the architecture.
-        seed: of the weights.
-        layer_done: called with each decoder layer once it has its values.
-    """
-    config = architecture(base.removeprefix(RANDOM), revision, trust_remote_code)
-    with torch.device("meta"):
-        model = readable(
-            base, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        )
+def random_model(wanted: Wanted, sharding: Sharding | None = None) -> PreTrainedModel:
+    """An architecture with random weights; of a divided one, what lies outside of the layers is only cut."""
+    location, device = wanted.base.removeprefix(RANDOM), wanted.device
+    config = architecture(location, wanted.revision, wanted.trust_remote_code)
+    model = wanted.valueless(wanted.base, lambda: config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
-        fill_(model, random_values, device=device, quantization=quantization, layer_done=layer_done)
+        torch.manual_seed(wanted.seed)
+        fill_(model, random_values, device=device, quantization=wanted.quantization, sharding=sharding)
     model.tie_weights()
-    model.config.name_or_path = base
+    model.config.name_or_path = wanted.base
     fields = {name: value for name, value in config.to_dict().items() if name not in _SAY_NOTHING}
-    recipe = {"config": fields, "seed": seed, "dtype": str(dtype), "device": device.type}
+    recipe = {"config": fields, "seed": wanted.seed, "dtype": str(wanted.dtype), "device": device.type}
     base_hash.note_base(model, base_hash.hash_recipe(**recipe))
-    if quantization is not None:
-        quantize.finish_quantization_(model, quantization)
-    note(model, quantization=quantization or "none", dtype=_name_of(dtype), revision=revision)
-    return model.train()
+    if wanted.quantization is not None:
+        quantize.finish_quantization_(model, wanted.quantization)
+    _note_held(model, wanted, wanted.revision)
+    return model
 
 
 def is_quantized_already(base: str, revision: str | None = None) -> bool:

@@ -4,16 +4,20 @@ torch's ``fully_shard`` does the work (FSDP2). A decoder layer's weights are gat
 after it; what lies outside of the layers (embedding, last norm, head) while the model runs. What trains is left whole
 in every process: adapters are small, and stay what callbacks, optimizers and checkpoints take them for.
 
+``fully_shard`` takes a layer of which this process has all weights, or none. While a model is loaded it is given none:
+each module is cut down to this process's rows as soon as it has its values, and the rows go into the layer afterwards.
+
 A weight that is not gathered has no values to compute with. Whoever needs those without calling the model itself does
 so within :func:`in_one_pass`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,7 +26,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from lit_lora.base.base_weight import hold_plainly_, state_tensors
 from lit_lora.base.repeated_layers import repeated_layers
@@ -30,6 +34,8 @@ from lit_lora.base.repeated_layers import repeated_layers
 T = TypeVar("T")
 _PASS = "lit_lora_pass"
 """Attribute of a sharded model: runs a function as if it were the model's forward pass."""
+_ROWS = "lit_lora_rows"
+"""Attribute of a parameter on the meta device: this process's rows of it."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,52 @@ class Sharding:
     mesh: DeviceMesh
     """One-dimensional."""
 
+    def cut_(self, module: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
+        """Keep this process's rows of a module's own weights, in place, until :meth:`shard_layer_` of its layer.
+
+        Args:
+            module: with values on any device; it cannot be called until then.
+            device: where the rows are to be.
+            dtypes: what to convert parameters to, by their names.
+        """
+        hold_plainly_(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            dtype, frozen = dtypes.get(name, parameter.dtype), parameter.detach()
+            if frozen.is_meta:  # tied to another module's, which is found there
+                continue
+            if parameter.ndim:
+                rows = self._rows_of(frozen).to(device, dtype, copy=True)
+                kept = _cut(torch.empty_like(frozen, dtype=dtype, device="meta"), rows)
+            else:
+                kept = nn.Parameter(frozen.to(device, dtype), requires_grad=False)
+            module.register_parameter(name, kept)
+
+    def _rows_of(self, tensor: Tensor) -> Tensor:
+        parts, rank = tensor.chunk(self.mesh.size()), self.mesh.get_local_rank()
+        return parts[rank] if rank < len(parts) else tensor[:0]
+
     def shard_layer_(self, layer: nn.Module) -> None:
-        """Keep this process's share of a layer's frozen weights, in place."""
+        """Keep this process's share of a layer's frozen weights, in place; modules may have been cut before."""
         for module in layer.modules():
             hold_plainly_(module)
+        cut = [
+            (module, name, parameter)
+            for module in layer.modules()
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+            if hasattr(parameter, _ROWS)
+        ]
         kept_whole = {p for p in layer.parameters() if not isinstance(p, DTensor) and (p.requires_grad or not p.ndim)}
         # Also of the outermost part: an evaluation has no backward pass that would drop what is gathered.
         fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, ignored_params=kept_whole)
+        shares = {parameter: self._share(parameter) for _, _, parameter in cut}  # a tied weight has one
+        for module, name, parameter in cut:
+            module.register_parameter(name, shares[parameter])
+
+    def _share(self, cut: nn.Parameter) -> nn.Parameter:
+        share = DTensor.from_local(
+            getattr(cut, _ROWS), self.mesh, [Shard(0)], run_check=False, shape=cut.shape, stride=cut.stride()
+        )
+        return nn.Parameter(share, requires_grad=False)
 
     def shard_(self, model: nn.Module) -> None:
         """Keep this process's share of every frozen weight of ``model``, in place; layers may have been done before."""
@@ -59,6 +104,21 @@ class Sharding:
 
 def _run(function: Callable[[], T]) -> T:
     return function()
+
+
+def _cut(valueless: Tensor, rows: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(valueless, requires_grad=False)
+    setattr(parameter, _ROWS, rows)
+    return parameter
+
+
+def made_of_rows(weight: Tensor, function: Callable[[Tensor], tuple[Tensor, ...]]) -> list[nn.Parameter]:
+    """What a function of rows makes of a frozen matrix, with a row for each of its rows; of a cut one, cut as well."""
+    rows = getattr(weight, _ROWS, None)
+    if rows is None:
+        return [nn.Parameter(made, requires_grad=False) for made in function(weight)]
+    made_of_share = function(rows)
+    return [_cut(torch.empty(len(weight), *m.shape[1:], dtype=m.dtype, device="meta"), m) for m in made_of_share]
 
 
 def is_sharded(model: nn.Module) -> bool:

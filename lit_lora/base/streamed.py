@@ -1,16 +1,15 @@
 """Load a base that is divided among processes, so that none of them ever holds the whole of it.
 
-The model is made without values. Then each decoder layer is read from its safetensors file (or drawn, for
-``random:``), quantized, and cut down to this process's share before the next one is read. A file is mapped into memory,
-so processes on one machine share what the system keeps of it. What transformers must rearrange while it loads (other
-names in the files than in the model, weights that are quantized already, GGUF) is loaded whole and then divided, one
-process of a machine after another.
+The model is made without values. Then each weight is read from its safetensors file (or drawn, for ``random:``),
+quantized, and cut down to this process's share before the next one is read. A file is mapped into memory, so processes
+on one machine share what the system keeps of it, and rows that are not this process's are not even read. What
+transformers must rearrange while it loads (other names in the files than in the model, weights that are quantized
+already, GGUF) is loaded whole and then divided, one process of a machine after another.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lit_lora.base import base_hash, load, quantize
 from lit_lora.base.filled import fill_
@@ -27,7 +26,6 @@ from lit_lora.base.repeated_layers import repeated_layers
 from lit_lora.base.shards import Sharding
 from lit_lora.base.whole_model import check_no_adapter, readable
 from lit_lora.config import QuantizationConfig
-from lit_lora.kernels.cuda_cards import prepare_attention
 
 
 def load_sharded_base(
@@ -55,33 +53,27 @@ def load_sharded_base(
         FileNotFoundError: as there.
         ValueError: as there.
     """
-    device = torch.device(device) if device is not None else torch.get_default_device()
-    torch_dtype = load.resolve_dtype(dtype, device)
-    prepare_attention(device)
-
-    def divide(layer: nn.Module) -> None:
-        sharding.shard_layer_(layer.requires_grad_(False))
-
-    settings: tuple[Any, ...] = (torch_dtype, quantization, device, revision, trust_remote_code)
+    asked = load.wanted(base, dtype, quantization, device, revision, trust_remote_code)
     if base.startswith(load.RANDOM):
-        model = load.random_model(base, torch_dtype, quantization, device, revision, trust_remote_code, 0, divide)
+        model = load.random_model(asked, sharding)
     else:
         location, gguf_file = load.resolve_base(base)
-        reason = _why_whole(location, gguf_file, revision)
-        streamed = None if reason else _from_files(base, location, divide, *settings)
-        if streamed is None:
+        if not (reason := _why_whole(location, gguf_file, revision)):
+            model, stored = _opened(asked, location)
+            reason = stored.why_whole(model)
+        if reason:
             rank_zero_info(
-                f"{base} is loaded whole by one process of a machine after another, and then divided: "
-                f"{reason or 'its files name other tensors than the model has'}"
+                f"{base} is loaded whole by one process of a machine after another, and then divided: {reason}"
             )
-            streamed = _one_after_another(base, divide, *settings)
-        model = streamed
+            model = _one_after_another(asked, sharding)
+        else:
+            _read_(model, stored, asked, location, sharding)
     sharding.shard_(model.requires_grad_(False))
     return model.train()
 
 
 def _why_whole(location: str, gguf_file: str | None, revision: str | None) -> str:
-    """Why a base cannot be read a layer at a time; empty if it may be."""
+    """Why the files of a base cannot be read a weight at a time; empty if they may be."""
     if gguf_file:
         return "it is a GGUF file"
     if load.is_quantized_already(location, revision):
@@ -91,48 +83,35 @@ def _why_whole(location: str, gguf_file: str | None, revision: str | None) -> st
     return ""
 
 
-def _from_files(
-    base: str,
-    location: str,
-    divide: Callable[[nn.Module], None],
-    dtype: torch.dtype,
-    quantization: QuantizationConfig | None,
-    device: torch.device,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> PreTrainedModel | None:
-    """The model with its layers divided; None if transformers would do more than to copy tensors of the same names."""
-    check_no_adapter(location, revision)
-    revised: dict[str, Any] = {} if revision is None else {"revision": revision}
-    config = readable(
-        location, lambda: AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **revised)
+def _opened(asked: load.Wanted, location: str) -> tuple[PreTrainedModel, _Stored]:
+    """The model without values, and where they are."""
+    check_no_adapter(location, asked.revision)
+    trust = asked.trust_remote_code
+    model = asked.valueless(
+        location, lambda: AutoConfig.from_pretrained(location, trust_remote_code=trust, **asked.revised)
     )
-    with torch.device("meta"):
-        model = readable(
-            location,
-            lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code),
-        )
-    files = base_hash.weight_files(location, None, revision)
-    stored = _Stored(files, tied=set(getattr(model, "all_tied_weights_keys", None) or ()))
-    if not readable(location, lambda: stored.are_of(model)):
-        return None
-    beside_loading = base_hash.hash_weights(location, None, revision)
-    fill_(model, stored, device=device, quantization=quantization, layer_done=divide)
+    files = base_hash.weight_files(location, None, asked.revision)
+    return model, readable(location, lambda: _Stored(files))
+
+
+def _read_(model: PreTrainedModel, stored: _Stored, asked: load.Wanted, location: str, sharding: Sharding) -> None:
+    """Give the model its values, with its layers divided and what else it has cut."""
+    beside_loading = base_hash.hash_weights(location, None, asked.revision)
+    fill_(model, stored, device=asked.device, quantization=asked.quantization, sharding=sharding)
     model.tie_weights()
-    if model.can_generate() and (Path(files[0]).parent / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(location, **revised)
+    if model.can_generate() and (stored.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(location, **asked.revised)
     base_hash.note_base(model, beside_loading)
-    if quantization is not None:
-        quantize.finish_quantization_(model, quantization)
-    load.note_loaded(model, base, location, quantization, dtype, revision)
-    return model
+    if asked.quantization is not None:
+        quantize.finish_quantization_(model, asked.quantization)
+    load.note_loaded(model, asked, location)
 
 
 class _Stored:
     """Tensors in safetensors files, as values for :func:`fill_`."""
 
-    def __init__(self, files: list[Path], tied: set[str]) -> None:
-        self._tied = tied
+    def __init__(self, files: list[Path]) -> None:
+        self.folder = files[0].parent
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
@@ -141,58 +120,45 @@ class _Stored:
                     self._file_of[name] = path
                     self._shapes[name] = tuple(file.get_slice(name).get_shape())
 
-    def are_of(self, model: PreTrainedModel) -> bool:
-        """Whether these are the model's own tensors, under its own names, and kept in the type that it asks for."""
+    def why_whole(self, model: PreTrainedModel) -> str:
+        """Why transformers would do more than to copy tensors to where the model has those names; empty if not."""
         kept_wide = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
         if kept_wide and model.dtype is not torch.float32:
-            return False
+            return "it keeps some of its weights in float32"
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        missing = shapes.keys() - self._shapes.keys() - self._tied
-        return not missing and all(shapes.get(name) == shape for name, shape in self._shapes.items())
+        missing = shapes.keys() - self._shapes.keys() - tied
+        if missing or any(shapes.get(name) != shape for name, shape in self._shapes.items()):
+            return "its files name other tensors than the model has"
+        return "its files hold a tied weight twice" if tied & self._shapes.keys() else ""
 
-    def __call__(self, name: str, module: nn.Module, owner: PreTrainedModel) -> None:
+    def __call__(self, name: str, module: nn.Module, owner: PreTrainedModel, device: torch.device) -> None:
         if next(module.buffers(recurse=False), None) is not None:
+            module.to_empty(device=device, recurse=False)
             owner._init_weights(module)  # buffers that no file holds are computed
-        own: dict[str, Any] = {
-            **dict(module.named_parameters(recurse=False)),
-            **dict(module.named_buffers(recurse=False)),
-        }
-        by_file: dict[Path, dict[str, torch.Tensor]] = {}
-        for key, tensor in own.items():
-            full = f"{name}.{key}" if name else key
-            if full in self._file_of:
-                by_file.setdefault(self._file_of[full], {})[full] = tensor
-        for path, tensors in by_file.items():
-            # Opened for each module: what was mapped and read counts as this process's memory until it is closed.
-            with safe_open(path, framework="pt") as file, torch.no_grad():
-                for full, tensor in tensors.items():
-                    tensor.copy_(file.get_tensor(full))
+        own = {f"{name}.{key}" if name else key: key for key in (*module._parameters, *module._buffers)}
+        # Opened for each module: what was mapped and read counts as this process's memory until it is closed.
+        for path in {self._file_of[full] for full in own if full in self._file_of}:
+            with safe_open(path, framework="pt") as file:
+                for full in own.keys() & self._file_of.keys():
+                    if self._file_of[full] != path:
+                        continue
+                    tensor, key = file.get_tensor(full), own[full]  # mapped: what is not read of it takes no memory
+                    if key in module._parameters:
+                        module.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+                    else:
+                        module.get_buffer(key).copy_(tensor)
 
 
-def _one_after_another(
-    base: str,
-    divide: Callable[[nn.Module], None],
-    dtype: torch.dtype,
-    quantization: QuantizationConfig | None,
-    device: torch.device,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> PreTrainedModel:
+def _one_after_another(asked: load.Wanted, sharding: Sharding) -> PreTrainedModel:
     turn = int(os.environ.get("LOCAL_RANK", "0"))
     turns: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(turns, turn)
     model: Any = None
     for now in range(max(turns) + 1):
         if now == turn:
-            model = load.load_base_model(
-                base,
-                dtype=dtype,
-                quantization=quantization,
-                device=device,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-            )
+            model = load.load_wanted(asked).requires_grad_(False)
             for layer in repeated_layers(model):
-                divide(layer)
+                sharding.shard_layer_(layer)
         dist.barrier()
     return model

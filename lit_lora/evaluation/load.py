@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.base.load import load_base_model, resolve_dtype
+from lit_lora.base.streamed import load_sharded_base
 from lit_lora.base.trained_on import TrainedOn
 from lit_lora.config import QuantizationConfig
+from lit_lora.evaluation.divided import sharding_in_use
 from lit_lora.interchange.adapter_folder import (
     Base,
     base_of_adapter,
@@ -89,7 +92,8 @@ def load(
                 )
     dtype = dtype or trained_dtype(record, device)
     chosen = tokenizer_for(place, adapter, record, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-    model = load_base_model(
+    sharding = sharding_in_use()
+    model = (load_base_model if sharding is None else partial(load_sharded_base, sharding=sharding))(
         place.name,
         dtype=dtype,
         quantization=quantization,

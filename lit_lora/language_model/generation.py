@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from lit_lora.base.shards import is_sharded
 from lit_lora.data.chats.turn_end import TurnEnd, turn_end
 
 
@@ -82,7 +83,11 @@ def complete(
         criteria = [_StopStrings(tokenizer, end.strings, longest)] if end.strings else []
         with _generating_by(model, config):
             output = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, stopping_criteria=criteria, streamer=streamer
+                input_ids=ids,
+                attention_mask=mask,
+                stopping_criteria=criteria,
+                streamer=streamer,
+                synced_gpus=is_sharded(model),  # processes run the model until the last of them has its answer
             )
         for index, written in zip(indices, output[:, longest:].tolist(), strict=True):
             completions[index] = _completion(tokenizer, written, stops, end.strings)

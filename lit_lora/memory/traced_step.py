@@ -26,7 +26,6 @@ from lit_lora.base import base_weight
 from lit_lora.base.architectures import architecture
 from lit_lora.base.load import RANDOM, resolve_base, resolve_dtype
 from lit_lora.base.quantize import is_left_plain, quantize_
-from lit_lora.base.repeated_layers import repeated_layers
 from lit_lora.base.shards import Sharding
 from lit_lora.base.whole_model import readable
 from lit_lora.build import make_trainable
@@ -108,7 +107,7 @@ def trace_step(settings: StepSettings) -> TracedStep:
     ):
         model, load_peak = _load(settings, device, tracker)
         if sharding is not None:
-            load_peak = _divide(model, sharding, tracker)
+            load_peak = _divide(model, sharding, tracker, load_peak)
         built = make_trainable(model, settings.lora, settings.step, packing=settings.packing, valueless=True)
         path = built.path
         assert path is not None
@@ -183,7 +182,7 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
             ),
             default=0,
         )
-        if settings.quantization.embedding_bits is not None:
+        if settings.quantization.embedding_bits is not None and settings.devices == 1:  # of divided ones, rows alone
             ends = (model.get_input_embeddings(), model.get_output_embeddings())
             at_once = sum({id(m.weight): m.weight.nbytes for m in ends if m is not None}.values())
             del ends
@@ -210,20 +209,13 @@ def processes_imagined(count: int, device: str) -> Iterator[Sharding | None]:
         dist.destroy_process_group()
 
 
-def _divide(model: PreTrainedModel, sharding: Sharding, tracker: StorageTracker) -> Peak:
-    """Keep the first process's share; the peak of loading it, where a layer is divided before the next one comes."""
-    whole = tracker.alive_bytes
-    layers = repeated_layers(model.requires_grad_(False))
-    for layer in layers:
-        sharding.shard_layer_(layer)
-    divided = tracker.alive_bytes
-    count = sharding.mesh.size()
-    one_layer = (whole - divided) * count // (count - 1) // max(1, len(layers))
-    sharding.shard_(model)
+def _divide(model: PreTrainedModel, sharding: Sharding, tracker: StorageTracker, whole: Peak) -> Peak:
+    """Keep the first process's share; the peak of loading it, where a weight is divided before the next one comes."""
+    sharding.shard_(model.requires_grad_(False))
     tracker.claim("base")
     tracker.forget_the_dead()
-    share = tracker.alive_bytes
-    return Peak(max(divided, share + one_layer), {"base": share, WORKSPACE: max(divided - share, one_layer)}, "weights")
+    share, at_once = tracker.alive_bytes, whole.by_category[WORKSPACE]
+    return Peak(share + at_once, {"base": share, WORKSPACE: at_once}, whole.where)
 
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

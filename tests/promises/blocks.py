@@ -53,7 +53,7 @@ NOT_RUN = {
     ".ci/run": "it runs these tests",
     "source .venv/bin/activate": "the tests run in an environment already",
     "pip install": "fetches gigabytes; .ci/run does it",
-    "torchrun --nnodes": "needs two machines",
+    "torchrun --nnodes": "training/test_several_machines.py runs it on two machines",
     "#!/bin/bash": "needs SLURM",
 }
 """First words of a command, or of a script -> why it is not run. The lit-lora commands in it are parsed whole."""

@@ -96,7 +96,8 @@ def start(reader: Stranger, words: list[str], page: str) -> None:
     """A command in processes of its own."""
     calls = {"lit-lora": ["-m", "lit_lora"], "torchrun": ["-m", "torch.distributed.run"]}
     assert words[0] in calls, f"{page}: no test knows how to run {words[0]}"
-    given = [sys.executable, *calls[words[0]], *words[1:], *SMALLER["fit"]]
+    verb = words[words.index("lit_lora") + 1] if "lit_lora" in words else words[1]
+    given = [sys.executable, *calls[words[0]], *words[1:], *SMALLER[verb]]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(given, env=environment(), start_new_session=True, **pipes) as process:
         try:

@@ -16,7 +16,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 
 VERBS = [*TRAINER_VERBS, *TOOLS]
 FOREIGN = {
-    "torchrun": {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"},
+    "torchrun": {
+        "nproc_per_node",
+        "nnodes",
+        "node_rank",
+        "master_addr",
+        "master_port",
+        "rdzv_backend",
+        "rdzv_endpoint",
+    },
     "SLURM": {"nodes", "ntasks-per-node", "gpus-per-node", "signal", "requeue", "open-mode", "kill-on-bad-exit"},
     "vLLM": {"lora-modules"},
     "nvidia-smi": {"query-gpu", "format"},

@@ -32,7 +32,8 @@ TEMPLATE = "{% for message in messages %}{{ '<|im_start|>' + message['content'] 
 WHEEL = "tiny_gguf_model-1.0-py3-none-any.whl"
 
 
-def write_tiny_gguf(path: Path) -> dict[str, np.ndarray]:
+def write_tiny_gguf(path: Path, *, num_tokens: int = len(TOKENS)) -> dict[str, np.ndarray]:
+    tokens = [*TOKENS, *(f"token {number}" for number in range(len(TOKENS), num_tokens))]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("A title that is no model id")
     writer.add_context_length(64)
@@ -43,17 +44,17 @@ def write_tiny_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(TOKENS))
+    writer.add_vocab_size(num_tokens)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (num_tokens - 3))
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
     random = np.random.default_rng(0)
-    shapes = {"token_embd": (len(TOKENS), HIDDEN), "output_norm": (HIDDEN,)}
+    shapes = {"token_embd": (num_tokens, HIDDEN), "output_norm": (HIDDEN,)}
     for i in range(LAYERS):
         shapes |= {f"blk.{i}.{name}": (HIDDEN, HIDDEN) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
         shapes |= {f"blk.{i}.{name}": (FFN, HIDDEN) for name in ("ffn_gate", "ffn_up")}

@@ -62,6 +62,14 @@ CONSTANT: dict[str, Any] = {"module_options": {"lr_schedule": "constant", "warmu
 """A rate that does not depend on where a run is to end."""
 
 
+def started(path: Path, runs: list[dict[str, Any]], *, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Two processes that run one after the other, and leave what they held and learned in files of that name."""
+    command = [sys.executable, str(Path(__file__).with_name("sharded_project.py")), str(path), json.dumps(runs)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # The output is read until the last process has closed it.
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
+
+
 class Project:
     """A tiny Llama, as an architecture and in files, with data of ragged examples; and the runs of two processes."""
 
@@ -91,17 +99,10 @@ class Project:
         place = {"folder": str(self.folder / name), "train": str(self.folder / "train.jsonl")}
         return {**place, "base": base if case.get("stored") else f"random:{base}", **others, **settings}
 
-    def started(self, runs: list[dict[str, Any]], *, timeout_s: float) -> subprocess.CompletedProcess[str]:
-        path = str(self.folder / "results")
-        command = [sys.executable, str(Path(__file__).with_name("sharded_project.py")), path, json.dumps(runs)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        # The output is read until the last process has closed it.
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
-
     def in_two_processes(self, runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        done = self.started(runs, timeout_s=400)
-        assert done.returncode == 0, done.stderr[-6000:]
         path = self.folder / "results"
+        done = started(path, runs, timeout_s=400)
+        assert done.returncode == 0, done.stderr[-6000:]
         return [torch.load(f"{path}.rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -179,7 +180,7 @@ def test_a_killed_rank_ends_the_run_and_leaves_the_newest_checkpoint(project, di
     validated = {**CASES["validated"], "max_steps": 40}
     folder = project.folder / dies
     killed = project.options(dies, validated, devices=2, strategy=NAME, dies=dies)
-    done = project.started([killed], timeout_s=120)
+    done = started(folder, [killed], timeout_s=120)
     assert done.returncode != 0
     reasons = "Connection (reset|closed) by peer|terminated with code -9|stops: rank [01] (is gone|has given no)"
     assert re.search(reasons, done.stderr), done.stderr[-3000:]
