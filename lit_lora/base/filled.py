@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def fill_(
         if layer_done is not None and id(module) in layers:
             layer_done(module)
 
-    _fill(model, "", model, values, device, quantization, done)
+    fill_part_(model, "", model, values, device=device, quantization=quantization, done=done)
 
 
 def random_values(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
@@ -49,19 +49,44 @@ def random_values(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
     owner._init_weights(module)
 
 
-def _fill(
+def fill_part_(
     module: Any,
     name: str,
     owner: PreTrainedModel,
     values: Values,
+    *,
     device: torch.device,
-    quantization: QuantizationConfig | None,
-    done: Callable[[nn.Module], None],
+    quantization: QuantizationConfig | None = None,
+    done: Callable[[nn.Module], object] = lambda module: None,
+    left_out: Collection[int] = (),
 ) -> None:
+    """Give a part of a model its values, as :func:`fill_`.
+
+    Args:
+        module: the part.
+        name: of it in the model.
+        owner: the model of transformers that it is a part of.
+        values: as there, and all that follows.
+        device: where to.
+        quantization: how to quantize.
+        done: called with each module in it once that has its values.
+        left_out: ``id`` of modules that get none.
+    """
     for child_name, child in list(module.named_children()):
+        if id(child) in left_out:
+            continue
         path = f"{name}.{child_name}" if name else child_name
         inner = child if isinstance(child, PreTrainedModel) else owner
-        _fill(child, path, inner, values, device, quantization, done)
+        fill_part_(
+            child,
+            path,
+            inner,
+            values,
+            device=device,
+            quantization=quantization,
+            done=done,
+            left_out=left_out,
+        )
         if quantization is not None and is_linear_like(child) and not is_left_plain(path, quantization):
             child = quantized_layer(path, child, quantization)
             setattr(module, child_name, child)

@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lit_lora.base import base_hash, load, quantize
 from lit_lora.base.filled import fill_
 from lit_lora.base.repeated_layers import repeated_layers
 from lit_lora.base.shards import Sharding
-from lit_lora.base.whole_model import check_no_adapter, readable
+from lit_lora.base.stored import Stored, valueless_model, why_whole
+from lit_lora.base.whole_model import readable
 from lit_lora.config import QuantizationConfig
 from lit_lora.kernels.cuda_cards import prepare_attention
 
@@ -67,7 +66,7 @@ def load_sharded_base(
         model = load.random_model(base, torch_dtype, quantization, device, revision, trust_remote_code, 0, divide)
     else:
         location, gguf_file = load.resolve_base(base)
-        reason = _why_whole(location, gguf_file, revision)
+        reason = why_whole(location, gguf_file, revision)
         streamed = None if reason else _from_files(base, location, divide, *settings)
         if streamed is None:
             rank_zero_info(
@@ -78,17 +77,6 @@ def load_sharded_base(
         model = streamed
     sharding.shard_(model.requires_grad_(False))
     return model.train()
-
-
-def _why_whole(location: str, gguf_file: str | None, revision: str | None) -> str:
-    """Why a base cannot be read a layer at a time; empty if it may be."""
-    if gguf_file:
-        return "it is a GGUF file"
-    if load.is_quantized_already(location, revision):
-        return "its weights are stored quantized"
-    if not base_hash.weight_files(location, None, revision):
-        return "it is not on this machine yet, and is downloaded now"
-    return ""
 
 
 def _from_files(
@@ -102,71 +90,19 @@ def _from_files(
     trust_remote_code: bool,
 ) -> PreTrainedModel | None:
     """The model with its layers divided; None if transformers would do more than to copy tensors of the same names."""
-    check_no_adapter(location, revision)
-    revised: dict[str, Any] = {} if revision is None else {"revision": revision}
-    config = readable(
-        location, lambda: AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **revised)
-    )
-    with torch.device("meta"):
-        model = readable(
-            location,
-            lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code),
-        )
+    model = valueless_model(location, dtype, revision, trust_remote_code)
     files = base_hash.weight_files(location, None, revision)
-    stored = _Stored(files, tied=set(getattr(model, "all_tied_weights_keys", None) or ()))
+    stored = Stored(files, tied=set(getattr(model, "all_tied_weights_keys", None) or ()))
     if not readable(location, lambda: stored.are_of(model)):
         return None
     beside_loading = base_hash.hash_weights(location, None, revision)
     fill_(model, stored, device=device, quantization=quantization, layer_done=divide)
     model.tie_weights()
-    if model.can_generate() and (Path(files[0]).parent / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(location, **revised)
     base_hash.note_base(model, beside_loading)
     if quantization is not None:
         quantize.finish_quantization_(model, quantization)
     load.note_loaded(model, base, location, quantization, dtype, revision)
     return model
-
-
-class _Stored:
-    """Tensors in safetensors files, as values for :func:`fill_`."""
-
-    def __init__(self, files: list[Path], tied: set[str]) -> None:
-        self._tied = tied
-        self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (it is no dict)
-                    self._file_of[name] = path
-                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
-
-    def are_of(self, model: PreTrainedModel) -> bool:
-        """Whether these are the model's own tensors, under its own names, and kept in the type that it asks for."""
-        kept_wide = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
-        if kept_wide and model.dtype is not torch.float32:
-            return False
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        missing = shapes.keys() - self._shapes.keys() - self._tied
-        return not missing and all(shapes.get(name) == shape for name, shape in self._shapes.items())
-
-    def __call__(self, name: str, module: nn.Module, owner: PreTrainedModel) -> None:
-        if next(module.buffers(recurse=False), None) is not None:
-            owner._init_weights(module)  # buffers that no file holds are computed
-        own: dict[str, Any] = {
-            **dict(module.named_parameters(recurse=False)),
-            **dict(module.named_buffers(recurse=False)),
-        }
-        by_file: dict[Path, dict[str, torch.Tensor]] = {}
-        for key, tensor in own.items():
-            full = f"{name}.{key}" if name else key
-            if full in self._file_of:
-                by_file.setdefault(self._file_of[full], {})[full] = tensor
-        for path, tensors in by_file.items():
-            # Opened for each module: what was mapped and read counts as this process's memory until it is closed.
-            with safe_open(path, framework="pt") as file, torch.no_grad():
-                for full, tensor in tensors.items():
-                    tensor.copy_(file.get_tensor(full))
 
 
 def _one_after_another(
