@@ -206,14 +206,14 @@ def dequantize_(model: Any, dtype: torch.dtype | None = None) -> None:
             else:
                 plain = nn.Linear(num_columns, num_rows, bias=False, device="meta")
         elif may_be_quantized(module) and is_quantized(module):
-            weight = read_weight(module, dtype)
+            values = read_weight(module, dtype)
             if issubclass(vars(module).get("source_cls", nn.Linear), nn.Linear):
                 plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             else:
                 with torch.device("meta"):
                     plain = vars(module)["source_cls"](module.out_features, module.in_features)  # a Conv1D
-                weight = weight.t().contiguous()
-            plain.bias, weight = module.bias, _frozen(weight)
+                values = values.t().contiguous()
+            plain.bias, weight = module.bias, _frozen(values)
         else:
             continue
         plain.weight = weight
