@@ -67,7 +67,7 @@ def _greedy(model: Any, prompt: list[int]) -> list[int]:
 
 
 def _llama(path: Path, **options: Any) -> Any:
-    return llama_cpp.Llama(str(path), n_ctx=1024, verbose=False, type_k=F32, type_v=F32, n_threads=2, **options)
+    return llama_cpp.Llama(str(path), n_ctx=1024, verbose=False, type_k=F32, type_v=F32, n_threads=1, **options)
 
 
 def _greedy_there(model: Any, prompt: list[int]) -> list[int]:

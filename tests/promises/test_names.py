@@ -18,7 +18,9 @@ VERBS = [*TRAINER_VERBS, *TOOLS]
 FOREIGN = {
     "torchrun": {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"},
     "SLURM": {"nodes", "ntasks-per-node", "gpus-per-node", "signal", "requeue", "open-mode", "kill-on-bad-exit"},
-    "vLLM": {"lora-modules"},
+    "vLLM": {"lora-modules", "enable-lora", "max-lora-rank"},
+    "llama-cli": {"lora"},
+    "mlx-lm": {"model", "adapter-path", "prompt"},
     "nvidia-smi": {"query-gpu", "format"},
 }
 """Options of others, by whose they are."""
