@@ -216,7 +216,11 @@ def test_what_a_template_says_without_a_system_message_is_kept():
 
 SECOND_ANSWER_DIFFERS = CHATML.replace("m['content']", "(m['content'] if loop.index < 4 else m['content'] | upper)")
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "architecture": ({"kind": "GPTNeoX", "lora": {"target_modules": "all-linear"}}, {"to": "gguf"}, "architecture GPTNeoXForCausalLM is not one of"),
+    "architecture": (
+        {"kind": "GPTNeoX", "lora": {"target_modules": "all-linear"}},
+        {"to": "gguf"},
+        "architecture GPTNeoXForCausalLM is not one of",
+    ),
     "window": ({"kind": "Mistral", "sliding_window": 8}, {"to": "gguf"}, "sees a sliding window"),
     "positions": (
         {"kind": "Qwen2", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
