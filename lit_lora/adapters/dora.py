@@ -65,17 +65,22 @@ class DoRALinear(LoRALinear):
         return False
 
     @torch.no_grad()
-    def _norms(self) -> Tensor:
+    def _norms(self, weight_OI: Tensor | None = None) -> Tensor:
         """Of the rows of ``W + s B A``, ``(O,)``; the product is not made."""
         lora_A, lora_B = (factor.float() for factor in self.factors())
-        weight_OI = base_weight.read_weight(self.base_layer).to(lora_A.dtype)
+        weight_OI = base_weight.read_weight(self.base_layer) if weight_OI is None else weight_OI
+        weight_OI = weight_OI.to(lora_A.dtype)
         squares = weight_OI.square().sum(1) + 2 * self.scaling * (weight_OI @ lora_A.t() * lora_B).sum(1)
         squares = squares + self.scaling**2 * (lora_B @ (lora_A @ lora_A.t()) * lora_B).sum(1)
         return squares.clamp(min=0).sqrt()
 
-    def lengths(self) -> Tensor:
-        """Factor on each output."""
-        return self.lora_magnitude_vector / self._norms().to(self.lora_magnitude_vector.dtype)
+    def lengths(self, weight_OI: Tensor | None = None) -> Tensor:
+        """Factor on each output.
+
+        Args:
+            weight_OI: a copy of the base weight, if there is one.
+        """
+        return self.lora_magnitude_vector / self._norms(weight_OI).to(self.lora_magnitude_vector.dtype)
 
     @torch.no_grad()
     def finish_start(self) -> None:
@@ -86,7 +91,9 @@ class DoRALinear(LoRALinear):
         """``(O, I)``."""
         weight = self.read_base()
         merged = weight + self.delta_weight()
-        return (merged * self.lengths().detach().to(merged.dtype)[:, None]).to(weight.dtype)
+        # A weight of a mapped file lies where it does in the file, and a product rounds by that: a copy does not.
+        lengths = self.lengths(weight.clone()).detach()
+        return (merged * lengths.to(merged.dtype)[:, None]).to(weight.dtype)
 
 
 class DoRAEmbedding(LoRAEmbedding):

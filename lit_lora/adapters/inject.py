@@ -310,8 +310,36 @@ def _check_served(refused: dict[str, str]) -> None:
 
 def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
     """Carry out a plan of :func:`plan_injection` on the model that it was made for."""
-    config = plan.config
     num_base = base_weight.num_weights(model)
+    put_adapters_(model, plan)
+    num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    fused = {plain_name(name): tuple(weight.shape) for name, weight in fused_experts(model).items()}
+    if fused:
+        warnings.warn(_fused_warning(fused), UserWarning, stacklevel=3)
+    per_layer: dict[int, int] = {}
+    for index in layer_indices([*plan.adapted, *plan.parameters]).values():
+        per_layer[index] = per_layer.get(index, 0) + 1
+    return InjectionReport(
+        config=plan.config,
+        adapted={name: planned.r for name, planned in plan.adapted.items()}
+        | {name: planned.r for name, planned in plan.parameters.items()},
+        saved=list(plan.saved),
+        coverage=plan.coverage,
+        coverage_per_layer=dict(sorted(per_layer.items())),
+        not_adapted=fused,
+        experts={
+            name: tuple(layer.base_parameter.shape)
+            for name, layer in targeted_layers(model)
+            if isinstance(layer, LoRAParameter) and layer.base_parameter.ndim == 3
+        },
+        num_trainable=num_trainable,
+        num_total=num_base + num_trainable,
+    )
+
+
+def put_adapters_(model: nn.Module, plan: InjectionPlan) -> None:
+    """Carry out a plan, without a report."""
+    config = plan.config
     modules, pair = named_modules(model), tied_pair(model)
     for name, module in modules.items():
         prepare_base_layer(name, module)  # those that get no adapter too: gradients pass through them
@@ -353,30 +381,6 @@ def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
         copies[pair[1]].copy.weight = copies[pair[0]].copy.weight
     note_biases(model, plan.biases)
     call_adapted_layers(model)
-
-    num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    fused = {plain_name(name): tuple(weight.shape) for name, weight in fused_experts(model).items()}
-    if fused:
-        warnings.warn(_fused_warning(fused), UserWarning, stacklevel=3)
-    per_layer: dict[int, int] = {}
-    for index in layer_indices([*plan.adapted, *plan.parameters]).values():
-        per_layer[index] = per_layer.get(index, 0) + 1
-    return InjectionReport(
-        config=config,
-        adapted={name: planned.r for name, planned in plan.adapted.items()}
-        | {name: planned.r for name, planned in plan.parameters.items()},
-        saved=list(plan.saved),
-        coverage=plan.coverage,
-        coverage_per_layer=dict(sorted(per_layer.items())),
-        not_adapted=fused,
-        experts={
-            name: tuple(layer.base_parameter.shape)
-            for name, layer in targeted_layers(model)
-            if isinstance(layer, LoRAParameter) and layer.base_parameter.ndim == 3
-        },
-        num_trainable=num_trainable,
-        num_total=num_base + num_trainable,
-    )
 
 
 def _fused_warning(fused: dict[str, tuple[int, ...]]) -> str:

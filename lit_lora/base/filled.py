@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -40,31 +40,75 @@ def fill_(
     """
     layers = {id(layer) for layer in repeated_layers(model)}
 
-    def filled(module: nn.Module, name: str, owner: PreTrainedModel) -> nn.Module:
-        for child_name, child in list(module.named_children()):
-            inner = child if isinstance(child, PreTrainedModel) else owner
-            done = filled(child, f"{name}.{child_name}" if name else child_name, inner)
-            if done is not child:
-                setattr(module, child_name, done)
-        dtypes = {key: parameter.dtype for key, parameter in module.named_parameters(recurse=False)}
-        values(name, module, owner, device)
-        if quantization is not None and is_linear_like(module) and not is_left_plain(name, quantization):
-            _move_(module, device, dtypes)
-            module, dtypes = quantized_layer(name, module, quantization), {}
-        if sharding is None:
-            _move_(module, device, dtypes)
-            return module
+    def keep_share(module: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+        assert sharding is not None
         sharding.cut_(module, device, dtypes)
         if id(module) in layers:
             sharding.shard_layer_(module)
         return_freed_memory()
-        return module
 
-    filled(model, "", model)
+    kept = None if sharding is None else keep_share
+    fill_part_(model, "", model, values, device=device, quantization=quantization, keep=kept)
+
+
+def fill_part_(
+    module: nn.Module,
+    name: str,
+    owner: PreTrainedModel,
+    values: Values,
+    *,
+    device: torch.device,
+    quantization: QuantizationConfig | None = None,
+    keep: Callable[[nn.Module, dict[str, torch.dtype]], None] | None = None,
+    left_out: Collection[int] = (),
+) -> nn.Module:
+    """Give a part of a model its values, from the inside out.
+
+    Args:
+        module: the part.
+        name: of it in the model.
+        owner: the model of transformers that it is a part of.
+        values: where they come from.
+        device: where to.
+        quantization: how to quantize the linear layers.
+        keep: what to do with a module once it has its values, and with the dtypes that its parameters are to have; by
+            default they are moved as they are.
+        left_out: ``id`` of modules that get none.
+
+    Returns:
+        The part, or its quantized layer.
+    """
+    for child_name, child in list(module.named_children()):
+        if id(child) in left_out:
+            continue
+        done = fill_part_(
+            child,
+            f"{name}.{child_name}" if name else child_name,
+            child if isinstance(child, PreTrainedModel) else owner,
+            values,
+            device=device,
+            quantization=quantization,
+            keep=keep,
+            left_out=left_out,
+        )
+        if done is not child:
+            setattr(module, child_name, done)
+    dtypes = {key: parameter.dtype for key, parameter in module.named_parameters(recurse=False)}
+    values(name, module, owner, device)
+    if quantization is not None and is_linear_like(module) and not is_left_plain(name, quantization):
+        _move_(module, device, dtypes)
+        module, dtypes = quantized_layer(name, module, quantization), {}
+    if keep is None:
+        _move_(module, device, dtypes)
+    else:
+        keep(module, dtypes)
+    return module
 
 
 def _move_(module: nn.Module, device: torch.device, dtypes: dict[str, torch.dtype]) -> None:
     for key, parameter in module.named_parameters(recurse=False):
+        if parameter.is_meta:  # tied to another module's, which is found there
+            continue
         parameter.data = parameter.data.to(device, dtypes.get(key, parameter.dtype))
 
 

@@ -74,10 +74,7 @@ def finish_quantization_(model: Any, quantization: QuantizationConfig) -> None:
         ValueError: if no layer is quantized, one is passed over, blocks run over the ends of rows, or an entry of
             ``skip_modules`` matches nothing.
     """
-    names = {name for name, _ in model.named_modules()}
-    idle = [skip for skip in quantization.skip_modules or [] if not any(_matches(name, skip) for name in names)]
-    if idle:
-        raise ValueError(f"skip_modules {idle} match no module: leave them out")
+    check_skipped(model, quantization)
     quantized = {name: module for name, module in model.named_modules() if may_be_quantized(module)}
     if not quantized:
         raise ValueError("no layer was quantized: the model has no linear layer apart from the head and skip_modules")
@@ -91,6 +88,18 @@ def finish_quantization_(model: Any, quantization: QuantizationConfig) -> None:
         prepare_base_layer(name, module)
     if quantization.embedding_bits is not None:
         quantize_embeddings_(model)
+
+
+def check_skipped(model: nn.Module, quantization: QuantizationConfig) -> None:
+    """Check that every entry of ``skip_modules`` matches a module.
+
+    Raises:
+        ValueError: naming those that do not.
+    """
+    names = {name for name, _ in model.named_modules()}
+    idle = [skip for skip in quantization.skip_modules or [] if not any(_matches(name, skip) for name in names)]
+    if idle:
+        raise ValueError(f"skip_modules {idle} match no module: leave them out")
 
 
 def _warn_of_experts(model: nn.Module, quantization: QuantizationConfig) -> None:
@@ -135,6 +144,7 @@ def quantized_layer(name: str, module: Any, quantization: QuantizationConfig) ->
             module=layer,
         ).to(device)
     layer.bias = module.bias
+    layer.source_cls = type(module)  # as transformers notes it
     return layer.train(module.training)
 
 
@@ -196,9 +206,14 @@ def dequantize_(model: Any, dtype: torch.dtype | None = None) -> None:
             else:
                 plain = nn.Linear(num_columns, num_rows, bias=False, device="meta")
         elif may_be_quantized(module) and is_quantized(module):
-            weight = _frozen(read_weight(module, dtype))
-            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            plain.bias = module.bias
+            values = read_weight(module, dtype)
+            if issubclass(vars(module).get("source_cls", nn.Linear), nn.Linear):
+                plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            else:
+                with torch.device("meta"):
+                    plain = vars(module)["source_cls"](module.out_features, module.in_features)  # a Conv1D
+                values = values.t().contiguous()
+            plain.bias, weight = module.bias, _frozen(values)
         else:
             continue
         plain.weight = weight

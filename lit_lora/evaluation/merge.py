@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lit_lora.adapters.matching import some
 from lit_lora.adapters.merge import merge_lora
 from lit_lora.base.base_weight import is_quantized
 from lit_lora.base.load import load_base_model
+from lit_lora.base.one_at_a_time import OneAtATime, open_base
 from lit_lora.base.quantize import dequantize_, transformers_quantization_config
 from lit_lora.base.trained_on import TrainedOn
 from lit_lora.config import QuantizationConfig
@@ -22,8 +24,10 @@ from lit_lora.data.chats.turn_end import text_end, turn_end
 from lit_lora.data.prepared.prepare import SourceSettings, tokenize_source
 from lit_lora.evaluation.drift import Drift, measure_drift, sample_logits
 from lit_lora.evaluation.load import trained_dtype
+from lit_lora.evaluation.merge_parts import PartsMerge
 from lit_lora.files.shipped import FOLDER, shipped
 from lit_lora.interchange.adapter_folder import (
+    Base,
     base_of_adapter,
     check_base,
     default_quantization,
@@ -34,6 +38,11 @@ from lit_lora.interchange.adapter_tokenizer import tokenizer_for
 from lit_lora.interchange.peft_format import load_adapter
 from lit_lora.language_model.generation import stop_tokens
 from lit_lora.wording import setting
+
+ON_BASE = "the unmerged model on the same base"
+ON_QUANTIZED = "the unmerged model as trained, on its quantized base"
+
+_UNKNOWN_QUANTIZATION = "{} needs to know how the base was quantized: give {}"
 
 DEFAULT_SAMPLE = "data/requests_test.jsonl"
 """Shipped texts that the drift is measured on."""
@@ -49,6 +58,8 @@ class Merged(NamedTuple):
     """Of the merged model's logits, by what they are compared with; measured on what was written."""
     stop_strings: tuple[str, ...]
     """What ends an answer and is no token: whatever serves the model has to be told."""
+    whole: str
+    """Why the base was in memory as a whole; empty where one layer was at a time."""
 
 
 def merge(
@@ -67,6 +78,8 @@ def merge(
     trust_remote_code: bool = False,
 ) -> Merged:
     """Merge an adapter into its base, and measure what that changes.
+
+    The base is read, merged and written a layer at a time, or as a whole where transformers rearranges it on loading.
 
     Args:
         adapter: folder in PEFT's format.
@@ -116,49 +129,98 @@ def merge(
         "trust_remote_code": trust_remote_code,
     }
     options = {**written_with, "revision": place.revision}
-    references = {}
+    opened: OneAtATime | str = "the result is quantized whole"
+    if into != "4bit":
+        opened = open_base(place.name, quantization=quantization, **options)
+    if not isinstance(opened, str) and into != "base" and quantization is None:
+        raise ValueError(_UNKNOWN_QUANTIZATION.format(setting("into", into), setting("model.quantization.bits", 4)))
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if isinstance(opened, str):
+            model, references = _merged_whole(place, adapter, record, into, quantization, options, texts, other_base)
+            stop_strings = _end_answers_as_trained(model, chosen, record)
+            model.save_pretrained(partial)
+            if into == "4bit":
+                config = transformers_quantization_config(again, model.dtype)
+                model = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype, quantization_config=config)
+                shutil.rmtree(partial)
+                model.save_pretrained(partial)
+        else:
+            model = opened.model
+            check_base(adapter, record, model, place, other_base=other_base)
+            parts = PartsMerge(opened, adapter, quantization)
+            references = {}
+            if quantization is not None:
+                references[ON_QUANTIZED] = parts.logits(texts, quantized=True)
+            if into == "base":
+                references[ON_BASE] = parts.logits(texts, quantized=False)
+            partial.mkdir(parents=True)
+            parts.write(partial, dequantized=into == "dequantized")
+            stop_strings = _end_answers_as_trained(model, chosen, record)
+            _save_configs(model, partial)
+        chosen.save_pretrained(partial)
+        merged = _logits_of_written(partial, texts, in_parts=not isinstance(opened, str), **written_with)
+        drifts = {name: measure_drift(logits, merged) for name, logits in references.items()}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    whole = opened if isinstance(opened, str) else ""
+    return Merged(folder, str(model.dtype).removeprefix("torch."), drifts, stop_strings, whole)
+
+
+def _merged_whole(
+    place: Base,
+    adapter: str,
+    record: TrainedOn,
+    into: str,
+    quantization: QuantizationConfig | None,
+    options: dict[str, Any],
+    texts: list[list[int]],
+    other_base: bool,
+) -> tuple[Any, dict[str, list[Tensor]]]:
+    """The merged model in memory, and the logits of what it is to be compared with."""
+    references: dict[str, list[Tensor]] = {}
     if quantization is not None or into != "base":
         model = load_base_model(place.name, quantization=quantization, **options)
         if into != "base" and not any(is_quantized(module) for module in model.modules()):
-            raise ValueError(
-                f"{setting('into', into)} needs to know how the base was quantized: give "
-                f"{setting('model.quantization.bits', 4)}"
-            )
+            raise ValueError(_UNKNOWN_QUANTIZATION.format(setting("into", into), setting("model.quantization.bits", 4)))
         check_base(adapter, record, model, place, other_base=other_base)
         load_adapter(model, adapter)
-        references["the unmerged model as trained, on its quantized base"] = sample_logits(model, texts)
+        references[ON_QUANTIZED] = sample_logits(model, texts)
         if into != "base":
             dequantize_(model)
     if into == "base":
         model = load_base_model(place.name, **options)
         check_base(adapter, record, model, place, other_base=other_base)
         load_adapter(model, adapter)
-        references["the unmerged model on the same base"] = sample_logits(model, texts)
+        references[ON_BASE] = sample_logits(model, texts)
     merge_lora(model)
     if broken := [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]:
         raise ValueError(
             f"{place.name} holds NaN or infinity in {some(broken)}: nothing is merged. Take an undamaged copy"
         )
+    return model, references
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        stop_strings = _end_answers_as_trained(model, chosen, record)
-        model.save_pretrained(partial)
-        if into == "4bit":
-            config = transformers_quantization_config(again, model.dtype)
-            model = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype, quantization_config=config)
-            shutil.rmtree(partial)
-            model.save_pretrained(partial)
-        chosen.save_pretrained(partial)
-        written = load_base_model(str(partial), **written_with)  # what was written, not what was meant
-        merged = sample_logits(written, texts)
-        drifts = {name: measure_drift(logits, merged) for name, logits in references.items()}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Merged(folder, str(model.dtype).removeprefix("torch."), drifts, stop_strings)
+
+def _logits_of_written(folder: Path, texts: list[list[int]], *, in_parts: bool, **options: Any) -> list[Tensor]:
+    """Of what was written, not of what was meant."""
+    if in_parts:
+        written = open_base(str(folder), **options)
+        assert not isinstance(written, str), written
+        return written.logits(texts)
+    return sample_logits(load_base_model(str(folder), **options), texts)
+
+
+def _save_configs(model: Any, folder: Path) -> None:
+    """What ``save_pretrained`` writes beside the weights."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def _end_answers_as_trained(model: Any, tokenizer: Any, record: TrainedOn) -> tuple[str, ...]:

@@ -8,14 +8,14 @@ touched. Files are written whole or not at all, and read back before they replac
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lit_lora.adapters.inject import InjectionReport, apply_plan, plan_injection
+from lit_lora.adapters.inject import InjectionPlan, InjectionReport, apply_plan, plan_injection
 from lit_lora.adapters.layers import TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
 from lit_lora.adapters.module_names import named_modules, plain_name
@@ -173,6 +173,41 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: b
         ValueError: if the files are not a LoRA adapter that lit_lora implements, or do not fit the model, naming the
             tensors. The model is then unchanged.
     """
+    read = read_adapter(model, folder_or_hub_id)
+    report = apply_plan(model, read.plan)
+    load_adapter_state_dict(model, read.state)
+    if not trainable:
+        for _, module in adapter_modules(model):
+            module.requires_grad_(False)
+        for bias in trained_biases(model).values():
+            bias.requires_grad_(False)
+    return report
+
+
+class ReadAdapter(NamedTuple):
+    """An adapter that was read and fits a model, which it is not on yet."""
+
+    plan: InjectionPlan
+    state: dict[str, Tensor]
+    """Its tensors, by their names in the model."""
+
+
+def read_adapter(
+    model: nn.Module,
+    folder_or_hub_id: str | Path,
+    *,
+    values: Callable[[str, nn.Parameter], Tensor] = lambda name, parameter: parameter,
+) -> ReadAdapter:
+    """Read an adapter for a model, whose vocabulary gets the rows that it needs.
+
+    Args:
+        model: as for :func:`load_adapter`; weights need no values.
+        folder_or_hub_id: as there.
+        values: of a weight of the base that the adapter brings along, by its name.
+
+    Raises:
+        ValueError: as there.
+    """
     folder = find_folder(folder_or_hub_id)
     content = read_config(folder / CONFIG_NAME)
     weights = find_weights(folder)
@@ -202,16 +237,9 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: b
         check_adapter(weights, raw, from_peft_config(content))
         _check_finite(state, str(folder))
         held = {f"{layer}.weight": added for layer in (*plan.tokens, *plan.tied_tokens)}
-        _check_equal_base(of_base, state, header, weights, held)
+        _check_equal_base(of_base, values, state, header, weights, held)
         state |= {name: state[weight][ids] for name, (weight, ids) in whole.items()}
-    report = apply_plan(model, plan)
-    load_adapter_state_dict(model, {name: state[name] for name in expected})
-    if not trainable:
-        for _, module in adapter_modules(model):
-            module.requires_grad_(False)
-        for bias in trained_biases(model).values():
-            bias.requires_grad_(False)
-    return report
+    return ReadAdapter(plan, {name: state[name] for name in expected})
 
 
 def is_whole_adapter(folder: Path) -> bool:
@@ -296,6 +324,7 @@ def _weights_of_base(
 
 def _check_equal_base(
     of_base: Mapping[str, nn.Parameter],
+    values: Callable[[str, nn.Parameter], Tensor],
     state: Mapping[str, Tensor],
     header: Mapping[str, StoredTensor],
     weights: Path,
@@ -303,7 +332,8 @@ def _check_equal_base(
 ) -> None:
     """Refuse another base; ``held`` says which rows of which weight the adapter holds itself."""
     to_copy, rows = [], 0
-    for name, parameter in of_base.items():
+    for name, of_model in of_base.items():
+        parameter = values(name.replace(".base_layer.", "."), of_model)
         stored = state[name].to(device=parameter.device, dtype=parameter.dtype)
         if torch.equal(stored, parameter):
             continue

@@ -68,7 +68,8 @@ def merge(
             f"an answer ends with the text {' or '.join(map(repr, merged.stop_strings))}, for which there is no token: "
             "give it as a stop string to whatever serves the merged model"
         )
-    print(f"merged into {merged.folder} ({into}, {merged.dtype})")
+    how = f"with the whole base in memory: {merged.whole}" if merged.whole else "one layer in memory at a time"
+    print(f"merged into {merged.folder} ({into}, {merged.dtype}), {how}")
     for name, drift in merged.drifts.items():
         print(f"  against {name}: {drift}")
     return merged.drifts

@@ -41,6 +41,7 @@ OTHER_WORDS = {
 
 BEFORE = {
     "docs/inference.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl",
+    "docs/serving.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl",
     "docs/multi_process.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl --print_config > my.yaml",
     "docs/runs.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl\n"
     "lit-lora fit --config lora_mlp.yaml --data.train my.jsonl",
@@ -55,6 +56,10 @@ NOT_RUN = {
     "pip install": "fetches gigabytes; .ci/run does it",
     "torchrun --nnodes": "training/test_several_machines.py runs it on two machines",
     "#!/bin/bash": "needs SLURM",
+    "ollama": "not installed here, as the page says",
+    "llama-cli": "not installed here; make consumers runs llama.cpp as a library",
+    "vllm": "not installed here, as the page says",
+    "mlx_lm.generate": "not installed here, as the page says",
 }
 """First words of a command, or of a script -> why it is not run. The lit-lora commands in it are parsed whole."""
 

@@ -26,7 +26,9 @@ FOREIGN = {
         "rdzv_endpoint",
     },
     "SLURM": {"nodes", "ntasks-per-node", "gpus-per-node", "signal", "requeue", "open-mode", "kill-on-bad-exit"},
-    "vLLM": {"lora-modules"},
+    "vLLM": {"lora-modules", "enable-lora", "max-lora-rank"},
+    "llama-cli": {"lora"},
+    "mlx-lm": {"model", "adapter-path", "prompt"},
     "nvidia-smi": {"query-gpu", "format"},
 }
 """Options of others, by whose they are."""

@@ -231,6 +231,17 @@ def test_qlora_against_lora_is_what_was_measured():
         assert float(row[6]) == pytest.approx(of["tokens_per_s"], abs=0.6)
 
 
+def test_the_memory_of_merging_is_what_was_measured():
+    text = (PROJECT / "benchmarks/results/merge_memory.md").read_text()
+    whole, parts = (float(row[2].replace(",", "")) for row in cells_below("| in memory |", text))
+    said = " ".join((PROJECT / "docs/qlora.md").read_text().split())
+    base = re.search(r"A Llama of ([\d,]+) MB", text)
+    assert base is not None
+    size = float(base[1].replace(",", "")) / 1e3
+    assert f"for a base of {size:.1f} GB in float32, {parts / 1e3:.1f} GB instead of {whole / 1e3:.1f} GB" in said
+    assert "equal bit for bit" in text
+
+
 def test_trainable_parameters_are_those_of_the_model():
     rows = list(cells_below("| config | adapts |", (PROJECT / "docs/configs.md").read_text()))
     assert len(rows) == 4
