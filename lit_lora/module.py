@@ -29,12 +29,13 @@ from lit_lora.base.streamed import load_sharded_base
 from lit_lora.build import check_device, check_sharded, make_trainable
 from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
 from lit_lora.files.checkpoint import read_checkpoint
+from lit_lora.interchange.adapter_folder import Base
 from lit_lora.language_model.forward import ForwardPath, language_model_loss, with_targets
 from lit_lora.language_model.generation import answer
 from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import ActivationBudget
 from lit_lora.rewrites import compilation
-from lit_lora.training import hyperparameters, on_cuda, training_record, training_state
+from lit_lora.training import hyperparameters, on_cuda, starting_adapter, training_record, training_state
 from lit_lora.training.new_tokens import hold_new_tokens
 from lit_lora.training.optimization import Optimization
 from lit_lora.training.resume_settings import Difference
@@ -54,6 +55,7 @@ class LoRALightningModule(TokenLossModule):
         self,
         base: str = "smollm2-135m-instruct",
         *,
+        adapter: str | None = None,
         lora: LoRAConfig = LoRAConfig(),  # noqa: B008 (frozen)
         quantization: QuantizationConfig | None = None,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -69,6 +71,8 @@ class LoRALightningModule(TokenLossModule):
 
         Args:
             base: Hub id, folder, GGUF file, a name that ``lit-lora fetch`` knows, or random:ARCHITECTURE.
+            adapter: folder in PEFT's format, or an id on the Hub, of an adapter to start from; None starts a new one. Of
+                ``lora`` dropout and dtype then count, the rest comes from the adapter.
             lora: which layers get adapters, of what rank.
             quantization: how to quantize the frozen base; None for full precision.
             dtype: dtype of the base's weights; auto is float32 on a CPU, bfloat16 on CUDA, float16 before Ampere.
@@ -82,6 +86,7 @@ class LoRALightningModule(TokenLossModule):
         """
         super().__init__()
         self.base = base
+        self.adapter = adapter
         self.lora = lora
         self.quantization = quantization
         self.lora.check_for_training()
@@ -102,6 +107,8 @@ class LoRALightningModule(TokenLossModule):
         self.model: nn.Module | None = None
         self.injection_report: InjectionReport | None = None
         self.path: ForwardPath | None = None
+        self.started_from = ""
+        """SHA-256 of the adapter that training started from; empty for a new one."""
         self._resume_state: dict[str, Any] | None = None
         self._differences: list[Difference] = []
         self._given: dict[str, Any] = {}
@@ -149,6 +156,7 @@ class LoRALightningModule(TokenLossModule):
             ValueError: naming the setting, and what to set instead.
         """
         check_built(self.trainer)
+        self._starting_adapter()
         if self.trainer.state.fn != "fit":
             return []
         self.metrics_record.keep_in(None)  # the folder of an earlier fit is not that of this one
@@ -180,12 +188,21 @@ class LoRALightningModule(TokenLossModule):
         if self._sharding is not None:
             check_sharded(self.step)
         check_device(self.step, torch.get_default_device())
+        start = self._starting_adapter()
         model = self._load_divided() if self._sharding is not None and not own_base else self.load_base()
         if own_base:
             forget_base(model)  # what was loaded may have been changed
-        self.lora = hold_new_tokens(model, self.lora, getattr(self._trainer, "datamodule", None))
+        data = getattr(self._trainer, "datamodule", None)
+        if start is None:
+            self.lora = hold_new_tokens(model, self.lora, data)
+        else:
+            starting_adapter.hold_tokens(model, start, data)
+            self.lora = start.lora
         own_loss = type(self).compute_loss is not LoRALightningModule.compute_loss
-        built = make_trainable(model, self.lora, self.step, packing=self._packs, own_loss=own_loss)
+        stored = None if start is None else start.stored
+        built = make_trainable(
+            model, self.lora, self.step, packing=self._packs, own_loss=own_loss, adapter=stored
+        )
         self.injection_report, self.path, self._compile_clock = built
         if (amount := self.step.activation_budget) is not None:
             if self.path is None:
@@ -196,6 +213,14 @@ class LoRALightningModule(TokenLossModule):
             self._activation_budget = ActivationBudget(model, amount, self.path)  # type: ignore[arg-type]
         self.model = model
         note_base(model, base_hash(model))
+        if start is not None:
+            self.lora = built.report.config  # with rows for tokens that only its embedding tells of
+            self.started_from = starting_adapter.note_start(model, start, Base(self.base, self.revision))
+
+    def _starting_adapter(self) -> starting_adapter.StartingAdapter | None:
+        if self.adapter is None or self.model is not None:
+            return None
+        return starting_adapter.starting_adapter(self.adapter, self.lora, self._trainer)
 
     @property
     def _sharding(self) -> Sharding | None:
@@ -373,4 +398,5 @@ class LoRALightningModule(TokenLossModule):
         }
         saved |= {name: kind(**saved[name]) for name, kind in kinds.items() if saved.get(name) is not None}
         trust = kwargs.pop("trust_remote_code", False)  # never taken from a file
-        return super().load_from_checkpoint(checkpoint_path, **{**saved, **kwargs, "trust_remote_code": trust})
+        with starting_adapter.from_checkpoint(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, **{**saved, **kwargs, "trust_remote_code": trust})

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_lora.adapters.inject import InjectionPlan
+from lit_lora.adapters.injection_plan import InjectionPlan
 from lit_lora.adapters.matching import saved_as_peft
 from lit_lora.adapters.module_names import named_modules
 from lit_lora.adapters.task_heads import as_pretrained
