@@ -97,10 +97,7 @@ def make_trainable(
     """
     if step.liger and not valueless:
         rank_zero_info(f"Liger kernels: {', '.join(liger_kernels.apply(model))}")
-    if adapter is None:
-        report = inject_lora(model, lora)
-    else:
-        report = inject_stored(model, adapter, lora, valueless=valueless)
+    report = inject_lora(model, lora) if adapter is None else inject_stored(model, adapter, lora, valueless=valueless)
     if not step.fused_lora:
         for _, layer in lora_layers(model):
             layer.has_fast_path = False

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lit_lora import starting_adapter
 from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.adapters.inject import InjectionReport
 from lit_lora.adapters.module_names import plain_name
@@ -35,7 +36,7 @@ from lit_lora.language_model.generation import answer
 from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import ActivationBudget
 from lit_lora.rewrites import compilation
-from lit_lora.training import hyperparameters, on_cuda, starting_adapter, training_record, training_state
+from lit_lora.training import hyperparameters, on_cuda, training_record, training_state
 from lit_lora.training.new_tokens import hold_new_tokens
 from lit_lora.training.optimization import Optimization
 from lit_lora.training.resume_settings import Difference
@@ -71,8 +72,8 @@ class LoRALightningModule(TokenLossModule):
 
         Args:
             base: Hub id, folder, GGUF file, a name that ``lit-lora fetch`` knows, or random:ARCHITECTURE.
-            adapter: folder in PEFT's format, or an id on the Hub, of an adapter to start from; None starts a new one. Of
-                ``lora`` dropout and dtype then count, the rest comes from the adapter.
+            adapter: an adapter to start from, by its folder in PEFT's format or its id on the Hub; None for a new one.
+                Of ``lora`` only ``lora_dropout`` and ``adapter_dtype`` then count: the rest comes from the adapter.
             lora: which layers get adapters, of what rank.
             quantization: how to quantize the frozen base; None for full precision.
             dtype: dtype of the base's weights; auto is float32 on a CPU, bfloat16 on CUDA, float16 before Ampere.
@@ -200,9 +201,7 @@ class LoRALightningModule(TokenLossModule):
             self.lora = start.lora
         own_loss = type(self).compute_loss is not LoRALightningModule.compute_loss
         stored = None if start is None else start.stored
-        built = make_trainable(
-            model, self.lora, self.step, packing=self._packs, own_loss=own_loss, adapter=stored
-        )
+        built = make_trainable(model, self.lora, self.step, packing=self._packs, own_loss=own_loss, adapter=stored)
         self.injection_report, self.path, self._compile_clock = built
         if (amount := self.step.activation_budget) is not None:
             if self.path is None:
@@ -220,7 +219,7 @@ class LoRALightningModule(TokenLossModule):
     def _starting_adapter(self) -> starting_adapter.StartingAdapter | None:
         if self.adapter is None or self.model is not None:
             return None
-        return starting_adapter.starting_adapter(self.adapter, self.lora, self._trainer)
+        return starting_adapter.starting_adapter(self.adapter, self.lora)
 
     @property
     def _sharding(self) -> Sharding | None:

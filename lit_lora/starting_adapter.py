@@ -1,29 +1,31 @@
 """Training that starts from an adapter: what is taken from its folder, and what from a checkpoint of such a run.
 
 What an adapter is (ranks, layers, scale, ...) comes from its folder; how it is trained (dropout, dtype) is set as for a
-new one. A checkpoint holds all of the adapter, so a run that is resumed no longer needs the folder.
+new one. A checkpoint holds all of the adapter, so a run that ``lit_lora.fit`` or the command line resumes no longer
+needs the folder. A Trainer by itself says what it resumes from once the model is there, and needs it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Trainer
 from torch import nn
 
 from lit_lora.base.trained_on import note
 from lit_lora.config import LoRAConfig
 from lit_lora.files.checkpoint import read_checkpoint
+from lit_lora.files.environment import CHECKPOINT_VARIABLE
 from lit_lora.interchange.adapter_folder import Base, check_base, folder_record
 from lit_lora.interchange.adapter_path import check_adapter_path
 from lit_lora.interchange.peft_folder import StoredTensor
 from lit_lora.interchange.stored_adapter import StoredAdapter, read_adapter, stored_checksum
 from lit_lora.training import training_record, training_state
-from lit_lora.training.new_tokens import hold_new_tokens
+from lit_lora.training.new_tokens import AddsTokens, hold_new_tokens
 from lit_lora.wording import setting
 
 OF_TRAINING = ("lora_dropout", "adapter_dtype")
@@ -52,21 +54,20 @@ def from_checkpoint(path: Any) -> Iterator[None]:
         _READING.reset(token)
 
 
-def starting_adapter(adapter: str, lora: LoRAConfig, trainer: Trainer | None) -> StartingAdapter:
+def starting_adapter(adapter: str, lora: LoRAConfig) -> StartingAdapter:
     """What a run starts from, read as far as its settings need it.
 
     Args:
         adapter: folder in PEFT's format, or an id on the Hub.
         lora: as it was set beside it.
-        trainer: tells whether a checkpoint is read; None for none.
 
     Raises:
         FileNotFoundError: if there is no such adapter.
         ValueError: if it cannot be read, or ``lora`` contradicts it.
     """
-    checkpoint = _READING.get() or (None if trainer is None else trainer.ckpt_path)
-    if checkpoint is not None:
-        return _of_checkpoint(str(checkpoint), lora)
+    checkpoint = _READING.get() or os.environ.get(CHECKPOINT_VARIABLE)
+    if checkpoint:
+        return _of_checkpoint(checkpoint, lora)
     check_adapter_path(adapter)
     stored = read_adapter(adapter)
     return StartingAdapter(stored, as_continued(lora, stored.config, adapter), None)
@@ -101,7 +102,7 @@ def as_continued(lora: LoRAConfig, of_adapter: LoRAConfig, source: str) -> LoRAC
 
 
 def hold_tokens(model: nn.Module, start: StartingAdapter, data: Any) -> None:
-    """Make room in a base for the tokens that an adapter has rows for.
+    """Make room in a base for the tokens that ``data`` adds, which the adapter has rows for.
 
     Args:
         model: without adapters.
@@ -111,6 +112,8 @@ def hold_tokens(model: nn.Module, start: StartingAdapter, data: Any) -> None:
     Raises:
         ValueError: if ``data`` adds tokens that the adapter has no rows for.
     """
+    if not (isinstance(data, AddsTokens) and data.tokenizer and data.new_tokens.pieces):
+        return  # the base gets its rows with the adapter
     held = hold_new_tokens(model, start.lora, data)
     had = {i for ids in start.lora.rows_to_train("").values() for i in ids}
     if more := sorted({i for ids in held.rows_to_train("").values() for i in ids} - had):
