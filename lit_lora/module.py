@@ -194,11 +194,8 @@ class LoRALightningModule(TokenLossModule):
         if own_base:
             forget_base(model)  # what was loaded may have been changed
         data = getattr(self._trainer, "datamodule", None)
-        if start is None:
-            self.lora = hold_new_tokens(model, self.lora, data)
-        else:
-            starting_adapter.hold_tokens(model, start, data)
-            self.lora = start.lora
+        hold = hold_new_tokens if start is None else start.hold_new_tokens
+        self.lora = hold(model, self.lora, data)
         own_loss = type(self).compute_loss is not LoRALightningModule.compute_loss
         stored = None if start is None else start.stored
         built = make_trainable(model, self.lora, self.step, packing=self._packs, own_loss=own_loss, adapter=stored)

@@ -43,6 +43,31 @@ class StartingAdapter(NamedTuple):
     started_from: str | None
     """SHA-256 of the adapter that the run began with; None where it is in the folder."""
 
+    def hold_new_tokens(self, model: nn.Module, lora: LoRAConfig, data: Any) -> LoRAConfig:
+        """Make room in a base for the tokens that ``data`` adds, which the adapter has rows for.
+
+        Args:
+            model: without adapters.
+            lora: as it was set.
+            data: the run's; None where there is none.
+
+        Returns:
+            What holds in place of ``lora``.
+
+        Raises:
+            ValueError: if ``data`` adds tokens that the adapter has no rows for.
+        """
+        if not (isinstance(data, AddsTokens) and data.tokenizer and data.new_tokens.pieces):
+            return self.lora  # the base gets its rows with the adapter
+        held = hold_new_tokens(model, self.lora, data)
+        had = {i for ids in self.lora.rows_to_train("").values() for i in ids}
+        if more := sorted({i for ids in held.rows_to_train("").values() for i in ids} - had):
+            raise ValueError(
+                f"{setting('data.new_tokens')} adds the tokens {more[:5]}, for which the adapter in "
+                f"{self.stored.source} has no rows: leave them out, or start a new adapter"
+            )
+        return self.lora
+
 
 @contextmanager
 def from_checkpoint(path: Any) -> Iterator[None]:
@@ -99,28 +124,6 @@ def as_continued(lora: LoRAConfig, of_adapter: LoRAConfig, source: str) -> LoRAC
     continued = replace(of_adapter, **{name: getattr(lora, name) for name in OF_TRAINING})
     continued.check_for_training()
     return continued
-
-
-def hold_tokens(model: nn.Module, start: StartingAdapter, data: Any) -> None:
-    """Make room in a base for the tokens that ``data`` adds, which the adapter has rows for.
-
-    Args:
-        model: without adapters.
-        start: what the run starts from.
-        data: the run's; None where there is none.
-
-    Raises:
-        ValueError: if ``data`` adds tokens that the adapter has no rows for.
-    """
-    if not (isinstance(data, AddsTokens) and data.tokenizer and data.new_tokens.pieces):
-        return  # the base gets its rows with the adapter
-    held = hold_new_tokens(model, start.lora, data)
-    had = {i for ids in start.lora.rows_to_train("").values() for i in ids}
-    if more := sorted({i for ids in held.rows_to_train("").values() for i in ids} - had):
-        raise ValueError(
-            f"{setting('data.new_tokens')} adds the tokens {more[:5]}, for which the adapter in {start.stored.source} "
-            "has no rows: leave them out, or start a new adapter"
-        )
 
 
 def note_start(model: nn.Module, start: StartingAdapter, base: Base) -> str:

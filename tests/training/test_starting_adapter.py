@@ -94,9 +94,11 @@ def test_a_run_resumes_without_the_folder_that_it_started_from(case: str, bits: 
     data = rows(tmp_path)
     run = trained(base, adapter, data, tmp_path / "run", quantization=quantization, lora=LoRAConfig(lora_dropout=0.0))
     outcome, before = read_outcome(run), load_file(run / "adapter" / "adapter_model.safetensors")
-    assert outcome is not None and outcome.result == "proved", outcome
+    assert outcome is not None
+    assert outcome.result == "proved", outcome
     record = read_record(run / "adapter" / "adapter_model.safetensors")
-    assert outcome.adapter == record.started_from and len(outcome.adapter) == 64
+    assert outcome.adapter == record.started_from
+    assert len(outcome.adapter) == 64
     started = load_file(Path(adapter) / "adapter_model.safetensors")
     assert before.keys() == {key.replace(".token_adapter.base_layer", "") for key in started}
     assert not any(torch.equal(before[key], started[key]) for key in before), "every tensor of the start moved"
@@ -106,7 +108,8 @@ def test_a_run_resumes_without_the_folder_that_it_started_from(case: str, bits: 
     checkpoint = run / "checkpoints" / "step=00000002.ckpt"
     trained(base, adapter, data, run, resume=checkpoint, quantization=quantization)
     after = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
     assert read_record(run / "adapter" / "adapter_model.safetensors") == record
     again = LoRALightningModule.load_from_checkpoint(run / "checkpoints" / "step=00000004.ckpt")
     assert again.lora.r == CASES[case][1]["r"]
