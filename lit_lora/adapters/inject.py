@@ -17,6 +17,7 @@ from lit_lora.adapters.injection_plan import InjectionPlan, plan_injection
 from lit_lora.adapters.layers import TrainableCopy
 from lit_lora.adapters.matching import layer_indices, ranges, some
 from lit_lora.adapters.module_names import named_modules, plain_name, replace_module
+from lit_lora.adapters.named_adapters import named
 from lit_lora.adapters.parameters import LoRAParameter, fused_experts, targeted_layers
 from lit_lora.adapters.tied import tied_pair
 from lit_lora.adapters.trainable_tokens import TrainableTokens
@@ -85,13 +86,15 @@ class InjectionReport:
         return "\n".join(lines)
 
 
-def inject_lora(model: nn.Module, config: LoRAConfig) -> InjectionReport:
+def inject_lora(model: nn.Module, config: LoRAConfig, *, name: str | None = None) -> InjectionReport:
     """Wrap the layers that the configuration names, in place, and freeze everything else.
 
     Args:
         model: any module; a transformers model keeps ``generate`` and tied weights.
         config: which layers, of what rank and scale. The head of a classifier of transformers is trained in full too,
             as PEFT does for such tasks, unless ``exclude_modules`` names it.
+        name: what the adapter is called among several; where the model has adapters, it lies beside them, for
+            ``set_adapter``. None for one alone, which is called "default".
 
     Returns:
         What was adapted.
@@ -100,9 +103,10 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> InjectionReport:
         ValueError: if an entry of the configuration matches nothing, a matched layer cannot be adapted, nothing would
             be trainable, or the model has adapters already. The model is then unchanged.
     """
-    plan = plan_injection(model, config)
-    config.check_for_training()
-    return apply_plan(model, plan)
+    with named(model, name):
+        plan = plan_injection(model, config)
+        config.check_for_training()
+        return apply_plan(model, plan)
 
 
 def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:

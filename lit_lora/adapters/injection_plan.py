@@ -123,7 +123,8 @@ def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fa
     present = [name for name, _ in adapter_modules(model)]
     if present:
         raise ValueError(
-            f"the model already has adapters ({some(present)}): merge them first (merge_lora) or take a fresh model"
+            f"the model already has adapters ({some(present)}): merge them first (merge_lora), take them out "
+            "(unload_lora, set_adapter(model, None)), or load another one beside them (load_adapter with a name)"
         )
     _check_without_peft(model)
     found = match_modules(model, config, from_file=from_file)

@@ -157,6 +157,8 @@ class LoRAEmbedding(LoRALayer):
         if not self.enabled or self.merged:
             return out
         base: Any = self.base_layer
+        while isinstance(base, LoRAEmbedding):  # of another adapter
+            base = base.base_layer
         # As PEFT: the same options as the base, so that a padding token gets no gradient.
         down = F.embedding(
             ids,

@@ -17,6 +17,7 @@ from lit_lora.adapters.inject import InjectionReport, apply_plan
 from lit_lora.adapters.injection_plan import InjectionPlan, plan_injection
 from lit_lora.adapters.layers import adapter_modules
 from lit_lora.adapters.module_names import plain_name
+from lit_lora.adapters.named_adapters import named
 from lit_lora.adapters.trained_biases import trained_biases
 from lit_lora.config import LoRAConfig
 from lit_lora.interchange.adapter_state import check_finite, check_state, load_adapter_state_dict, same_tensor
@@ -69,12 +70,16 @@ def read_adapter(folder_or_hub_id: str | Path) -> StoredAdapter:
     return StoredAdapter(str(folder), config, header, folder)
 
 
-def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: bool = False) -> InjectionReport:
+def load_adapter(
+    model: nn.Module, folder_or_hub_id: str | Path, *, name: str | None = None, trainable: bool = False
+) -> InjectionReport:
     """Inject and load an adapter that lit_lora or PEFT wrote.
 
     Args:
-        model: the base model that the adapter was trained on, without adapters.
+        model: the base model that the adapter was trained on. Where it has adapters, this one is loaded beside them,
+            for ``set_adapter``.
         folder_or_hub_id: a folder, or the id of a repository on the Hub.
+        name: what it is called among several; None for one alone, which is called "default".
         trainable: whether the adapter can be trained further; otherwise it is frozen.
 
     Returns:
@@ -84,17 +89,24 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, *, trainable: b
         ValueError: if the files are not a LoRA adapter that lit_lora implements, or do not fit the model, naming the
             tensors. The model is then unchanged.
     """
-    report = inject_stored(model, read_adapter(folder_or_hub_id))
-    if not trainable:
-        for _, module in adapter_modules(model):
-            module.requires_grad_(False)
-        for bias in trained_biases(model).values():
-            bias.requires_grad_(False)
+    stored = read_adapter(folder_or_hub_id)
+    with named(model, name) as alone:
+        report = inject_stored(model, stored, alone=alone)
+        if not trainable:
+            for _, module in adapter_modules(model):
+                module.requires_grad_(False)
+            for bias in trained_biases(model).values():
+                bias.requires_grad_(False)
     return report
 
 
 def inject_stored(
-    model: nn.Module, stored: StoredAdapter, config: LoRAConfig | None = None, *, valueless: bool = False
+    model: nn.Module,
+    stored: StoredAdapter,
+    config: LoRAConfig | None = None,
+    *,
+    valueless: bool = False,
+    alone: bool = True,
 ) -> InjectionReport:
     """Put an adapter on a model; it can be trained then.
 
@@ -103,12 +115,13 @@ def inject_stored(
         stored: the adapter.
         config: as it is in the file, with another dropout or dtype; None for that of the file.
         valueless: whether the tensors of the model have no values, so that none are read.
+        alone: whether the base is without other adapters, so that it can be given rows for tokens of this one.
 
     Raises:
         ValueError: as :func:`load_adapter`.
     """
     config, source, header = config or stored.config, stored.source, stored.header
-    with grown_vocabulary(model, config, header.values()) as added:
+    with grown_vocabulary(model, config, header.values(), may_grow=alone) as added:
         try:
             config = with_added_rows(model, config, header.values(), added)
             plan = plan_injection(model, config, from_file=True)
@@ -131,6 +144,21 @@ def stored_checksum(stored: StoredAdapter) -> str:
     return adapter_checksum(read_tensors(find_weights(stored.folder)), stored.config)
 
 
+def stored_values(stored: StoredAdapter) -> dict[str, Tensor]:
+    """The tensors of an adapter in a folder, by their names in the model.
+
+    Raises:
+        ValueError: if the file is damaged, holds several adapters, NaN or infinity.
+    """
+    assert stored.folder is not None
+    weights = find_weights(stored.folder)
+    raw = read_tensors(weights)
+    state = _by_name(raw, stored.header, stored.source)
+    check_adapter(weights, raw, stored.config)
+    check_finite(state, stored.source)
+    return state
+
+
 def _values(
     model: nn.Module, plan: InjectionPlan, stored: StoredAdapter, added: range, *, valueless: bool
 ) -> dict[str, Tensor] | None:
@@ -145,13 +173,9 @@ def _values(
     check_state(expected, shapes, stored.source, hint="; ".join(plan.ignored))
     if valueless:
         return None
-    weights = find_weights(stored.folder)
-    raw = read_tensors(weights)
-    state = _by_name(raw, header, stored.source)
-    check_adapter(weights, raw, stored.config)
-    check_finite(state, stored.source)
+    state = stored_values(stored)
     held = {f"{layer}.weight": added for layer in (*plan.tokens, *plan.tied_tokens)}
-    _check_equal_base(of_base, state, header, weights, held)
+    _check_equal_base(of_base, state, header, find_weights(stored.folder), held)
     return state | {name: state[weight][ids] for name, (weight, ids) in whole.items()}
 
 
