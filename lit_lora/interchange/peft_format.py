@@ -1,12 +1,10 @@
 """Adapters on disk, in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What PEFT writes is read (``stored_adapter.py``), and what is written here PEFT reads. Files are written whole or not at
-all, and read back before they replace anything.
+What PEFT writes is read (``stored_adapter.py``), and what is written here (``adapter_writing.py``) PEFT reads.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ from lit_lora.adapters.named_adapters import active_adapters
 from lit_lora.adapters.task_heads import as_pretrained, task_type
 from lit_lora.base import base_weight
 from lit_lora.base.trained_on import noted, noted_metadata
-from lit_lora.files.atomic import FileToWrite, atomic_write_all
-from lit_lora.interchange.adapter_state import adapter_state_dict, load_adapter_state_dict, same_tensor
-from lit_lora.interchange.checksum import check_adapter, serialize
+from lit_lora.interchange.adapter_state import adapter_state_dict, load_adapter_state_dict
+from lit_lora.interchange.adapter_writing import write_adapter
+from lit_lora.interchange.checksum import check_adapter
 from lit_lora.interchange.peft_config import from_peft_config, to_peft_config
 from lit_lora.interchange.peft_folder import (
     CONFIG_NAME,
@@ -86,7 +84,7 @@ def save_adapter(
         raise ValueError(f"adapters {active} are active: set_adapter the one to save")
     config = config_to_write(model, next(iter(modules.values())).config, portable)
     state = portable_state(model, adapter_state_dict(model), config.r) if portable else adapter_state_dict(model)
-    tensors = {f"{PREFIX}{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    tensors = {f"{PREFIX}{name}": tensor.detach() for name, tensor in state.items()}
     _check_worth_saving(model, tensors)
     content = to_peft_config(
         config,
@@ -95,27 +93,10 @@ def save_adapter(
         task_type=task_type(model, config.modules_to_save or (), named_modules(model)),
         fan_in_fan_out=any(base_weight.is_conv1d(layer.base_layer) for _, layer in lora_layers(model)),
     )
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    data = serialize(tensors, from_peft_config(content), noted_metadata(model))
-
-    def check_weights(path: Path) -> None:
-        written = read_tensors(path)
-        differing = [n for n in tensors.keys() | written.keys() if not same_tensor(tensors.get(n), written.get(n))]
-        if differing:
-            raise ValueError(f"{path} does not hold what was written: {some(sorted(differing))} differ")
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [
-        FileToWrite(folder / WEIGHTS_NAME, lambda f: f.write(data), check_weights),
-        FileToWrite(folder / CONFIG_NAME, lambda f: f.write(text.encode())),
-    ]
+    more = {} if tokenizer is None else tokenizer_files(tokenizer)  # what is complete has its tokenizer
     if model_card is not None:
-        files.append(FileToWrite(folder / CARD_NAME, lambda f: f.write(model_card.encode())))
-    if tokenizer is not None:
-        files = [*_tokenizer_files(tokenizer, folder), *files]  # first: what is complete has its tokenizer
-    atomic_write_all(files)
-    return folder
+        more[CARD_NAME] = model_card.encode()
+    return write_adapter(Path(folder), tensors, content, noted_metadata(model), more)
 
 
 def is_whole_adapter(folder: Path) -> bool:
@@ -126,14 +107,6 @@ def is_whole_adapter(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def _tokenizer_files(tokenizer: Any, folder: Path) -> list[FileToWrite]:
-    files = []
-    for name, content in tokenizer_files(tokenizer).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        files.append(FileToWrite(folder / name, lambda f, content=content: f.write(content)))  # type: ignore[misc]
-    return files
 
 
 def _check_worth_saving(model: nn.Module, tensors: dict[str, Tensor]) -> None:
