@@ -22,6 +22,7 @@ from lit_lora import starting_adapter
 from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.adapters.inject import InjectionReport
 from lit_lora.adapters.module_names import plain_name
+from lit_lora.adapters.subtracted_start import start_tensors
 from lit_lora.base import trained_on
 from lit_lora.base.base_hash import base_hash, forget_base, note_base
 from lit_lora.base.load import load_base_model
@@ -99,8 +100,8 @@ class LoRALightningModule(TokenLossModule):
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
         self.max_new_tokens = max_new_tokens
-        if optimizer is not None and optimization.weight_decay:
-            raise ValueError("weight_decay has no effect on an optimizer of your own: set it there")
+        if optimizer is not None:
+            optimization.check_beside_own_optimizer()
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
@@ -252,12 +253,12 @@ class LoRALightningModule(TokenLossModule):
         return self.model(*args, **kwargs)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that train, by name (as without torch.compile), in the order in which the optimizer holds them."""
+        """Parameters that train, by name (as without torch.compile)."""
         return {plain_name(name): parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Adapter parameters and a schedule that steps with the optimizer."""
-        return self._optimization.configure(self.trainer, list(self.trainable_parameters().values()))
+        return self._optimization.configure(self.trainer, self.trainable_parameters())
 
     @property
     def _optimization(self) -> Optimization:
@@ -286,19 +287,20 @@ class LoRALightningModule(TokenLossModule):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Trainable parameters only: the base is loaded from where it came from."""
-        prefix = kwargs.get("prefix", "")
-        kept = bool(kwargs.get("keep_vars"))
-        return {f"{prefix}{name}": p if kept else p.detach() for name, p in self.trainable_parameters().items()}
+        """The adapters only: the base is loaded from where it came from."""
+        prefix, kept = kwargs.get("prefix", ""), bool(kwargs.get("keep_vars"))
+        return {f"{prefix}{name}": tensor if kept else tensor.detach() for name, tensor in self._adapter().items()}
+
+    def _adapter(self) -> dict[str, Tensor]:
+        return {**self.trainable_parameters(), **start_tensors(self)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load adapters; that the base is not among them is no finding."""
-        own = {plain_name(name): name for name, _ in self.named_parameters()}
+        own = {plain_name(name): name for name, _ in (*self.named_parameters(), *self.named_buffers())}
         state = {own.get(name, name): value for name, value in state_dict.items()}
         result = super().load_state_dict(state, strict=False, assign=assign)
-        trainable = self.trainable_parameters().keys()
-        missing = [name for name in map(plain_name, result.missing_keys) if name in trainable]
-        return type(result)(missing, result.unexpected_keys)
+        missing = self._adapter().keys() & set(map(plain_name, result.missing_keys))
+        return type(result)(sorted(missing), result.unexpected_keys)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an exact continuation needs, and which base and structure the adapters belong to.
@@ -320,7 +322,7 @@ class LoRALightningModule(TokenLossModule):
         Raises:
             ValueError: naming what differs.
         """
-        state, self._differences = training_state.check(checkpoint, self._identity, self.trainable_parameters())
+        state, self._differences = training_state.check(checkpoint, self._identity, self._adapter())
         self._resume_state = state
         self.setting_changes = list(state["changes"])
         if self._trainer is not None:  # without one, nothing is continued

@@ -6,6 +6,7 @@ So an error leaves the model as it was. What matches what: ``matching.py``; what
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -17,11 +18,12 @@ from lit_lora.adapters.matching import Matched, match_modules, some
 from lit_lora.adapters.module_names import named_modules, plain_name, shared_modules
 from lit_lora.adapters.parameters import factor_sizes, nested_name
 from lit_lora.adapters.peft_limits import refused_by_peft
+from lit_lora.adapters.subtracted_start import StartedLinear
 from lit_lora.adapters.task_heads import as_pretrained
 from lit_lora.adapters.trainable_tokens import DELTA, token_modules
 from lit_lora.adapters.trained_biases import biases_to_train
 from lit_lora.base import base_weight
-from lit_lora.config import LoRAConfig
+from lit_lora.config import OF_THE_WEIGHT, LoRAConfig
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,16 @@ class PlannedLayer:
     r: int
     lora_alpha: float
     dora: bool = False
+    started: bool = False
+    """Whether it starts as a part of the weight."""
 
     @property
     def kind(self) -> type[LoRALayer]:
         """Of what takes its place."""
         if isinstance(self.module, nn.Embedding):
             return DoRAEmbedding if self.dora else LoRAEmbedding
+        if self.started:
+            return StartedLinear
         return DoRALinear if self.dora else LoRALinear
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
@@ -145,10 +151,15 @@ def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fa
     _check_served(refused | direct_reads(model, modules, found.adapted))
     adapted = {
         name: PlannedLayer(
-            modules[name], found.ranks.get(name, config.r), found.alphas.get(name, config.lora_alpha), config.use_dora
+            modules[name],
+            found.ranks.get(name, config.r),
+            found.alphas.get(name, config.lora_alpha),
+            config.use_dora,
+            config.init_lora_weights in OF_THE_WEIGHT,
         )
         for name in found.adapted
     }
+    _check_start(config, adapted, found.parameters)
     saved = {name: modules[name] for name in found.saved}
     config = replace(config, modules_to_save=found.saved or None)
     parameters = _planned_parameters(modules, found, config)
@@ -213,6 +224,22 @@ def _check_without_peft(model: nn.Module) -> None:
             f"the model already has adapters of PEFT ({some(present)}): call merge_and_unload() of PEFT first, or take "
             "the model without them"
         )
+
+
+def _check_start(config: LoRAConfig, adapted: dict[str, PlannedLayer], parameters: Collection[str]) -> None:
+    """Refuse a start that a layer cannot have."""
+    start = config.init_lora_weights
+    if start not in (*OF_THE_WEIGHT, "orthogonal"):
+        return
+    others = [*parameters, *(name for name, layer in adapted.items() if isinstance(layer.module, nn.Embedding))]
+    if others:
+        raise ValueError(f"init_lora_weights {start!r} is for linear layers, and {some(others)} is none: leave it out")
+    for name, layer in adapted.items():
+        most = min(base_weight.linear_shape(layer.module))
+        if layer.started and layer.r > most:
+            raise ValueError(
+                f"init_lora_weights {start!r} takes r parts of a weight: {name} has {most}, r is {layer.r}"
+            )
 
 
 def _check_served(refused: dict[str, str]) -> None:

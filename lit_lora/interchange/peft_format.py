@@ -15,6 +15,7 @@ from lit_lora.adapters.layers import adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
 from lit_lora.adapters.module_names import named_modules
 from lit_lora.adapters.named_adapters import active_adapters
+from lit_lora.adapters.subtracted_start import with_starts
 from lit_lora.adapters.task_heads import as_pretrained, task_type
 from lit_lora.base import base_weight
 from lit_lora.base.trained_on import noted, noted_metadata
@@ -83,7 +84,8 @@ def save_adapter(
     if len(active := active_adapters(model)) > 1:
         raise ValueError(f"adapters {active} are active: set_adapter the one to save")
     config = config_to_write(model, next(iter(modules.values())).config, portable)
-    state = portable_state(model, adapter_state_dict(model), config.r) if portable else adapter_state_dict(model)
+    config, state = with_starts(model, config, adapter_state_dict(model))
+    state = portable_state(model, state, config.r) if portable else state
     tensors = {f"{PREFIX}{name}": tensor.detach() for name, tensor in state.items()}
     _check_worth_saving(model, tensors)
     content = to_peft_config(
