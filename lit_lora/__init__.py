@@ -47,6 +47,15 @@ _PUBLIC = {
     "merge_lora": "adapters.merge",
     "unmerge_lora": "adapters.merge",
     "disable_lora": "adapters.merge",
+    "set_adapter": "adapters.named_adapters",
+    "adapter_names": "adapters.named_adapters",
+    "active_adapters": "adapters.named_adapters",
+    "delete_adapter": "adapters.named_adapters",
+    "unload_lora": "adapters.named_adapters",
+    "mixed_adapters": "adapters.mixed_batch",
+    "hotswap_adapter": "interchange.hotswap",
+    "combine_adapters": "interchange.combined",
+    "compress_adapter": "interchange.compressed",
     "save_adapter": "interchange.peft_format",
     "load_adapter": "interchange.peft_format",
     "linear_cross_entropy": "kernels.linear_cross_entropy",
@@ -82,12 +91,18 @@ __all__ = [
     "StepMetrics",
     "TrainingMetrics",
     "__version__",
+    "active_adapters",
+    "adapter_names",
     "assert_loss_convergence",
+    "combine_adapters",
+    "compress_adapter",
+    "delete_adapter",
     "disable_lora",
     "estimate_memory",
     "export",
     "fit",
     "generate",
+    "hotswap_adapter",
     "inject_lora",
     "inspect_data",
     "linear_cross_entropy",
@@ -97,14 +112,25 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "merge_lora",
+    "mixed_adapters",
     "save_adapter",
     "score",
+    "set_adapter",
+    "unload_lora",
     "unmerge_lora",
 ]
 
 if TYPE_CHECKING:
     from lit_lora.adapters.inject import InjectionReport, inject_lora
     from lit_lora.adapters.merge import disable_lora, merge_lora, unmerge_lora
+    from lit_lora.adapters.mixed_batch import mixed_adapters
+    from lit_lora.adapters.named_adapters import (
+        active_adapters,
+        adapter_names,
+        delete_adapter,
+        set_adapter,
+        unload_lora,
+    )
     from lit_lora.base.load import load_base_model, load_tokenizer
     from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
     from lit_lora.data.datamodule import SFTDataModule
@@ -116,6 +142,9 @@ if TYPE_CHECKING:
     from lit_lora.evaluation.load import load
     from lit_lora.evaluation.merge import merge
     from lit_lora.evaluation.score import score
+    from lit_lora.interchange.combined import combine_adapters
+    from lit_lora.interchange.compressed import compress_adapter
+    from lit_lora.interchange.hotswap import hotswap_adapter
     from lit_lora.interchange.peft_format import load_adapter, save_adapter
     from lit_lora.kernels.linear_cross_entropy import linear_cross_entropy
     from lit_lora.memory.estimate import MemoryEstimate, estimate_memory

@@ -30,6 +30,8 @@ TOOLS = {
     "report": "a page to look at, of one run or of several side by side",
     "verify": "check the files of a run, and repeat some of its steps",
     "merge": "fold an adapter into its base: a folder for plain transformers",
+    "combine": "make one adapter of several",
+    "compress": "write an adapter at a lower rank, and what that loses",
     "export": "write an adapter from a checkpoint or folder, for other tools",
     "tiers": "five QLoRA runs, 10 steps to 7B; skips what this machine cannot run",
 }

@@ -17,6 +17,7 @@ from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.config import LoRAConfig, StepConfig
+from lit_lora.interchange.stored_adapter import StoredAdapter, inject_stored
 from lit_lora.kernels.cuda_way import takes_cuda_way
 from lit_lora.language_model.forward import ForwardPath
 from lit_lora.language_model.trial import choose_path, likely_path
@@ -77,6 +78,7 @@ def make_trainable(
     packing: bool = True,
     own_loss: bool = False,
     valueless: bool = False,
+    adapter: StoredAdapter | None = None,
 ) -> Built:
     """Inject adapters, freeze everything else, and let the model compute as ``step`` says; it is in training mode then.
 
@@ -87,6 +89,7 @@ def make_trainable(
         packing: False to pad without trying.
         own_loss: whether its loss is another than that of next tokens; then nothing is tried.
         valueless: whether its tensors have no values, so that nothing can be tried, compiled or measured.
+        adapter: to start from, with ``lora`` as its configuration; None for a new one.
 
     Raises:
         ValueError: if layers to adapt are not there, the model cannot be trained on next tokens, or ``step`` asks for
@@ -94,7 +97,7 @@ def make_trainable(
     """
     if step.liger and not valueless:
         rank_zero_info(f"Liger kernels: {', '.join(liger_kernels.apply(model))}")
-    report = inject_lora(model, lora)
+    report = inject_lora(model, lora) if adapter is None else inject_stored(model, adapter, lora, valueless=valueless)
     if not step.fused_lora:
         for _, layer in lora_layers(model):
             layer.has_fast_path = False

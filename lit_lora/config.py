@@ -18,6 +18,9 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+OF_THE_WEIGHT = ("pissa", "pissa_niter_4", "pissa_niter_16", "olora")
+"""Ways to start A and B as a part of the weight."""
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -78,9 +81,13 @@ class LoRAConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases of the base to train along: none, all, or those of adapted layers (lora_only)."""
 
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"] = (
+        True
+    )
     """How A and B start: true (Kaiming-uniform A, zero B), "gaussian" (normal A, zero B), or false (both random, for
-    tests)."""
+    tests). Linear layers also "orthogonal" (neither is zero, and their product is; even rank), "pissa" (the largest
+    singular values of the weight; with _niter_4 or _niter_16 a faster estimate of them) and "olora" (the beginning of
+    its QR); what these two start as is taken off again, and the base stays as it was, at the cost of twice the rank."""
 
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the adapter's parameters. float32 unless memory forces otherwise: half precision loses small updates. On
@@ -103,6 +110,17 @@ class LoRAConfig:
         for pattern, rank in self.rank_pattern.items():
             if rank < 1:
                 raise ValueError(f"rank_pattern[{pattern!r}] must be at least 1, got {rank}")
+        if self.init_lora_weights == "orthogonal" and (
+            odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
+        ):
+            raise ValueError(
+                f"init_lora_weights 'orthogonal' needs even ranks, got {odd[0]}: halves of A and B are paired"
+            )
+        if self.use_dora and self.init_lora_weights in OF_THE_WEIGHT:
+            raise ValueError(
+                f"use_dora does not work with init_lora_weights {self.init_lora_weights!r}: its lengths would be those "
+                "of a weight without its largest part. Set one of them"
+            )
         if self.target_parameters and self.use_dora:
             raise ValueError("use_dora does not work with target_parameters, in PEFT either: set one of them")
         for name, ids in self.rows_to_train("the embedding").items():
@@ -182,6 +200,10 @@ class OptimizationConfig:
     warmup_ratio: float = 0.03
     """Share of all steps over which the learning rate rises, in [0, 1)."""
 
+    lora_plus_ratio: float = 1.0
+    """Learning rate of B, of biases and of other vectors, as a multiple of the rest's (LoRA+, arXiv:2402.12354, which
+    recommends about 16 at a lower rate; an embedding's B learns at the rest's). With the built-in AdamW."""
+
     def __post_init__(self) -> None:
         _convert_fields(self)
         if not self.learning_rate > 0:
@@ -190,6 +212,19 @@ class OptimizationConfig:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+        if self.lora_plus_ratio <= 0:
+            raise ValueError(f"lora_plus_ratio must be above 0, got {self.lora_plus_ratio}: 1 is one rate for all")
+
+    def check_beside_own_optimizer(self) -> None:
+        """Refuse what an optimizer of one's own does not hear of.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        if self.weight_decay:
+            raise ValueError("weight_decay has no effect on an optimizer of your own: set it there")
+        if self.lora_plus_ratio != 1:
+            raise ValueError("lora_plus_ratio has no effect on an optimizer of your own: leave it at 1")
 
 
 @dataclass(frozen=True)

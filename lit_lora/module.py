@@ -18,9 +18,11 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lit_lora import starting_adapter
 from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.adapters.inject import InjectionReport
 from lit_lora.adapters.module_names import plain_name
+from lit_lora.adapters.subtracted_start import start_tensors
 from lit_lora.base import trained_on
 from lit_lora.base.base_hash import base_hash, forget_base, note_base
 from lit_lora.base.load import load_base_model
@@ -29,6 +31,7 @@ from lit_lora.base.streamed import load_sharded_base
 from lit_lora.build import check_device, check_sharded, make_trainable
 from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
 from lit_lora.files.checkpoint import read_checkpoint
+from lit_lora.interchange.adapter_folder import Base
 from lit_lora.language_model.forward import ForwardPath, language_model_loss, with_targets
 from lit_lora.language_model.generation import answer
 from lit_lora.language_model.trial import choose_path
@@ -54,6 +57,7 @@ class LoRALightningModule(TokenLossModule):
         self,
         base: str = "smollm2-135m-instruct",
         *,
+        adapter: str | None = None,
         lora: LoRAConfig = LoRAConfig(),  # noqa: B008 (frozen)
         quantization: QuantizationConfig | None = None,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -69,6 +73,8 @@ class LoRALightningModule(TokenLossModule):
 
         Args:
             base: Hub id, folder, GGUF file, a name that ``lit-lora fetch`` knows, or random:ARCHITECTURE.
+            adapter: an adapter to start from, by its folder in PEFT's format or its id on the Hub; None for a new one.
+                Of ``lora`` only ``lora_dropout`` and ``adapter_dtype`` then count: the rest comes from the adapter.
             lora: which layers get adapters, of what rank.
             quantization: how to quantize the frozen base; None for full precision.
             dtype: dtype of the base's weights; auto is float32 on a CPU, bfloat16 on CUDA, float16 before Ampere.
@@ -82,6 +88,7 @@ class LoRALightningModule(TokenLossModule):
         """
         super().__init__()
         self.base = base
+        self.adapter = adapter
         self.lora = lora
         self.quantization = quantization
         self.lora.check_for_training()
@@ -93,8 +100,8 @@ class LoRALightningModule(TokenLossModule):
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
         self.max_new_tokens = max_new_tokens
-        if optimizer is not None and optimization.weight_decay:
-            raise ValueError("weight_decay has no effect on an optimizer of your own: set it there")
+        if optimizer is not None:
+            optimization.check_beside_own_optimizer()
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
@@ -102,6 +109,8 @@ class LoRALightningModule(TokenLossModule):
         self.model: nn.Module | None = None
         self.injection_report: InjectionReport | None = None
         self.path: ForwardPath | None = None
+        self.started_from = ""
+        """SHA-256 of the adapter that training started from; empty for a new one."""
         self._resume_state: dict[str, Any] | None = None
         self._differences: list[Difference] = []
         self._given: dict[str, Any] = {}
@@ -149,6 +158,7 @@ class LoRALightningModule(TokenLossModule):
             ValueError: naming the setting, and what to set instead.
         """
         check_built(self.trainer)
+        self._starting_adapter()
         if self.trainer.state.fn != "fit":
             return []
         self.metrics_record.keep_in(None)  # the folder of an earlier fit is not that of this one
@@ -180,12 +190,16 @@ class LoRALightningModule(TokenLossModule):
         if self._sharding is not None:
             check_sharded(self.step)
         check_device(self.step, torch.get_default_device())
+        start = self._starting_adapter()
         model = self._load_divided() if self._sharding is not None and not own_base else self.load_base()
         if own_base:
             forget_base(model)  # what was loaded may have been changed
-        self.lora = hold_new_tokens(model, self.lora, getattr(self._trainer, "datamodule", None))
+        data = getattr(self._trainer, "datamodule", None)
+        hold = hold_new_tokens if start is None else start.hold_new_tokens
+        self.lora = hold(model, self.lora, data)
         own_loss = type(self).compute_loss is not LoRALightningModule.compute_loss
-        built = make_trainable(model, self.lora, self.step, packing=self._packs, own_loss=own_loss)
+        stored = None if start is None else start.stored
+        built = make_trainable(model, self.lora, self.step, packing=self._packs, own_loss=own_loss, adapter=stored)
         self.injection_report, self.path, self._compile_clock = built
         if (amount := self.step.activation_budget) is not None:
             if self.path is None:
@@ -196,6 +210,14 @@ class LoRALightningModule(TokenLossModule):
             self._activation_budget = ActivationBudget(model, amount, self.path)  # type: ignore[arg-type]
         self.model = model
         note_base(model, base_hash(model))
+        if start is not None:
+            self.lora = built.report.config  # with rows for tokens that only its embedding tells of
+            self.started_from = starting_adapter.note_start(model, start, Base(self.base, self.revision))
+
+    def _starting_adapter(self) -> starting_adapter.StartingAdapter | None:
+        if self.adapter is None or self.model is not None:
+            return None
+        return starting_adapter.starting_adapter(self.adapter, self.lora)
 
     @property
     def _sharding(self) -> Sharding | None:
@@ -231,12 +253,12 @@ class LoRALightningModule(TokenLossModule):
         return self.model(*args, **kwargs)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that train, by name (as without torch.compile), in the order in which the optimizer holds them."""
+        """Parameters that train, by name (as without torch.compile)."""
         return {plain_name(name): parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Adapter parameters and a schedule that steps with the optimizer."""
-        return self._optimization.configure(self.trainer, list(self.trainable_parameters().values()))
+        return self._optimization.configure(self.trainer, self.trainable_parameters())
 
     @property
     def _optimization(self) -> Optimization:
@@ -265,19 +287,20 @@ class LoRALightningModule(TokenLossModule):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Trainable parameters only: the base is loaded from where it came from."""
-        prefix = kwargs.get("prefix", "")
-        kept = bool(kwargs.get("keep_vars"))
-        return {f"{prefix}{name}": p if kept else p.detach() for name, p in self.trainable_parameters().items()}
+        """The adapters only: the base is loaded from where it came from."""
+        prefix, kept = kwargs.get("prefix", ""), bool(kwargs.get("keep_vars"))
+        return {f"{prefix}{name}": tensor if kept else tensor.detach() for name, tensor in self._adapter().items()}
+
+    def _adapter(self) -> dict[str, Tensor]:
+        return {**self.trainable_parameters(), **start_tensors(self)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load adapters; that the base is not among them is no finding."""
-        own = {plain_name(name): name for name, _ in self.named_parameters()}
+        own = {plain_name(name): name for name, _ in (*self.named_parameters(), *self.named_buffers())}
         state = {own.get(name, name): value for name, value in state_dict.items()}
         result = super().load_state_dict(state, strict=False, assign=assign)
-        trainable = self.trainable_parameters().keys()
-        missing = [name for name in map(plain_name, result.missing_keys) if name in trainable]
-        return type(result)(missing, result.unexpected_keys)
+        missing = self._adapter().keys() & set(map(plain_name, result.missing_keys))
+        return type(result)(sorted(missing), result.unexpected_keys)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an exact continuation needs, and which base and structure the adapters belong to.
@@ -299,7 +322,7 @@ class LoRALightningModule(TokenLossModule):
         Raises:
             ValueError: naming what differs.
         """
-        state, self._differences = training_state.check(checkpoint, self._identity, self.trainable_parameters())
+        state, self._differences = training_state.check(checkpoint, self._identity, self._adapter())
         self._resume_state = state
         self.setting_changes = list(state["changes"])
         if self._trainer is not None:  # without one, nothing is continued
@@ -373,4 +396,5 @@ class LoRALightningModule(TokenLossModule):
         }
         saved |= {name: kind(**saved[name]) for name, kind in kinds.items() if saved.get(name) is not None}
         trust = kwargs.pop("trust_remote_code", False)  # never taken from a file
-        return super().load_from_checkpoint(checkpoint_path, **{**saved, **kwargs, "trust_remote_code": trust})
+        with starting_adapter.from_checkpoint(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, **{**saved, **kwargs, "trust_remote_code": trust})

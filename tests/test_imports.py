@@ -28,7 +28,7 @@ FLOORS = (
     {"adapters", "data"},
     {"language_model", "rewrites", "interchange", "training"},
     {"callbacks"},
-    {"build"},
+    {"build", "starting_adapter"},
     {"memory"},
     {"module", "report"},
     {"evaluation", "runs"},

@@ -1,17 +1,20 @@
 """How A and B start: one function and one entry of ``INITIALIZERS`` each.
 
-Only starts that leave the base as it is. Those that change it (PiSSA, OLoRA, ...) need an export of their own.
+All leave the base as it is: those that start as a part of the weight take it off again (``subtracted_start.py``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lit_lora.adapters.layers import LoRALayer
+from lit_lora.adapters.layers import LoRALayer, LoRALinear
+from lit_lora.adapters.subtracted_start import StartedLinear
+from lit_lora.base import shards
 
 
 @torch.no_grad()
@@ -27,10 +30,66 @@ def gaussian(layer: LoRALayer) -> None:
 
 
 @torch.no_grad()
+def orthogonal(layer: LoRALayer) -> None:
+    """A and B that are not zero and whose product is: random in orthogonal halves of the rank, as PEFT."""
+    assert isinstance(layer, LoRALinear), "the plan has refused others"
+    lora_A, lora_B = layer.factors()
+    Q, _ = torch.linalg.qr(torch.randn(layer.r, layer.r))
+    A = (torch.randn(layer.in_features, layer.r // 2) @ Q[0::2]).T / 10
+    B = (torch.randn(layer.r // 2, layer.out_features).T @ Q[1::2]) / 10
+    lora_A.copy_(A)
+    lora_B.copy_(B)
+
+
+@torch.no_grad()
+def pissa(layer: LoRALayer, *, num_iterations: int | None = None) -> None:
+    """The largest singular values and vectors of the weight (PiSSA, arXiv:2404.02948, eq. 2 to 4), as PEFT.
+
+    Args:
+        layer: a linear one.
+        num_iterations: of a randomized estimate (Halko et al., arXiv:0909.4061); None for all singular values.
+    """
+    assert isinstance(layer, StartedLinear), "the plan has refused others"
+    if (weight := _weight_to_start_as(layer)) is None:
+        return
+    if num_iterations is None:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        U, S, Vh = U[:, : layer.r], S[: layer.r], Vh[: layer.r]
+    else:
+        U, S, V = torch.svd_lowrank(weight, layer.r, niter=num_iterations)
+        Vh = V.t()
+    root = (S / layer.scaling).sqrt()
+    layer.start_as(root[:, None] * Vh, U * root)
+
+
+@torch.no_grad()
+def olora(layer: LoRALayer) -> None:
+    """The first columns of Q and rows of R of the weight (OLoRA, arXiv:2406.01775), as PEFT."""
+    assert isinstance(layer, StartedLinear), "the plan has refused others"
+    if (weight := _weight_to_start_as(layer)) is None:
+        return
+    Q, R = torch.linalg.qr(weight)
+    layer.start_as(R[: layer.r], Q[:, : layer.r])
+
+
+def _weight_to_start_as(layer: StartedLinear) -> Tensor | None:
+    return None if layer.is_valueless else shards.whole(layer.read_base()).float()
+
+
+@torch.no_grad()
 def random(layer: LoRALayer) -> None:
     """Both random, so that the adapter changes the output from the start: for tests."""
     layer.start_at_random()
 
 
-INITIALIZERS: dict[bool | str, Callable[[LoRALayer], None]] = {True: kaiming, "gaussian": gaussian, False: random}
+INITIALIZERS: dict[bool | str, Callable[[LoRALayer], None]] = {
+    True: kaiming,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+    "pissa": pissa,
+    "pissa_niter_4": partial(pissa, num_iterations=4),
+    "pissa_niter_16": partial(pissa, num_iterations=16),
+    "olora": olora,
+    False: random,
+}
 """``LoRAConfig.init_lora_weights`` -> function that fills the layer's A and B."""

@@ -62,8 +62,8 @@ class LoRALinear(LoRALayer):
             x, up = F.silu(x) * up, None
         if not adapts:
             return self.base_layer(x)
-        lora_A, lora_B = self.factors()
         if not fast:
+            lora_A, lora_B = self.computed_factors()
             return add_lora(self.base_layer(x), x, lora_A, lora_B, self.scaling, dropout)
         return lora_linear(x, *self.operands(), up)
 
@@ -72,7 +72,11 @@ class LoRALinear(LoRALayer):
         base: Tensor | nn.Module = self.base_layer
         if not (self.may_be_quantized and base_weight.is_quantized(self.base_layer)):
             base = self.base_layer.weight if not self.is_transposed else self.base_layer.weight.t()
-        return Adapted(base, self.base_layer.bias, *self.factors(), self.scaling)
+        return Adapted(base, self.base_layer.bias, *self.computed_factors(), self.scaling)
+
+    def computed_factors(self) -> tuple[Tensor, Tensor]:
+        """What is multiplied: A and B, and what a kind of layer adds to them."""
+        return self.factors()
 
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A ``(r, in)`` and B ``(out, r)``."""
@@ -157,6 +161,8 @@ class LoRAEmbedding(LoRALayer):
         if not self.enabled or self.merged:
             return out
         base: Any = self.base_layer
+        while isinstance(base, LoRAEmbedding):  # of another adapter
+            base = base.base_layer
         # As PEFT: the same options as the base, so that a padding token gets no gradient.
         down = F.embedding(
             ids,

@@ -96,7 +96,7 @@ class LoRALayer(nn.Module, ABC):
 
     def widened(self, lora_A: Tensor, lora_B: Tensor, r: int) -> tuple[Tensor, Tensor]:
         """A and B of a higher rank that come to the same, padded with zeros."""
-        more = r - self.r
+        more = r - len(lora_A)
         wider_A = torch.cat([lora_A, lora_A.new_zeros(more, lora_A.shape[1])])
         return wider_A, torch.cat([lora_B, lora_B.new_zeros(lora_B.shape[0], more)], dim=1)
 

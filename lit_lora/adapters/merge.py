@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_lora.adapters.layers import LoRALayer, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
 from lit_lora.adapters.module_names import named_modules, replace_module
+from lit_lora.adapters.named_adapters import active_adapters, forget_active
 from lit_lora.adapters.trainable_tokens import TrainableTokens
 from lit_lora.adapters.trained_biases import forget_biases, original_biases, trained_biases
 
@@ -39,6 +40,8 @@ def merge_lora(model: nn.Module, *, unload: bool = True) -> None:
     modules = dict(adapter_modules(model))
     if not modules:
         raise ValueError("the model has no adapters to merge")
+    if len(active := active_adapters(model)) > 1:
+        raise ValueError(f"adapters {active} are active: set_adapter one of them and merge it, then the next")
     layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
     merged = [name for name, layer in layers.items() if layer.merged]
     to_merge = {name: layer for name, layer in layers.items() if not layer.merged}
@@ -74,6 +77,7 @@ def merge_lora(model: nn.Module, *, unload: bool = True) -> None:
     for bias in biases.values():
         bias.requires_grad_(False)
     forget_biases(model)
+    forget_active(model)
     _untie_if_diverged(getattr(model, "_orig_mod", model))
 
 

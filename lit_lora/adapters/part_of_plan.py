@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lit_lora.adapters.inject import InjectionPlan
+from lit_lora.adapters.injection_plan import InjectionPlan
 from lit_lora.adapters.module_names import named_modules
 
 

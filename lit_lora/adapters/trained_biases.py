@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -72,6 +73,49 @@ def trained_biases(model: Any) -> dict[str, nn.Parameter]:
         return {}
     own = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     return {name: own[name] for name in noted}
+
+
+@dataclass
+class TakenBiases:
+    """Biases that an adapter has trained, while another adapter is in the model."""
+
+    held: list[nn.Parameter] = field(default_factory=list)
+    original: list[Tensor] = field(default_factory=list)
+    trained: list[Tensor] = field(default_factory=list)
+    trainable: list[bool] = field(default_factory=list)
+
+
+def take_biases(model: Any, own: TakenBiases | None = None) -> TakenBiases:
+    """Put the original biases back, and return what they were trained to.
+
+    Args:
+        model: with the adapter in it.
+        own: those of one of several adapters; None for all.
+    """
+    noted: dict[str, Tensor] = vars(getattr(model, "_orig_mod", model)).get(_KEY, {})
+    found = trained_biases(model)
+    names = [name for name in found if own is None or any(found[name] is bias for bias in own.held)]
+    held = [found[name] for name in names]
+    taken = TakenBiases(held, [noted[name] for name in names], [bias.detach().clone() for bias in held])
+    taken.trainable = [bias.requires_grad for bias in held]
+    _set(dict(zip(names, held, strict=True)), noted)
+    for name, bias in zip(names, held, strict=True):
+        bias.requires_grad_(False)
+        del noted[name]
+    return taken
+
+
+def put_biases(model: Any, taken: TakenBiases) -> None:
+    """The inverse of :func:`take_biases`."""
+    noted: dict[str, Tensor] = vars(getattr(model, "_orig_mod", model)).setdefault(_KEY, {})
+    names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
+    for bias, original, trained, trainable in zip(
+        taken.held, taken.original, taken.trained, taken.trainable, strict=True
+    ):
+        noted[names[id(bias)]] = original
+        with torch.no_grad():
+            bias.copy_(trained)
+        bias.requires_grad_(trainable)
 
 
 @contextmanager

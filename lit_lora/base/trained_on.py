@@ -47,6 +47,9 @@ class TrainedOn:
     revision: str | None = None
     """Of the base on the Hub: as it was asked for, or else the commit that was loaded."""
 
+    started_from: str | None = None
+    """SHA-256 of the adapter that training started from, where it was no new one; see ``interchange/checksum.py``."""
+
     tokenizer: str | None = None
     """Where the tokenizer came from: a name or folder."""
 

@@ -33,6 +33,7 @@ from lit_lora.cli.setting_check import known_settings, refuse
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.files import strict_yaml
 from lit_lora.files.checkpoint import read_checkpoint
+from lit_lora.files.environment import CHECKPOINT_VARIABLE
 from lit_lora.module import LoRALightningModule
 from lit_lora.report.outcome import Outcome
 from lit_lora.runs.config_file import ConfigFile
@@ -40,7 +41,7 @@ from lit_lora.runs.fit import CALLBACKS, TRAINER_DEFAULTS, as_shown, concluded, 
 from lit_lora.runs.run_folder import RunFolder
 from lit_lora.runs.run_record import PredictionWriter, RunRecord
 from lit_lora.runs.said import readable
-from lit_lora.runs.start import CHECKPOINT_VARIABLE, choose_start, one_run
+from lit_lora.runs.start import choose_start, one_run
 from lit_lora.training.trainer_settings import check_trainer, missing_end
 from lit_lora.wording import for_command_line
 

@@ -1,12 +1,13 @@
 """The command line of a verb that is a function: its parameters are the options, and mistakes get one report.
 
 A required parameter can be given by its place or by its name, ``--adapter runs/x/adapter``. A last one that is a list
-takes all words that are left.
+takes all words that are left, and an option that is a list of numbers all numbers behind it.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -29,7 +30,8 @@ def call(function: Callable[..., Any], arguments: Sequence[str]) -> None:
     """
     verb = function.__name__
     flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
-    given = in_order(_by_place(function, _as_list(function, with_flag_values(arguments, flags))))
+    listed = _as_list(function, _numbers_as_list(function, with_flag_values(arguments, flags)))
+    given = in_order(_by_place(function, listed))
     unreadable: list[str] = []
     known = set(inspect.signature(function).parameters)
     if list(settings(given, known, unreadable)) and unreadable:
@@ -63,11 +65,35 @@ def _as_list(function: Callable[..., Any], arguments: Sequence[str]) -> list[str
         return list(arguments)
     given = options(arguments)
     words = [option.tokens[0] for option in given if not option.key]
-    first = len(required) - 1
-    if len(words) <= first:
+    by_name = {option.key for option in given}
+    first = sum(p.name not in by_name for p in required[:-1])
+    if len(words) <= first or required[-1].name in by_name:
         return list(arguments)
     rest = [token for option in given if option.key for token in option.tokens]
     return [*words[:first], json.dumps(words[first:]), *rest]
+
+
+def _numbers_as_list(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+    """``--weights 0.7 0.3`` with the numbers in one word, as YAML writes a list."""
+    parameters = inspect.signature(function).parameters.values()
+    lists = [f"--{p.name}" for p in parameters if str(p.annotation).startswith(("list[float]", "list[int]"))]
+    found: list[str] = []
+    rest = list(arguments)
+    while rest:
+        found.append(rest.pop(0))
+        if found[-1] in lists:
+            numbers = list(itertools.takewhile(_is_number, rest))
+            found += [f"[{','.join(numbers)}]"] if numbers else []
+            del rest[: len(numbers)]
+    return found
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _by_place(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:

@@ -25,7 +25,8 @@ from lit_lora.base.one_at_a_time import OneAtATime, Part
 from lit_lora.base.quantize import dequantize_
 from lit_lora.base.whole_model import INDEX
 from lit_lora.config import QuantizationConfig
-from lit_lora.interchange.peft_format import adapter_state_dict, load_adapter_state_dict, read_adapter
+from lit_lora.interchange.adapter_state import adapter_state_dict, load_adapter_state_dict
+from lit_lora.interchange.stored_adapter import fit_adapter, read_adapter
 
 MOST_BYTES = 10**9
 """Of one file of the result, where those of the base are not smaller."""
@@ -51,8 +52,10 @@ class PartsMerge:
             with base.held(next(part for part in self.parts if part.has(name))):
                 return base.model.get_parameter(name).detach()
 
-        self._read = read_adapter(base.model, adapter, values=value)
-        planned = self._read.plan
+        self._plan, state = fit_adapter(base.model, read_adapter(adapter), values=value)
+        assert state is not None, "it lies in a folder"
+        self._state = state
+        planned = self._plan
         spread = [
             name
             for name in planned.saved
@@ -73,8 +76,8 @@ class PartsMerge:
 
     def _put(self, part: Part) -> None:
         model = self.base.model
-        put_adapters_(model, part_of_plan(model, self._read.plan, part.has))
-        state = self._read.state
+        put_adapters_(model, part_of_plan(model, self._plan, part.has))
+        state = self._state
         load_adapter_state_dict(model, {name: state[name] for name in adapter_state_dict(model)})
 
     def _forget(self) -> None:

@@ -21,8 +21,13 @@ VARIABLES = {
 }
 """What a user can set, and what it does."""
 
-_INTERNAL = ("LIT_LORA_RUN_FOLDER", "LIT_LORA_CKPT_PATH")
-"""Set by a run for the other processes that it starts."""
+RUN_FOLDER_VARIABLE = "LIT_LORA_RUN_FOLDER"
+"""Tells the processes that a distributed run starts which folder the first one chose."""
+
+CHECKPOINT_VARIABLE = "LIT_LORA_CKPT_PATH"
+"""Likewise, which checkpoint to go on from; empty for none. Set while the run lasts."""
+
+_INTERNAL = (RUN_FOLDER_VARIABLE, CHECKPOINT_VARIABLE)
 
 
 ALLOCATION_VARIABLES = {

@@ -88,7 +88,7 @@ def folder_record(adapter: str) -> TrainedOn:
     return read_record(weights) if weights.is_file() else TrainedOn()
 
 
-def check_base(adapter: str, record: TrainedOn, model: nn.Module, place: Base, *, other_base: bool) -> None:
+def check_base(adapter: str, record: TrainedOn, model: nn.Module, place: Base, *, other_base: bool | None) -> None:
     """Check that a base is the one that an adapter was trained on, by all of its weights.
 
     Args:
@@ -96,7 +96,7 @@ def check_base(adapter: str, record: TrainedOn, model: nn.Module, place: Base, *
         record: what it was trained with.
         model: with the base.
         place: where the base came from.
-        other_base: make a warning of it.
+        other_base: make a warning of it; None where that is no choice.
 
     Raises:
         ValueError: if it is another one.
@@ -119,7 +119,8 @@ def check_base(adapter: str, record: TrainedOn, model: nn.Module, place: Base, *
     elif other_base:
         _warn(message)
     else:
-        raise ValueError(f"{message}. Give {setting('model.base')} as in training, or --other_base if you mean it")
+        choice = "" if other_base is None else ", or --other_base if you mean it"
+        raise ValueError(f"{message}. Give {setting('model.base')} as in training{choice}")
 
 
 def trained_quantization(adapter: str) -> Quantized:

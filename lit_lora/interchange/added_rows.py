@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_lora.adapters.inject import InjectionPlan
+from lit_lora.adapters.injection_plan import InjectionPlan
 from lit_lora.adapters.matching import saved_as_peft
 from lit_lora.adapters.module_names import named_modules
 from lit_lora.adapters.task_heads import as_pretrained
@@ -28,7 +28,9 @@ _MOST_ADDED = 1 << 16
 
 
 @contextmanager
-def grown_vocabulary(model: nn.Module, config: LoRAConfig, header: Iterable[StoredTensor]) -> Iterator[range]:
+def grown_vocabulary(
+    model: nn.Module, config: LoRAConfig, header: Iterable[StoredTensor], *, may_grow: bool = True
+) -> Iterator[range]:
     """The rows that the base is given for the tokens of an adapter; taken back if what follows fails.
 
     Raises:
@@ -47,6 +49,11 @@ def grown_vocabulary(model: nn.Module, config: LoRAConfig, header: Iterable[Stor
     rows = max(rows, before, *(i + 1 for i in trained))
     if rows > before + _MOST_ADDED:
         raise ValueError(f"the adapter has tokens up to {rows - 1}, the base model's vocabulary ends at {before - 1}")
+    if rows > before and not may_grow:
+        raise ValueError(
+            f"the adapter has tokens up to {rows - 1}, the base model's vocabulary ends at {before - 1}, and other "
+            "adapters are around its layers: load this one first"
+        )
     grow_vocabulary(pretrained, rows)
     try:
         yield range(before, rows)

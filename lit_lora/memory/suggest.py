@@ -60,6 +60,6 @@ def _changes(settings: StepSettings) -> Iterator[tuple[str, StepSettings]]:
         yield "half as many examples in a batch", replace(settings, lengths=settings.lengths[: count // 2])
     elif settings.lengths[0] >= 64:
         yield "data.max_length halved", replace(settings, lengths=(settings.lengths[0] // 2,))
-    if settings.lora.r >= 4:
+    if settings.lora.r >= 4 and settings.adapter is None:
         rank = settings.lora.r // 4
         yield f"model.lora.r {rank}", replace(settings, lora=replace(settings.lora, r=rank))

@@ -30,6 +30,7 @@ from lit_lora.base.shards import Sharding
 from lit_lora.base.whole_model import readable
 from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
+from lit_lora.interchange.stored_adapter import StoredAdapter
 from lit_lora.kernels.cuda_cards import STAND_IN
 from lit_lora.language_model.forward import Batch, ForwardPath, language_model_loss, placeholder_batch
 from lit_lora.memory.storage_tracker import GATHERED, WORKSPACE, Peak, StorageTracker
@@ -47,6 +48,8 @@ class StepSettings:
     lora: LoRAConfig
     lengths: tuple[int, ...]
     """Tokens of each example of a micro-batch."""
+    adapter: StoredAdapter | None = None
+    """That training starts from, with ``lora`` as its configuration; None for a new one."""
     quantization: QuantizationConfig | None = None
     dtype: str = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
@@ -108,7 +111,9 @@ def trace_step(settings: StepSettings) -> TracedStep:
         model, load_peak = _load(settings, device, tracker)
         if sharding is not None:
             load_peak = _divide(model, sharding, tracker, load_peak)
-        built = make_trainable(model, settings.lora, settings.step, packing=settings.packing, valueless=True)
+        built = make_trainable(
+            model, settings.lora, settings.step, packing=settings.packing, valueless=True, adapter=settings.adapter
+        )
         path = built.path
         assert path is not None
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -19,6 +19,9 @@ FORMAT = 1
 FILE_NAME = "verdict.json"
 _MOST_BYTES = 16 << 20
 
+_LATER = ("adapter",)
+"""Fields that earlier versions did not write."""
+
 EXIT_NOT_PROVED = 3
 """Exit code of a run that came to its end and failed a check."""
 
@@ -36,6 +39,8 @@ class Outcome:
     """Whether something else than the Trainer's number of steps and epochs ended it."""
     base: str = ""
     """Hash of the base."""
+    adapter: str = ""
+    """SHA-256 of the adapter that the run started from; empty for a new one."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Settings that were changed when the run was resumed, each with the step from which it holds."""
     no_step_left: str = ""
@@ -97,7 +102,8 @@ def read_outcome(folder: str | Path) -> Outcome | None:
         record = json.loads(_text(path))
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r}, expected {FORMAT}")
-        known = {entry.name: record[entry.name] for entry in fields(Outcome)}
+        known = {entry.name: record[entry.name] for entry in fields(Outcome) if entry.name not in _LATER}
+        known |= {name: record[name] for name in _LATER if name in record}
         known["verdicts"] = [Verdict(**entry) for entry in record["verdicts"]]
         kinds = {name: get_origin(hint) or hint for name, hint in get_type_hints(Outcome).items()}
         if wrong := [name for name, value in known.items() if not isinstance(value, kinds[name])]:

@@ -74,6 +74,8 @@ class RunRecord(L.Callback):
         if trainer.is_global_zero and isinstance(pl_module, LoRALightningModule) and pl_module.injection_report:
             assert pl_module.model is not None
             rank_zero_info(pl_module.injection_report.table())
+            if pl_module.started_from:
+                rank_zero_info(f"adapter:   {pl_module.started_from[:12]}, of {pl_module.adapter}, is trained on")
             rank_zero_info(f"base:      {base_hash(pl_module.model)}")
             rank_zero_info(f"device:    {_device(trainer)}")
 
@@ -253,7 +255,8 @@ def _measured(module: LoRALightningModule) -> dict[str, Any]:
     speed = [f"  {'speed':<16}{metrics.tokens_per_s:,.0f} tokens/s"] if len(metrics.steps) > 1 else []
     assert module.model is not None
     base = base_hash(module.model).value
-    return {"losses": lines, "speed": speed, "base": base, "changes": module.setting_changes}
+    found = {"losses": lines, "speed": speed, "base": base, "changes": module.setting_changes}
+    return found | {"adapter": module.started_from}
 
 
 class PredictionWriter(BasePredictionWriter):

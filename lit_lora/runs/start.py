@@ -16,15 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.files.checkpoint import read_checkpoint
+from lit_lora.files.environment import CHECKPOINT_VARIABLE, RUN_FOLDER_VARIABLE
 from lit_lora.report.outcome import read_outcome
 from lit_lora.runs.run_folder import RunFolder, find_checkpoint, new_run_folder, resumed_run_folder, run_folders
 from lit_lora.wording import setting
-
-RUN_FOLDER_VARIABLE = "LIT_LORA_RUN_FOLDER"
-"""Tells the processes that a distributed run starts which folder the first one chose."""
-
-CHECKPOINT_VARIABLE = "LIT_LORA_CKPT_PATH"
-"""Likewise, which checkpoint to go on from; empty for none."""
 
 
 class Start(NamedTuple):

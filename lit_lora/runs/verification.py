@@ -249,6 +249,9 @@ def _repeated(run: _Run, start: int, until: int, work: Path, replay: Replay) -> 
     repeated = read_outcome(work)
     if recorded is not None and repeated is not None and recorded.base and recorded.base != repeated.base:
         return Finding(name, False, f"the base is another one: {recorded.base} is recorded, this is {repeated.base}")
+    if recorded is not None and repeated is not None and recorded.adapter != repeated.adapter:
+        adapters = f"{recorded.adapter or 'a new one'} is recorded, this is {repeated.adapter or 'a new one'}"
+        return Finding(name, False, f"the adapter that training started from is another one: {adapters}")
     data = _circumstances(work)["data"].get("sha256", {})
     if changed := [kind for kind, digest in run.data.items() if data.get(kind) != digest]:
         return Finding(name, False, f"the {' and the '.join(changed)} are not those of the run")

@@ -162,13 +162,17 @@ def step_settings(config: Any, batch: Batch, *, device: str | None = None) -> An
 
     from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
     from lit_lora.memory.traced_step import StepSettings
+    from lit_lora.starting_adapter import starting_adapter
 
     model, trainer = config.model, config.trainer
     if device is None:
         accelerator = str(trainer.accelerator)
         cuda = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
         device = "cuda" if cuda else "cpu"
-    lora, dtype, autocast = _built(LoRAConfig, model.lora), model.dtype, None
+    lora, dtype, autocast, adapter = _built(LoRAConfig, model.lora), model.dtype, None, None
+    if model.adapter is not None:
+        start = starting_adapter(model.adapter, lora)
+        lora, adapter = start.lora, start.stored
     precision = str(trainer.precision or "32-true")
     half = "bfloat16" if precision.startswith("bf16") else "float16" if precision.startswith("16") else None
     if half and precision.endswith("true"):
@@ -179,6 +183,7 @@ def step_settings(config: Any, batch: Batch, *, device: str | None = None) -> An
         base=model.base,
         lora=lora,
         lengths=batch.lengths,
+        adapter=adapter,
         quantization=None if model.quantization is None else _built(QuantizationConfig, model.quantization),
         dtype=dtype,
         device=device,  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,14 +76,14 @@ class Optimization:
             )
         return [schedule.StepOnPlateau(scheduler.monitor)]
 
-    def configure(self, trainer: Trainer, parameters: list[nn.Parameter]) -> dict[str, Any]:
+    def configure(self, trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         """What ``configure_optimizers`` returns.
 
         Args:
             trainer: says how many steps there are.
-            parameters: all that train.
+            parameters: all that train, by name.
         """
-        built = self._optimizer(parameters)
+        built = self._optimizer(list(parameters.values()), learns_faster(parameters))
         if getattr(built, "_step_supports_amp_scaling", False):
             # Left to unscale gradients itself, a fused optimizer would do so after they are logged; and Lightning then
             # refuses to clip them, without a loss scaler too (https://github.com/Lightning-AI/pytorch-lightning/issues/21435).
@@ -101,12 +102,30 @@ class Optimization:
             schedule.check_length(own, schedule.num_steps(trainer))
         return {"optimizer": built, "lr_scheduler": {"scheduler": own, "interval": "step"}}
 
-    def _optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+    def _optimizer(self, parameters: list[nn.Parameter], faster: Sequence[nn.Parameter] = ()) -> Optimizer:
         if self.optimizer is not None:
             return self.optimizer(parameters)
+        config = self.config
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        if config.lora_plus_ratio != 1 and faster:
+            known = {id(parameter) for parameter in faster}
+            groups = [{"params": [parameter for parameter in parameters if id(parameter) not in known]}]
+            groups.append({"params": list(faster), "lr": config.learning_rate * config.lora_plus_ratio})
         return torch.optim.AdamW(
-            parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
+
+
+def learns_faster(parameters: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    """What LoRA+ gives its higher rate: B of layers, and vectors, as PEFT's ``create_loraplus_optimizer``.
+
+    Args:
+        parameters: all that train, by name.
+    """
+    return [p for name, p in parameters.items() if ".lora_B." in name or (p.ndim == 1 and "lora_embedding" not in name)]
 
 
 _OPTIONS = {

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 NO_EFFECT = frozenset(
     {
         "base",  # which base it is, its hash says
+        "adapter",  # which one the run began with; a checkpoint holds what became of it
         "revision",
         "dtype",  # what it came to is compared
         "trust_remote_code",

@@ -132,6 +132,8 @@ def check(
         lora = resume_settings.differences(
             state["settings"].get("lora", {}), _plain_lora(identity), prefix="model.lora."
         )
+        began = [state["settings"].get("adapter"), identity.settings.get("adapter")]
+        lora += [Difference("model.adapter", *began)] if began[0] != began[1] else []
         refused += [d for d in lora if d not in applied] or [Difference("the adapted layers", "others", "these")]
     if refused:
         raise ValueError(

@@ -237,8 +237,15 @@ def estimated(given: dict[str, Any]) -> None:
     assert given["estimate"].fits("8GB")
 
 
+def two_adapters(given: dict[str, Any]) -> None:
+    lit_lora = given["lit_lora"]
+    assert lit_lora.adapter_names(given["base"]) == ["requests", "mlp"]
+    assert lit_lora.active_adapters(given["base"]) == ["requests"]
+
+
 AFTER: dict[str, Callable[[dict[str, Any]], None]] = {
     "README.md": adapted,
+    "docs/adapters.md": two_adapters,
     "docs/callbacks.md": watched,
     "docs/memory.md": estimated,
     "docs/python.md": proved_nothing_wrong,
@@ -250,8 +257,9 @@ AFTER: dict[str, Callable[[dict[str, Any]], None]] = {
 def test_the_python_of_a_page_runs(page, reader):
     """In one namespace; what a page leaves to its reader (a model, the training of it) comes from here."""
     given: dict[str, Any] = {"model": small_model()}
-    if page == "README.md":
-        for command in commands("lit-lora fit --config lora_standard.yaml --data.train my.jsonl"):
+    first = {"README.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl", **BEFORE}
+    if page in ("README.md", "docs/adapters.md"):
+        for command in commands(first[page]):
             run(reader, command, page)
     for block in blocks(page, "python"):
         exec(compile(block.code, f"{page}:{block.line}", "exec"), given)
