@@ -10,8 +10,9 @@ from lit_lora import LoRAConfig, generate, inject_lora
 from lit_lora.base.trained_on import TrainedOn
 from lit_lora.evaluation import generate as generate_module
 from lit_lora.evaluation import score as score_module
+from lit_lora.evaluation.held_out import read_held_out
 from lit_lora.evaluation.load import Loaded
-from lit_lora.evaluation.score import read_held_out, score
+from lit_lora.evaluation.score import score
 from lit_lora.language_model.generation import Completion
 from tests.chat_tokenizers import VOCAB_SIZE, chat_tokenizer
 from tests.tiny import language_model
