@@ -92,8 +92,11 @@ def sign_test(num_better: int, num_worse: int) -> float:
     count = num_better + num_worse
     if not count:
         return 1.0
-    tail = sum(math.comb(count, k) for k in range(min(num_better, num_worse) + 1))
-    return min(1.0, 2 * tail / 2**count)
+    ways = (
+        math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+        for k in range(min(num_better, num_worse) + 1)
+    )
+    return min(1.0, 2 * sum(math.exp(way - count * math.log(2)) for way in ways))
 
 
 def said(p: float, *, is_better: bool, than: str) -> str:
