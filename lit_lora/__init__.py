@@ -55,6 +55,7 @@ _PUBLIC = {
     "DataReport": "data.look.report",
     "inspect_data": "data.look.inspection",
     "fit": "runs.fit",
+    "Forgetting": "runs.forgetting",
     "Outcome": "report.outcome",
     "load": "evaluation.load",
     "generate": "evaluation.generate",
@@ -70,6 +71,7 @@ _PUBLIC = {
 __all__ = [
     "DataReport",
     "DataSource",
+    "Forgetting",
     "InjectionReport",
     "LoRAConfig",
     "LoRALightningModule",
@@ -123,6 +125,7 @@ if TYPE_CHECKING:
     from lit_lora.module import LoRALightningModule
     from lit_lora.report.outcome import Outcome
     from lit_lora.runs.fit import fit
+    from lit_lora.runs.forgetting import Forgetting
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,7 @@ from lit_lora.module import LoRALightningModule
 from lit_lora.report.circumstances import add_start, circumstances, described
 from lit_lora.report.outcome import Outcome, read_outcome
 from lit_lora.report.page import write_report
+from lit_lora.runs.forgetting import Forgetting
 from lit_lora.runs.sha256sums import write_sums
 
 RECORD = "record"
@@ -159,9 +160,12 @@ class RunRecord(L.Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         entry = circumstances(step=trainer.global_step, device=_device(trainer), num_processes=trainer.world_size)
-        data = trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
+        data = described(trainer.datamodule)  # type: ignore[attr-defined]  # public, set outside of the class
+        for check in _checks(trainer):
+            if isinstance(check, Forgetting) and check.examples is not None:
+                data["sha256"] |= {"forgetting data": check.examples.digest()}
         try:
-            add_start(Path(trainer.default_root_dir), entry, described(data))
+            add_start(Path(trainer.default_root_dir), entry, data)
         except OSError as error:
             rank_zero_warn(f"Where the run runs was not recorded: {error}")
 
