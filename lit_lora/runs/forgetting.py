@@ -24,11 +24,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_lora.callbacks._support.trainer import log_details, state_key, write_json, writes_files
 from lit_lora.callbacks.verdict import Check, Verdict
 from lit_lora.data.batches.evaluation_batches import OrderedBatchSampler
+from lit_lora.data.batches.mixture import check_no_mixture
 from lit_lora.data.batches.packing import collate_packed, collate_padded
 from lit_lora.data.datamodule import SFTDataModule
 from lit_lora.data.prepared.dataset import Examples, check_vocabulary
 from lit_lora.data.rows.data_source import Given, described, sources_of
-from lit_lora.data.source_data import SourceData, source_data
+from lit_lora.data.source_data import SourceData
 from lit_lora.language_model.token_scores import token_shift
 from lit_lora.module import LoRALightningModule
 from lit_lora.wording import setting
@@ -97,6 +98,7 @@ class Forgetting(Check):
         self.examples: Examples | None = None
         """The sample, tokenized; None without one."""
         self._sources = None if data is None else sources_of(data, "forgetting.data")
+        check_no_mixture(self._sources or [], "forgetting.data")
         self._started = False
 
     @property
@@ -134,8 +136,8 @@ class Forgetting(Check):
             train_on_turns="all",
             long_rows="truncate",
         )
-        read: SourceData = source_data("forgetting.data", self._sources, settings, datamodule.cache_dir, None)
-        self.examples = read.examples(datamodule.tokenizer)
+        sample = SourceData(self._sources, settings, datamodule.cache_dir, None)
+        self.examples = sample.examples(datamodule.tokenizer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that the model knows the tokens of the sample.
