@@ -243,9 +243,14 @@ def test_from_python_the_sample_may_be_in_memory(place, tmp_path):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("strategy", ["ddp", "lora_sharded"])
-def test_processes_measure_their_shares(place, strategy):
-    alone = train(place, f"alone-{strategy}", trainer__accumulate_grad_batches=2, data__batch_size=2)
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("ddp", {}), ("lora_sharded", {"model__quantization__bits": 4})],
+    ids=["ddp", "lora_sharded"],
+)
+def test_processes_measure_their_shares(place, strategy, options):
+    two = {"trainer__accumulate_grad_batches": 2, "data__batch_size": 2}
+    alone = train(place, f"alone-{strategy}", **two, **options)
     command = [sys.executable, "-m", "lit_lora", "fit", "--config", alone / "config.yaml", "--trainer.devices=2"]
     more = [f"--trainer.strategy={strategy}", "--trainer.accumulate_grad_batches=1", "--report=false"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
