@@ -30,6 +30,7 @@ from lit_lora.report.outcome import Outcome, read_outcome
 from lit_lora.report.page import write_report
 from lit_lora.runs.forgetting import Forgetting
 from lit_lora.runs.sha256sums import write_sums
+from lit_lora.runs.trackers import tell_trackers
 
 RECORD = "record"
 """Name of the verdict on a record that is not whole."""
@@ -150,6 +151,7 @@ class RunRecord(L.Callback):
         if failures:
             raise OSError(f"the record of the run could not be written: {'; '.join(failures)}")
         if self._started or earlier is None:
+            tell_trackers(trainer, outcome)
             self._write_report(trainer)
             write_sums(folder)
         print(f"  {'run folder':<16}{folder}")
