@@ -120,8 +120,10 @@ class Forgetting(Check):
         if stage != "fit" or self._sources is None:
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
-        ours = isinstance(pl_module, LoRALightningModule) and isinstance(datamodule, SFTDataModule)
-        if not ours or type(pl_module).compute_loss is not LoRALightningModule.compute_loss:
+        ours = isinstance(pl_module, LoRALightningModule) and (
+            type(pl_module).compute_loss is LoRALightningModule.compute_loss
+        )
+        if not ours or not isinstance(datamodule, SFTDataModule):
             raise ValueError(
                 f"{setting('forgetting.data')} compares distributions of next tokens, of a LoRALightningModule with "
                 f"its own loss on an SFTDataModule; this is {type(pl_module).__name__} on {type(datamodule).__name__}: "
@@ -148,7 +150,9 @@ class Forgetting(Check):
         super().on_fit_start(trainer, pl_module)
         self._started = False
         if self.examples is not None:
-            check_vocabulary(self.examples, pl_module.model.config.get_text_config().vocab_size)  # type: ignore[union-attr]
+            assert isinstance(pl_module, LoRALightningModule)
+            model: Any = pl_module.model
+            check_vocabulary(self.examples, model.config.get_text_config().vocab_size)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure what the run begins with."""
@@ -248,7 +252,8 @@ class Forgetting(Check):
         sums = torch.zeros(4, dtype=torch.float64, device=module.device)
         with _evaluating(module), trainer.precision_plugin.forward_context():
             for numbers in batches:
-                batch: Any = trainer.strategy.batch_to_device(collate([self.examples[number] for number in numbers]))  # type: ignore[arg-type]
+                examples: Any = collate([self.examples[number] for number in numbers])
+                batch: Any = trainer.strategy.batch_to_device(examples)
                 shift = token_shift(module.model, batch, module.path)  # type: ignore[arg-type]
                 weights = batch.get("target_weights", torch.ones_like(shift.kl_S)).double()
                 columns = torch.stack([shift.base_nll_S, shift.nll_S, shift.kl_S, torch.ones_like(shift.kl_S)])
