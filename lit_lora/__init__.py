@@ -64,6 +64,7 @@ _PUBLIC = {
     "DataReport": "data.look.report",
     "inspect_data": "data.look.inspection",
     "fit": "runs.fit",
+    "Forgetting": "runs.forgetting",
     "Outcome": "report.outcome",
     "load": "evaluation.load",
     "generate": "evaluation.generate",
@@ -79,6 +80,7 @@ _PUBLIC = {
 __all__ = [
     "DataReport",
     "DataSource",
+    "Forgetting",
     "InjectionReport",
     "LoRAConfig",
     "LoRALightningModule",
@@ -152,6 +154,7 @@ if TYPE_CHECKING:
     from lit_lora.module import LoRALightningModule
     from lit_lora.report.outcome import Outcome
     from lit_lora.runs.fit import fit
+    from lit_lora.runs.forgetting import Forgetting
 
 
 def __getattr__(name: str) -> Any:

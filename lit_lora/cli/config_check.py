@@ -26,7 +26,7 @@ from lit_lora.data.rows.sources import check_source
 from lit_lora.files import strict_yaml
 from lit_lora.files.shipped import shipped
 
-DATA_KEYS = ("data.train", "data.validation", "data.test")
+DATA_KEYS = ("data.train", "data.validation", "data.test", "forgetting.data")
 _NAMES_OF_FILES = (*DATA_KEYS, "model.base", "data.tokenizer")
 
 

@@ -280,7 +280,8 @@ class LoRACLI(LightningCLI):
         extra: list[Callback] = [self.record, self.config_file, *self.further_callbacks] if fits else []
         if self.subcommand == "predict":
             extra.append(PredictionWriter())
-        for key in left_out(shown):
+        out = left_out(shown) | ({"forgetting"} if config.forgetting.data is None else set())
+        for key in out:
             self._parser(self.subcommand).callback_keys.remove(key)
         for name, value in wired(shown, extra, logger=fits).items():
             settings[name] = value

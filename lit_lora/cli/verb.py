@@ -97,14 +97,20 @@ def _is_number(word: str) -> bool:
 
 
 def _by_place(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
-    """Required parameters that are given by name, moved to their place."""
+    """Required parameters that are given by name, moved to their place; of a list, all that are given so."""
     parameters = inspect.signature(function).parameters.values()
-    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    lists = {parameter.name for parameter in required if str(parameter.annotation).startswith("list[")}
     given = options(arguments)
-    named = {option.key: option.value for option in given if option.key in required and option.value is not None}
+    named: dict[str, str] = {}
+    for parameter in required:
+        values = [option.value for option in given if option.key == parameter.name and option.value is not None]
+        if values:
+            as_list = parameter.name in lists and not values[0].startswith("[")
+            named[parameter.name] = json.dumps(values) if as_list else values[-1]
     if not named:
         return list(arguments)
     words = [option.tokens[0] for option in given if not option.key]
-    placed = [named[name] if name in named else words.pop(0) for name in required if name in named or words]
+    placed = [named[p.name] if p.name in named else words.pop(0) for p in required if p.name in named or words]
     rest = [token for option in given if option.key and option.key not in named for token in option.tokens]
     return [*placed, *words, *rest]

@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from lit_lora.adapters.merge import disable_lora
-from lit_lora.base.trained_on import TrainedOn
-from lit_lora.data.batches.packing import collate_packed
-from lit_lora.data.chats.formats import Examples, resolve_columns
-from lit_lora.data.chats.template_needs import without_thinking
-from lit_lora.data.chats.tokenize import encode_examples, format_prompt, last_answer
+from lit_lora.data.chats.tokenize import format_prompt
 from lit_lora.data.chats.turn_end import turn_end
-from lit_lora.data.prepared.dataset import TokenizedExample
-from lit_lora.data.prepared.prepare import SourceSettings, read_examples
-from lit_lora.data.rows.sources import Problems, existing_file, is_file_source, read_rows
+from lit_lora.evaluation.answer_metrics import ANSWER_METRICS, Scored, check_metrics, default_metrics
+from lit_lora.evaluation.held_out import HeldOut, read_held_out, with_calls
+from lit_lora.evaluation.likelihood import mean_loss, token_metrics, token_sums
 from lit_lora.evaluation.load import Loaded
-from lit_lora.files.shipped import shipped
-from lit_lora.language_model.forward import language_model_loss
-from lit_lora.language_model.generation import Completion, check_vocabulary, complete
-from lit_lora.language_model.trial import choose_path
+from lit_lora.evaluation.significance import Interval, interval, p_value, said
+from lit_lora.language_model.generation import Completion, complete
+from lit_lora.wording import setting
 
-
-class HeldOut(NamedTuple):
-    """Examples to measure on."""
-
-    examples: Examples
-    prompts: list[list[dict[str, Any]]]
-    """Of conversations, without the last answer; none of plain text."""
-    expected: list[str]
-    """The last answer of each, without its reasoning; of a tool call what the template makes of it is expected."""
-    max_length: int
-    """Tokens of an example that the loss looks at."""
-    train_on_prompt: bool
-    """Whether prompts count in the loss."""
-    train_on_turns: Literal["all", "last"] = "all"
-    """Which answers do."""
-    reasoning: Literal["keep", "mask", "drop"] = "keep"
-    """Whether reasoning does, or is left out."""
+BASE = "the base"
+_MOST_SHOWN = 20
+"""Scores in a table: answers may have any number of fields."""
 
 
 @dataclass(frozen=True)
@@ -60,37 +36,85 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What one model came to."""
+
+    loss: float
+    """Mean over target tokens, those of all assistant turns, in nats; as validation measures it."""
+    answers: Answers | None
+    """None of plain text, which asks for none, and where no metric looks at them."""
+    scored: dict[str, Scored]
+    """Scores by name, example by example."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One score of two models on the same examples."""
+
+    before: float
+    before_interval: Interval
+    after: float
+    after_interval: Interval
+    p: float
+    """How likely so large a difference is if both are equally good: see ``significance.py``."""
+    is_better: bool
+    """Whether the second one is ahead, however little."""
+    unit: str
+
+    def said(self, than: str = BASE) -> str:
+        """The finding in a sentence."""
+        return said(self.p, is_better=self.is_better, than=than)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a file holds it."""
+        sides = {"before": (self.before, self.before_interval), "after": (self.after, self.after_interval)}
+        values = {name: {"value": value, "low": ci.low, "high": ci.high} for name, (value, ci) in sides.items()}
+        return {**values, "p": self.p, "finding": self.said()}
+
+
+@dataclass(frozen=True)
 class Scores:
     """Before fine-tuning (the adapter switched off) and after."""
 
     num_examples: int
-    loss_before: float
-    """Mean over target tokens, those of all assistant turns, in nats; as validation measures it."""
-    loss_after: float
-    """Likewise, with the adapter."""
+    base: Measured
+    adapted: Measured
     expected: list[str]
     """Answers that were to be given."""
-    before: Answers | None
-    """None for plain text, which asks for no answers."""
-    after: Answers | None
     max_new_tokens: int
+
+    @property
+    def before(self) -> Answers | None:
+        """Of the base."""
+        return self.base.answers
+
+    @property
+    def after(self) -> Answers | None:
+        """With the adapter."""
+        return self.adapted.answers
+
+    @cached_property
+    def comparisons(self) -> dict[str, Comparison]:
+        """Each score by name."""
+        return compared(self.base.scored, self.adapted.scored)
 
     def to_dict(self) -> dict[str, Any]:
         """As a file holds it: plain types."""
-        losses = {"mean_loss": {"before": self.loss_before, "after": self.loss_after}}
+        found: dict[str, Any] = {"mean_loss": {"before": self.base.loss, "after": self.adapted.loss}}
+        found["scores"] = {name: comparison.to_dict() for name, comparison in self.comparisons.items()}
         if self.before is None or self.after is None:
-            return losses
+            return found
         return {
             "exact_match": {"before": self.before.exact_match, "after": self.after.exact_match},
             "cut": {"before": self.before.num_cut, "after": self.after.num_cut},
             "expected": self.expected,
             "before": self.before.texts,
             "after": self.after.texts,
-            **losses,
+            **found,
         }
 
     def __str__(self) -> str:
-        lines = []
+        lines = [*table({"before": self.base, "after": self.adapted}, self.comparisons), ""]
         if self.before is not None and self.after is not None:
             lines.append(
                 f"exact match on {self.num_examples} held-out examples: {self.before.exact_match:.1f} % before, "
@@ -102,145 +126,109 @@ class Scores:
                     f"cut at max_new_tokens={self.max_new_tokens}: a cut answer counts as wrong unless it is right "
                     "as it is"
                 )
-        lines.append(f"mean loss per target token: {self.loss_before:.3f} before, {self.loss_after:.3f} after")
+        lines.append(f"mean loss per target token: {self.base.loss:.3f} before, {self.adapted.loss:.3f} after")
         return "\n".join(lines)
 
 
-def read_held_out(
-    data: str,
-    record: TrainedOn = TrainedOn(),  # noqa: B008 (frozen)
-    *,
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto",
-    columns: dict[str, str] | None = None,
-    max_length: int | None = None,
-    train_on_prompt: bool | None = None,
-    limit: int | None = None,
-    on_bad_rows: Literal["error", "drop"] = "error",
-) -> HeldOut:
-    """Read examples, as the training data was read where they have its columns and nothing else is asked for.
-
-    Args:
-        data: file, or data that ships; in any format that training reads.
-        record: what the adapter was trained with.
-        format: of the data; "auto" takes that of the training data where it fits.
-        columns: column of each field where they differ; by default as trained, where that fits.
-        max_length: tokens of an example that the loss looks at; by default as trained, or 1024.
-        train_on_prompt: count prompts in the loss too; by default as trained.
-        limit: examples to take; all if None.
-        on_bad_rows: "error" to refuse data with bad rows, "drop" to skip them.
-
-    Raises:
-        ValueError: for bad rows, or a conversation that does not end with an answer.
-        FileNotFoundError: if there is no such file.
-    """
-    data = shipped(data) or data
-    if is_file_source(data):
-        existing_file(data)
-    settings = SourceSettings(
-        format=format,
-        columns=columns,
-        max_length=max_length or record.max_length or SourceSettings.max_length,
-        train_on_prompt=bool(record.train_on_prompt) if train_on_prompt is None else train_on_prompt,
-        on_bad_rows=on_bad_rows,
-        train_on_turns="last" if record.train_on_turns == "last" and not train_on_prompt else "all",
-        reasoning="drop" if record.reasoning == "drop" else "mask" if record.reasoning == "mask" else "keep",
-    )
-    examples = _read(data, settings, record)
-    examples = replace(examples, items=examples.items[:limit])
-    prompts, expected = _conversations(data, examples)
-    return HeldOut(
-        examples,
-        prompts,
-        expected,
-        settings.max_length,
-        settings.train_on_prompt,
-        settings.train_on_turns,
-        settings.reasoning,
-    )
+def compared(before: Mapping[str, Scored], after: Mapping[str, Scored]) -> dict[str, Comparison]:
+    """Each score of two models that were asked the same, by name."""
+    found = {}
+    for name, one in before.items():
+        other = after[name]
+        values = [float(side.value(side.sums.sum(axis=0))) for side in (one, other)]
+        intervals = [interval(side.sums, side.value) for side in (one, other)]
+        p = p_value(one.sums, other.sums, one.value)
+        is_better = values[1] > values[0] if one.higher_is_better else values[1] < values[0]
+        found[name] = Comparison(values[0], intervals[0], values[1], intervals[1], p, is_better, one.unit)
+    return found
 
 
 def score(
     loaded: Loaded,
     data: str | HeldOut,
     *,
+    metrics: Sequence[str] | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 25,
     progress: Callable[[str, int, int], None] | None = None,
+    base: Measured | None = None,
+    name: str = "the adapter",
 ) -> Scores:
-    """Measure exact match and loss, without and with the adapter.
+    """Measure a model without and with its adapter.
 
     Args:
         loaded: from :func:`lit_lora.load`, with an adapter.
         data: file of examples, or what :func:`read_held_out` made of one.
+        metrics: of ``exact_match``, ``token_accuracy``, ``perplexity``, ``rouge``, ``bleu`` and ``json``; None for
+            the first three, and json where every expected answer is a JSON object.
         max_new_tokens: longest answer, in tokens.
         batch_size: prompts at a time.
         progress: called with what is answered ("without the adapter", ...), how many are, and of how many.
+        base: what the base came to with the same data, if that is known.
+        name: of the adapter, for ``progress``.
 
     Raises:
-        ValueError: if the loss is no number, or the model does not know a token.
+        ValueError: if the loss is no number, the model does not know a token, or a metric has nothing to measure.
     """
     held_out = read_held_out(data, loaded.trained_on) if isinstance(data, str) else data
+    held_out = with_calls(loaded.tokenizer, held_out)
+    names = default_metrics(held_out.expected) if metrics is None else list(dict.fromkeys(metrics))
+    check_metrics(names, has_answers=bool(held_out.prompts))
+    for metric in names:  # what an expected answer cannot be measured by is known before any is given
+        if metric in ANSWER_METRICS:
+            ANSWER_METRICS[metric](held_out.expected, held_out.expected)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
+    asks = any(metric in ANSWER_METRICS for metric in names)
 
-    def loss() -> float:
-        return mean_loss(
-            loaded.model,
-            loaded.tokenizer,
-            held_out.examples,
-            max_length=held_out.max_length,
-            train_on_prompt=held_out.train_on_prompt,
-            train_on_turns=held_out.train_on_turns,
-            reasoning=held_out.reasoning,
-            batch_size=batch_size,
-        )
+    def sums() -> Any:
+        return token_sums(loaded.model, loaded.tokenizer, held_out, batch_size=batch_size)
 
-    after = loss()  # first: a loss that is no number needs no answers
-    with disable_lora(loaded.model):
-        before = loss()
-    answers: list[Answers | None] = [None, None]
-    held_out = _with_calls(loaded, held_out)
-    if held_out.prompts:
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
+    after = sums()  # first: a loss that is no number needs no answers
+    if base is None:
         with disable_lora(loaded.model):
-            answers[0] = _answers(loaded, held_out, "without the adapter", **options)
-        answers[1] = _answers(loaded, held_out, "with the adapter", **options)
-    num_examples = len(held_out.examples.items)
-    return Scores(num_examples, before, after, held_out.expected, answers[0], answers[1], max_new_tokens)
+            before = sums()
+            answers = _answers(loaded, held_out, f"without {name}", **options) if asks else None
+        base = _measured(before, answers, held_out.expected, names)
+    answers = _answers(loaded, held_out, f"with {name}", **options) if asks else None
+    adapted = _measured(after, answers, held_out.expected, names)
+    return Scores(len(held_out.examples.items), base, adapted, held_out.expected, max_new_tokens)
 
 
-def _read(data: str, settings: SourceSettings, record: TrainedOn) -> Examples:
-    """The examples, read as the training data was where they have its columns and nothing else is asked for."""
-    if settings.format == "auto" and settings.columns is None and record.format is not None:
-        row = next(iter(read_rows(data, Problems(data))), None)
-        try:
-            resolve_columns(row.fields if row is not None else [], record.format, record.columns)
-        except ValueError:  # data of another layout: told by its own columns
-            pass
-        else:
-            settings = replace(settings, format=record.format, columns=record.columns)
-    return read_examples(data, settings)
+def table(models: Mapping[str, Measured], *comparisons: Mapping[str, Comparison]) -> list[str]:
+    """Lines on every score of every model, with its interval, and what is found of it.
+
+    Args:
+        models: by name; the first is what the others are compared with.
+        comparisons: of each of the others with it, in that order.
+    """
+    width = max(len(name) for name in comparisons[0]) + 2
+    second = max(len(name) for name in models) + 2
+    lines = ["95 % confidence intervals in brackets; p by sign test or random swaps of the same prompts"]
+    for score_name, first in list(comparisons[0].items())[:_MOST_SHOWN]:
+        cells = [(first.before, first.before_interval, "")]
+        cells += [(c[score_name].after, c[score_name].after_interval, c[score_name].said()) for c in comparisons]
+        for number, (model, (value, ci, finding)) in enumerate(zip(models, cells, strict=True)):
+            digits = 1 if first.unit else 2
+            shown = f"{value:.{digits}f}{first.unit} [{ci.low:.{digits}f}, {ci.high:.{digits}f}]"
+            lines.append(f"{'' if number else score_name:<{width}}{model:<{second}}{shown:<28}{finding}".rstrip())
+    more = len(comparisons[0]) - _MOST_SHOWN
+    return [*lines, f"and {more} more scores, which {setting('output')} keeps"] if more > 0 else lines
 
 
-def _conversations(data: str, examples: Examples) -> tuple[list[list[dict[str, Any]]], list[str]]:
-    """Prompts and expected answers; none of plain text."""
-    prompts, expected = [], []
-    for example in examples.items:
-        messages = example.content
-        if isinstance(messages, str):
-            continue
-        if messages[-1]["role"] != "assistant":
-            raise ValueError(f"{data}: a conversation does not end with the assistant's turn, so nothing is expected")
-        prompts.append(messages[:-1])
-        expected.append(without_thinking(messages[-1]["content"]).strip())
-    return prompts, expected
+def _measured(sums: Any, answers: Answers | None, expected: Sequence[str], names: Sequence[str]) -> Measured:
+    scored: dict[str, Scored] = {}
+    of_tokens = token_metrics(sums)
+    for name in names:
+        if name in of_tokens:
+            scored[name.replace("_", " ")] = of_tokens[name]
+        elif answers is not None:
+            scored |= ANSWER_METRICS[name](_without_reasoning(answers.texts), expected)
+    return Measured(mean_loss(sums), answers, scored)
 
 
-def _with_calls(loaded: Loaded, held_out: HeldOut) -> HeldOut:
-    """The same, where answers that are tool calls are expected as the template writes them."""
-    expected = [
-        last_answer(loaded.tokenizer, example) if example.content[-1].get("tool_calls") else answer  # type: ignore[union-attr]
-        for answer, example in zip(held_out.expected, held_out.examples.items, strict=False)  # none of plain text
-    ]
-    return held_out._replace(expected=expected)
+def _without_reasoning(texts: Sequence[str]) -> list[str]:
+    """Reasoning is nobody's to match: the answer comes after it."""
+    return [text.rpartition("</think>")[2].strip() for text in texts]
 
 
 def _answers(
@@ -265,72 +253,5 @@ def _answers(
         progress=None if progress is None else lambda done: progress(name, done, len(ids)),
     )
     texts = [answer.text.strip() for answer in written]
-    # Reasoning is nobody's to match: the answer comes after it.
-    right = sum(
-        got.rpartition("</think>")[2].strip() == want for got, want in zip(texts, held_out.expected, strict=True)
-    )
+    right = sum(got == want for got, want in zip(_without_reasoning(texts), held_out.expected, strict=True))
     return Answers(texts, 100 * right / len(texts), sum(answer.cut for answer in written))
-
-
-@torch.no_grad()
-def mean_loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
-    *,
-    max_length: int,
-    train_on_prompt: bool = False,
-    train_on_turns: Literal["all", "last"] = "all",
-    reasoning: Literal["keep", "mask", "drop"] = "keep",
-    batch_size: int = 16,
-) -> float:
-    """Mean negative log-likelihood of the target tokens of all examples, in nats; as validation measures it.
-
-    Args:
-        model: in evaluation mode.
-        tokenizer: the model's.
-        examples: conversations and texts.
-        max_length: tokens of an example, the rest is cut off.
-        train_on_prompt: count the tokens of prompts too.
-        train_on_turns: count all answers or the last ones.
-        reasoning: count reasoning, show it without counting it, or leave it out.
-        batch_size: examples at a time.
-
-    Raises:
-        ValueError: if no target is left within ``max_length``, the model does not know a token, or the loss is no
-            number.
-    """
-    encoded = encode_examples(
-        tokenizer,
-        examples.items,
-        examples.problems,
-        max_length=max_length,
-        train_on_prompt=train_on_prompt,
-        train_on_turns=train_on_turns,
-        reasoning=reasoning,
-    )
-    tokenized = [
-        TokenizedExample(
-            index,
-            np.array(example.ids, np.int32),
-            np.array(example.mask, np.bool_),
-            None if example.weights is None else np.array(example.weights, np.float32),
-        )
-        for index, example in enumerate(encoded)
-        if any(example.mask)
-    ]
-    if not tokenized:
-        raise ValueError(f"none of the {len(encoded)} examples has a target token among its first {max_length}")
-    check_vocabulary(model, [example.ids for example in encoded])
-    path = choose_path(model)
-    nll_sum, num_targets = 0.0, 0.0
-    for start in range(0, len(tokenized), batch_size):
-        packed: Any = collate_packed(tokenized[start : start + batch_size])
-        batch: Any = {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in packed.items()}
-        nll_sum += float(language_model_loss(model, batch, path).nll_sum)
-        num_targets += (
-            float(batch["target_weights"].sum()) if "target_weights" in batch else batch["target_ids"].numel()
-        )
-    if not math.isfinite(nll_sum):
-        raise ValueError(f"the loss is {nll_sum}: base or adapter holds NaN or infinity, or overflows in {model.dtype}")
-    return nll_sum / num_targets

@@ -12,6 +12,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -28,8 +29,9 @@ class PatientCSVLogger(CSVLogger):
     failure: str | None = None
     """Why the newest rows are not on disk; None if they are."""
     _has_folder = False
-    _settings: dict[str, Any] | None = None
-    """Those of the run, until they are written."""
+    _settings: Mapping[str, Any] = MappingProxyType({})
+    """Those of the run, and what else was told of it."""
+    _settings_are_written = True
 
     @property
     @rank_zero_experiment
@@ -43,7 +45,8 @@ class PatientCSVLogger(CSVLogger):
     @rank_zero_only
     def log_hyperparams(self, params: Any = None) -> None:
         """Keep them for ``hparams.yaml``, which comes with the first rows: a run that takes no step writes nothing."""
-        self._settings = params
+        self._settings = {**self._settings, **(params or {})}
+        self._settings_are_written = False
 
     @rank_zero_only
     def save(self) -> None:
@@ -53,10 +56,10 @@ class PatientCSVLogger(CSVLogger):
             if writer.metrics:
                 folder = Path(self.log_dir)
                 folder.mkdir(parents=True, exist_ok=True)
-                if self._settings is not None:
-                    text = yaml.safe_dump(self._settings, sort_keys=False)
+                if not self._settings_are_written:
+                    text = yaml.safe_dump(dict(self._settings), sort_keys=False)
                     atomic_write(folder / writer.NAME_HPARAMS_FILE, lambda file: file.write(text.encode()))
-                    self._settings = None
+                    self._settings_are_written = True
                 _add_rows(Path(writer.metrics_file_path), writer.metrics)
                 writer.metrics = []
         except OSError as error:

@@ -86,16 +86,17 @@ def language_model_loss(
 
 
 def _direct_loss(model: PreTrainedModel, batch: Batch, *, accuracy: bool) -> LinearCrossEntropyOutput:
-    with _attention_of(model, batch):
-        hidden_TD = model.get_decoder()(**_model_inputs(batch)).last_hidden_state.flatten(0, 1)
+    hidden_SD, targets_S, weights_S = target_hidden(model, batch), batch["target_ids"], batch.get("target_weights")
     head = model.get_output_embeddings()
     weight = head if isinstance(head, Int8Head) else head.weight
-    hidden_SD, targets_S, weights_S = (
-        hidden_TD[batch["target_positions"]],
-        batch["target_ids"],
-        batch.get("target_weights"),
-    )
     return linear_cross_entropy_with_accuracy(hidden_SD, weight, targets_S, accuracy=accuracy, weights=weights_S)
+
+
+def target_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The decoder's output at the target positions of a batch that is laid out, ``(S, D)``; see ``in_one_pass``."""
+    with _attention_of(model, batch):
+        hidden_TD = model.get_decoder()(**_model_inputs(batch)).last_hidden_state.flatten(0, 1)
+    return hidden_TD[batch["target_positions"]]
 
 
 def target_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

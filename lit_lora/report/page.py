@@ -95,8 +95,9 @@ def _shown(name: str, run: RunFiles) -> dict[str, Any]:
         "memory": charts.memory_chart(run.memory_mib, run.budget_mib) if run.memory_mib else None,
         "data": run.circumstances.get("data", {}).get("summary", ""),
         "example": _pieces(run.circumstances.get("data", {}).get("example", "")),
-        "answers": _answers(run.evaluation),
-        "num_answers": len(run.evaluation.get("expected", [])),
+        "scores": _scores(run.evaluations),
+        "answers": _answers(next(iter(run.evaluations.values()), {})),
+        "num_answers": len(next(iter(run.evaluations.values()), {}).get("expected", [])),
         "starts": run.circumstances.get("starts", []),
         "hashes": _hashes(run),
         "config": run.config_text,
@@ -147,6 +148,16 @@ def _pieces(text: str) -> list[tuple[bool, str]]:
         pieces += [(True, text[place : match.start()]), (match[1].startswith("×"), match[1])]
         place = match.end()
     return [piece for piece in [*pieces, (True, text[place:])] if piece[1]]
+
+
+def _scores(evaluations: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Of each score of each adapter, with its interval, and what was found of it."""
+    return [
+        {"name": f"{name} ({adapter})" if adapter else name, "finding": score["finding"]}
+        | {side: "{value:.2f} [{low:.2f}, {high:.2f}]".format(**score[side]) for side in ("before", "after")}
+        for adapter, evaluation in evaluations.items()
+        for name, score in evaluation.get("scores", {}).items()
+    ]
 
 
 def _answers(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -46,8 +46,9 @@ class RunFiles:
     updates: list[LayerUpdate] = field(default_factory=list)
     """What the exported adapter adds to each layer."""
     circumstances: dict[str, Any] = field(default_factory=dict)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    """Answers before and after, where ``lit-lora evaluate --output RUN/evaluation.json`` has written them."""
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Scores, and answers before and after, where ``lit-lora evaluate --output RUN/evaluation.json`` has written them:
+    of each adapter by its name, which is empty where there is one."""
     missing: list[str] = field(default_factory=list)
     """What the page cannot show, and why."""
 
@@ -78,7 +79,7 @@ def read_run(folder: str | Path) -> RunFiles:
     run.config_text = _read(run, CONFIG, _text) or ""
     run.config = _read(run, CONFIG, _mapping) or {}
     run.circumstances = _read(run, CIRCUMSTANCES, read_circumstances) or {}
-    run.evaluation = _read(run, EVALUATION, _evaluation, wanted=False) or {}
+    run.evaluations = _read(run, EVALUATION, _evaluations, wanted=False) or {}
     run.updates = _read(run, ADAPTER, layer_updates) or []
     _read_log(run)
     return run
@@ -91,7 +92,7 @@ def _read(run: RunFiles, name: str, read: Callable[[Path], _Read], *, wanted: bo
         return None
     try:
         return read(path)
-    except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         run.missing.append(f"{name}: {' '.join(str(error).split())[:300]}")
         return None
 
@@ -109,12 +110,18 @@ def _mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
+def _evaluations(path: Path) -> dict[str, dict[str, Any]]:
     content = json.loads(_text(path))
-    lists = [content.get(name) for name in ("expected", "before", "after")] if isinstance(content, dict) else []
-    if not lists or not all(isinstance(texts, list) and all(isinstance(t, str) for t in texts) for texts in lists):
-        raise ValueError("expected answers as lit-lora evaluate --output writes them")
-    return dict(content)
+    found = content["adapters"] if isinstance(content, dict) and "adapters" in content else {"": content}
+    for entry in found.values():
+        answers = [entry[name] for name in ("expected", "before", "after") if name in entry]
+        if len(answers) not in (0, 3) or not all(isinstance(t, str) for texts in answers for t in texts):
+            raise ValueError("expected answers as lit-lora evaluate --output writes them")
+        for score in entry.get("scores", {}).values():
+            numbers = [score[side][name] for side in ("before", "after") for name in ("value", "low", "high")]
+            if not all(isinstance(number, int | float) for number in numbers) or not isinstance(score["finding"], str):
+                raise ValueError("expected scores as lit-lora evaluate --output writes them")
+    return dict(found)
 
 
 def _read_log(run: RunFiles) -> None:

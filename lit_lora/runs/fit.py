@@ -35,6 +35,7 @@ from lit_lora.files.environment import ALLOCATION_VARIABLES
 from lit_lora.module import LoRALightningModule
 from lit_lora.report.outcome import Outcome, read_outcome
 from lit_lora.runs.config_file import ConfigFile
+from lit_lora.runs.forgetting import Forgetting
 from lit_lora.runs.run_record import RunRecord
 from lit_lora.runs.said import readable
 from lit_lora.runs.start import choose_start, one_run
@@ -45,6 +46,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "memory": MemoryProfiler,
     "convergence": ConvergenceAssertion,
     "gradient_flow": GradientFlowAssertion,
+    "forgetting": Forgetting,
     "throughput": ThroughputLogger,
     "progress": StepProgress,
     "export": HFAdapterExport,
@@ -116,7 +118,7 @@ def fit(
             record = RunRecord(is_over=is_over(start.checkpoint, start.folder, config), report=report)
             settings["default_root_dir"] = start.folder
             shown = as_shown(settings, callbacks, quiet=quiet)
-            out = left_out(shown, callbacks)
+            out = left_out(shown, callbacks) | {"forgetting"}  # which measures on a sample that is given
             standard = [kind() for key, kind in CALLBACKS.items() if kind not in kinds and key not in out]
             built = Trainer(**wired(shown, [*standard, *callbacks, record, config]))
             built.fit(module, datamodule=data, ckpt_path=start.checkpoint)

@@ -28,7 +28,9 @@ from lit_lora.module import LoRALightningModule
 from lit_lora.report.circumstances import add_start, circumstances, described
 from lit_lora.report.outcome import Outcome, read_outcome
 from lit_lora.report.page import write_report
+from lit_lora.runs.forgetting import Forgetting
 from lit_lora.runs.sha256sums import write_sums
+from lit_lora.runs.trackers import tell_trackers
 
 RECORD = "record"
 """Name of the verdict on a record that is not whole."""
@@ -151,6 +153,7 @@ class RunRecord(L.Callback):
         if failures:
             raise OSError(f"the record of the run could not be written: {'; '.join(failures)}")
         if self._started or earlier is None:
+            tell_trackers(trainer, outcome)
             self._write_report(trainer)
             write_sums(folder)
         print(f"  {'run folder':<16}{folder}")
@@ -161,9 +164,12 @@ class RunRecord(L.Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         entry = circumstances(step=trainer.global_step, device=_device(trainer), num_processes=trainer.world_size)
-        data = trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
+        data = described(trainer.datamodule)  # type: ignore[attr-defined]  # public, set outside of the class
+        for check in _checks(trainer):
+            if isinstance(check, Forgetting) and check.examples is not None:
+                data["sha256"] |= {"forgetting data": check.examples.digest()}
         try:
-            add_start(Path(trainer.default_root_dir), entry, described(data))
+            add_start(Path(trainer.default_root_dir), entry, data)
         except OSError as error:
             rank_zero_warn(f"Where the run runs was not recorded: {error}")
 

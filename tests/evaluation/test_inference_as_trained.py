@@ -307,7 +307,8 @@ def test_evaluate_measures_the_loss_of_plain_text(text, tmp_path, capsys):
     data = text.parent.parent / "text.jsonl"
     lit_lora("evaluate", data, text, output=tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores.keys() == {"mean_loss"}
+    assert scores.keys() == {"mean_loss", "scores"}
+    assert scores["scores"].keys() == {"token accuracy", "perplexity"}
     assert scores["mean_loss"]["after"] == pytest.approx(validation_loss(text.parent), rel=1e-5)
     assert "exact match" not in capsys.readouterr().out
     assert "asks for no answers" in _refused(capsys, "evaluate", data, text, min_gain=1)

@@ -8,10 +8,13 @@ import pytest
 
 from lit_lora import LoRAConfig, generate, inject_lora
 from lit_lora.base.trained_on import TrainedOn
+from lit_lora.data.batches.loaders import prompts_of
+from lit_lora.data.prepared.prepare import SourceSettings, read_examples
 from lit_lora.evaluation import generate as generate_module
 from lit_lora.evaluation import score as score_module
+from lit_lora.evaluation.held_out import read_held_out
 from lit_lora.evaluation.load import Loaded
-from lit_lora.evaluation.score import read_held_out, score
+from lit_lora.evaluation.score import score
 from lit_lora.language_model.generation import Completion
 from tests.chat_tokenizers import VOCAB_SIZE, chat_tokenizer
 from tests.tiny import language_model
@@ -83,3 +86,12 @@ def test_generation_shows_tools(loaded, asked):
     assert '"name": "weather"' in asked[0]
     with pytest.raises(ValueError, match="tools have no place in plain text"):
         generate(loaded, "Once", format="text", tools=TOOLS)
+
+
+def test_the_reference_of_a_prompt_is_what_a_model_writes(tmp_path, loaded):
+    path = tmp_path / "held_out.jsonl"
+    goes_on = [*ROWS[0]["messages"], {"role": "tool", "content": "rain"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, {"tools": TOOLS, "messages": goes_on}]))
+    examples = read_examples(str(path), SourceSettings()).items
+    references = [prompt["reference"] for prompt in prompts_of(examples, loaded.tokenizer, "held_out.jsonl")]
+    assert references == [WRITTEN, "Yes.", WRITTEN]

@@ -42,8 +42,9 @@ OTHER_WORDS = {
 BEFORE = {
     "docs/adapters.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl\n"
     "lit-lora fit --config lora_mlp.yaml --data.train my.jsonl",
-    "docs/inference.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl",
     "docs/serving.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl",
+    "docs/inference.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl\n"
+    "lit-lora fit --config lora_mlp.yaml --data.train my.jsonl",
     "docs/multi_process.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl --print_config > my.yaml",
     "docs/runs.md": "lit-lora fit --config lora_standard.yaml --data.train my.jsonl\n"
     "lit-lora fit --config lora_mlp.yaml --data.train my.jsonl",

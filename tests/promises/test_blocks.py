@@ -68,6 +68,7 @@ def reader(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> Stranger:
     rows = [line, *({"prompt": f"{n} + {n}?", "completion": f"{n + n}"} for n in range(60))]
     stranger.write("my.jsonl", rows)
     stranger.write("held_out.jsonl", rows[:6])
+    stranger.write("general.jsonl", [{"text": "The quick brown fox jumps over the lazy dog."}])
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "?"} for row in rows]
     stranger.write("pairs.jsonl", pairs)
     stranger.write("test.jsonl", rows[:4])

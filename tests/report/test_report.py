@@ -149,6 +149,20 @@ def test_answers_before_and_after_stand_side_by_side(run: Path, tmp_path: Path) 
     assert all(answer in text for column in answers.values() for answer in column)
 
 
+def test_scores_before_and_after_stand_with_what_was_found(run: Path) -> None:
+    side = {"value": 12.345, "low": 1.0, "high": 20.0}
+    scores = {
+        "exact match": {"before": side, "after": {**side, "value": 15.0}, "p": 0.01, "finding": "better, p = 0.01"}
+    }
+    for content in ({"scores": scores}, {"adapters": {"a": {"scores": scores}, "b": {"scores": scores}}}):
+        (run / "evaluation.json").write_text(json.dumps(content))
+        text = Page(write_report(run)).text
+        assert "12.35 [1.00, 20.00]" in text or "12.34 [1.00, 20.00]" in text
+        assert "better, p = 0.01" in text
+        assert ("exact match (b)" in text) == ("adapters" in content)
+        assert "evaluation.json" not in text
+
+
 def test_a_run_that_goes_on_is_shown_as_far_as_it_has_come(run: Path) -> None:
     for name in ("verdict.json", "convergence.json"):
         (run / name).unlink()

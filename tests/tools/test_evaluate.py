@@ -58,10 +58,17 @@ def test_the_loss_before_and_after_is_that_of_a_validation(adapter, data, tmp_pa
         in capsys.readouterr().out
     )
     assert losses["before"] != losses["after"]
-    assert losses == pytest.approx({"before": _val_loss(None, data), "after": _val_loss(adapter, data)}, rel=1e-5)
+    validated = {"before": _validated(None, data), "after": _validated(adapter, data)}
+    assert losses == pytest.approx({side: found["val_loss"] for side, found in validated.items()}, rel=1e-5)
+    scores = json.loads((tmp_path / "out.json").read_text())["scores"]
+    for side, found in validated.items():
+        assert scores["perplexity"][side]["value"] == pytest.approx(found["val_perplexity"], rel=1e-5)
+        assert scores["token accuracy"][side]["value"] == pytest.approx(100 * found["val_token_accuracy"], rel=1e-5)
+        low, high = scores["perplexity"][side]["low"], scores["perplexity"][side]["high"]
+        assert low < found["val_perplexity"] < high
 
 
-def _val_loss(adapter: Path | None, data: Path) -> float:
+def _validated(adapter: Path | None, data: Path) -> dict[str, float]:
     module = LoRALightningModule(str(data.parent / "base"), lora=LoRAConfig(r=4))
     module.configure_model()
     if adapter is not None:
@@ -74,7 +81,75 @@ def _val_loss(adapter: Path | None, data: Path) -> float:
     datamodule = SFTDataModule(
         train=str(data), validation=str(data), cache_dir=str(data.parent / "cache"), batch_size=3
     )
-    return trainer.validate(module, datamodule=datamodule, verbose=False)[0]["val_loss"]
+    return dict(trainer.validate(module, datamodule=datamodule, verbose=False)[0])
+
+
+def test_adapters_stand_side_by_side_with_their_base(adapter, data, tmp_path, capsys):
+    torch.manual_seed(1)
+    model = load_base_model(str(tmp_path / "base"))
+    inject_lora(model, LoRAConfig(r=2, init_lora_weights=False))
+    save_adapter(model, tmp_path / "other")
+    shared = ["--max_new_tokens=2", "--metrics=perplexity,exact_match,rouge", f"--output={tmp_path / 'out.json'}"]
+    alone = {}
+    for name in ("adapter", "other"):
+        main(["evaluate", str(data), str(tmp_path / name), *shared])
+        alone[str(tmp_path / name)] = json.loads((tmp_path / "out.json").read_text())
+    capsys.readouterr()
+    names = list(alone)
+    main(["evaluate", str(data), *names, *shared])
+    assert json.loads((tmp_path / "out.json").read_text()) == {"adapters": alone}
+    said = capsys.readouterr()
+    assert [line.rpartition(" ")[0] for line in said.err.splitlines() if line.endswith("7/7")] == [
+        f"without {names[0]}", f"with {names[0]}", f"with {names[1]}",
+    ]  # fmt: skip
+    table = said.out[said.out.index("95 % confidence") :].splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["perplexity", *names]
+    assert "base" in table[1]
+    assert re.search(
+        rf"^{names[1]}, perplexity: (better|worse) than {names[0]}, p|cannot be told apart", said.out, re.M
+    )
+    by_name = ["evaluate", "--adapter", names[0], "--data", str(data), "--adapter", names[1], *shared]
+    main(by_name)
+    assert json.loads((tmp_path / "out.json").read_text()) == {"adapters": alone}
+
+
+def _other_base(tmp_path):
+    torch.manual_seed(7)
+    AutoModelForCausalLM.from_config(config("Llama", vocab_size=260)).save_pretrained(tmp_path / "another")
+    byte_tokenizer().save_pretrained(tmp_path / "another")
+    model = load_base_model(str(tmp_path / "another"))
+    inject_lora(model, LoRAConfig(r=2, init_lora_weights=False))
+    save_adapter(model, tmp_path / "other")
+    return [str(tmp_path / "other")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda place: ["--metrics=rogue"], "no metric 'rogue': known are exact_match, rouge"),
+        (lambda place: ["--metrics=,"], "no metric is named"),
+        (lambda place: ["--metrics=json"], "answer 1 of those expected is none: 'it is'"),
+        (lambda place: ["--metrics=bleu", "--limit=1"], "no expected answer has so many"),
+        (lambda place: ["--metrics=rouge", "--min_gain=1"], "add exact_match to --metrics rouge"),
+        (lambda place: [str(place / "adapter")], "an adapter is named twice"),
+        (_other_base, "one base cannot stand beside both: evaluate them one at a time"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(adapter, data, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(data), str(adapter), *arguments(tmp_path), f"--output={tmp_path / 'out.json'}"])
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "the adapter 7/7" not in said.err
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_scores_of_tokens_alone_need_no_answers(adapter, data, capsys):
+    main(["evaluate", str(data), str(adapter), "--metrics=token_accuracy"])
+    said = capsys.readouterr()
+    assert "exact match" not in said.out
+    assert "7/7" not in said.err
+    assert re.search(r"token accuracy +before +[\d.]+ % \[[\d.]+, [\d.]+\]", said.out)
 
 
 def test_bad_rows_can_be_left_out(adapter, data, capsys):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_lora.data.batches.packing import collate_packed, collate_padded
 from lit_lora.data.chats.formats import Example
-from lit_lora.data.chats.tokenize import format_prompt
+from lit_lora.data.chats.tokenize import format_prompt, last_answer
 from lit_lora.data.prepared.dataset import Examples, check_vocabulary
 
 
@@ -80,7 +80,7 @@ class PromptDataset(Dataset):
 
 
 def prompts_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, source: str) -> list[dict[str, Any]]:
-    """What :class:`PromptDataset` holds: of each conversation the last answer is asked for.
+    """What :class:`PromptDataset` holds: of each conversation the last answer is asked for, as a model writes it.
 
     Args:
         examples: conversations.
@@ -97,7 +97,7 @@ def prompts_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
             raise ValueError(f"{source} holds plain text, which has no prompts to answer: use a format with prompts")
         last = max(number for number, turn in enumerate(content) if turn["role"] == "assistant")
         ids = torch.tensor([format_prompt(tokenizer, content[:last], example.tools, example.options)])
-        reference = content[last]["content"]
+        reference = last_answer(tokenizer, example._replace(content=content[: last + 1]))
         prompts.append({"prompt_ids": ids, "reference": reference, "example_ids": torch.tensor([index])})
     return prompts
 
