@@ -72,19 +72,21 @@ class Stored:
         if next(module.buffers(recurse=False), None) is not None:
             module.to_empty(device=device, recurse=False)
             owner._init_weights(module)  # buffers that no file holds are computed
-        own = {f"{name}.{key}" if name else key: key for key in (*module._parameters, *module._buffers)}
+        parameters, buffers = (dict(named(recurse=False)) for named in (module.named_parameters, module.named_buffers))
+        stored = {key: f"{name}.{key}" if name else key for key in (*parameters, *buffers)}
+        stored = {key: full for key, full in stored.items() if full in self._file_of}
         # Opened for each module: what was mapped and read counts as this process's memory until it is closed.
-        for path in {self._file_of[full] for full in own if full in self._file_of}:
+        for path in {self._file_of[full] for full in stored.values()}:
             with safe_open(path, framework="pt") as file:
-                for full in own.keys() & self._file_of.keys():
+                for key, full in stored.items():
                     if self._file_of[full] != path:
                         continue
-                    tensor, key = file.get_tensor(full), own[full]  # mapped: what is not read of it takes no memory
-                    if key in module._parameters:
-                        tensor = _with_rows_of(tensor, module.get_parameter(key))
+                    tensor = file.get_tensor(full)  # mapped: what is not read of it takes no memory
+                    if key in parameters:
+                        tensor = _with_rows_of(tensor, parameters[key])
                         module.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
                     else:
-                        module.get_buffer(key).copy_(tensor)
+                        buffers[key].copy_(tensor)
 
 
 def _with_rows_of(stored: Tensor, parameter: Tensor) -> Tensor:
