@@ -1,8 +1,8 @@
 """The modules that injection puts into a model: adapters around frozen layers, and trainable copies.
 
 Parameters are named as PEFT names them on disk. A wrapper answers for ``weight`` and ``bias`` of what it wraps, because
-models read them (tied heads, dtype checks) and transformers assigns them (``tie_weights``). One adapter in a model;
-several at once and convolutions are left out.
+models read them (tied heads, dtype checks) and transformers assigns them (``tie_weights``). One adapter at a time:
+several are the matter of ``named_adapters.py``. Convolutions are left out.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch import nn
 
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALayer, LoRALinear, TrainableCopy, adapter_modules
 from lit_lora.adapters.module_names import some
+from lit_lora.adapters.subtracted_start import StartedLinear
 from lit_lora.adapters.trainable_tokens import TrainableTokens
 from lit_lora.adapters.trained_biases import TakenBiases, put_biases, take_biases
 
@@ -29,6 +30,8 @@ DEFAULT = "default"
 
 _KEY = "lit_lora_named_adapters"
 _WRAPPERS = (LoRALayer, TrainableCopy, TrainableTokens)
+_SUMS = (LoRALinear, LoRAEmbedding, StartedLinear)
+"""What adds to the output of whatever it stands around."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,7 @@ def _check_stackable(adapters: dict[str, Adapter]) -> None:
         for slot in adapter.slots:
             seen.setdefault(slot.place, []).append((name, slot.wrapper))
     for (_, attribute), wrappers in seen.items():
-        kinds = {type(wrapper).__name__ for _, wrapper in wrappers if type(wrapper) not in (LoRALinear, LoRAEmbedding)}
+        kinds = {type(wrapper).__name__ for _, wrapper in wrappers if type(wrapper) not in _SUMS}
         if len(wrappers) > 1 and kinds:
             raise ValueError(
                 f"adapters {some([repr(name) for name, _ in wrappers])} cannot be active together: both change "

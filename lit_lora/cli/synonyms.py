@@ -28,7 +28,7 @@ _ADAPTER = _to("adapter source") | _to("ckpt_path", "a checkpoint of a run (.ckp
 _SCHEDULE = _to("model.optimization.lr_schedule", "cosine, linear or constant; model.lr_scheduler takes a class")
 _EVERY_STEPS = "the number of steps"
 _ONE_LOSS = "the loss is the cross-entropy of the supervised tokens"
-_VARIANT = "plain LoRA and rsLoRA (model.lora.use_rslora) are what is there"
+_VARIANT = "its variants are model.lora.use_rslora, use_dora and init_lora_weights"
 
 _CLOSED_GROUPS = (
     "checkpoint", "convergence", "export", "gradient_flow", "gradient_norm", "memory", "throughput",
@@ -159,7 +159,7 @@ SYNONYMS: dict[str, Meaning] = {
     "eva_config": f"EVA is not there yet: {_VARIANT}",
     "corda_config": f"CorDA is not there yet: {_VARIANT}",
     "lora_ga_config": f"LoRA-GA is not there yet: {_VARIANT}",
-    "loraplus_lr_ratio": "LoRA+ is not there yet: A and B have one learning rate",
+    "loraplus_lr_ratio": _to("model.optimization.lora_plus_ratio"),
     "lora_bias": "adapters have no bias of their own; model.lora.bias trains those of the base",
     "bias": _to("model.lora.bias"),
     "fan_in_fan_out": "how a layer holds its weight is seen from the layer",
