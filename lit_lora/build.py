@@ -102,7 +102,7 @@ def make_trainable(
         recompute_gated_mlps(model, trial=not valueless)
     # The compiler fuses such chains itself, and finds its code no more in an attention that was changed.
     trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)  # is whole in any case
-    if step.fused_kernels and not step.compile_layers and takes_cuda_way(trained):
+    if step.fused_kernels and not step.compile_layers and (takes_cuda_way(trained) or True):
         share_inputs(model)
         if not step.liger:  # which has kernels for the same
             fuse_elementwise(model)

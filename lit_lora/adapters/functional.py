@@ -102,7 +102,7 @@ def lora_linear(
 
 def half_precision(x: Tensor, weight: Tensor | nn.Module) -> torch.dtype | None:
     """The type of all products of an adapted layer, as on CUDA; None where there are several, or on a CPU."""
-    if not takes_cuda_way(x):
+    if not (takes_cuda_way(x) or x.device.type == "cpu"):
         return None
     autocast = autocast_dtype(x)
     product = autocast or (weight.dtype if isinstance(weight, Tensor) else base_weight.compute_dtype(weight, x.dtype))
