@@ -167,7 +167,10 @@ def _unstack_(out_BHE: Tensor, key_heads: slice, stacked: Tensor) -> None:
 
 
 def _weights(stacked: Tensor, keys_KCE: Tensor, rows: slice) -> Tensor:
-    """Attention weights of a block, ``(K, G * B, C)``, float32 or float64; only the last B columns can be hidden from a query."""
+    """Attention weights of a block, ``(K, G * B, C)``, not below float32.
+
+    Only the last B columns can be hidden from a query.
+    """
     # A score of 20 is off by 0.06 where it is rounded to bfloat16, and its weight by 6 %.
     wide = torch.promote_types(stacked.dtype, torch.float32)
     scores = products.matmul(stacked.to(wide), keys_KCE.transpose(1, 2).to(wide))

@@ -1,4 +1,4 @@
-"""Norms, rotary positions and SwiGLU of half precision: each in one kernel on CUDA, by rows that stay in the cache on a CPU.
+"""Norms, rotary positions and SwiGLU in half precision: one kernel each on CUDA, a few rows at a time on a CPU.
 
 Written with torch's operators, as models write them, they are chains of small kernels, each of which reads and writes
 all of its operands, and some of which keep float32 copies for the backward pass. Here the norm is torch's own fused
@@ -55,7 +55,7 @@ class _NormByRows(torch.autograd.Function):
         wide_weight = weight.float()
 
         def compute(x: Tensor, out: Tensor, scale: Tensor) -> None:
-            wide = x.float()
+            wide = x.to(torch.float32, copy=True)
             torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps), out=scale)
             out.copy_(wide.mul_(scale).mul_(wide_weight))
 
@@ -71,7 +71,7 @@ class _NormByRows(torch.autograd.Function):
         wide_weight = weight.float()
 
         def compute(grad: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> None:
-            normed, wide = x.float().mul_(scale), grad.float().mul_(wide_weight)
+            normed, wide = x.float() * scale, grad.float() * wide_weight
             along = (wide * normed).mean(-1, keepdim=True)
             out.copy_(wide.sub_(normed.mul_(along)).mul_(scale))
 
@@ -165,7 +165,7 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
         wide, grad_product = gate.float(), grad.float()
         sigmoid = wide.sigmoid()
         grad_up.copy_((wide * sigmoid).mul_(grad_product))
-        grad.copy_(grad_product.mul_(up).mul_(sigmoid).mul_(sigmoid.neg().add_(1).mul_(wide).add_(1)))
+        grad.copy_((grad_product * up).mul_(sigmoid).mul_(sigmoid.neg().add_(1).mul_(wide).add_(1)))
 
     if not has_no_values(gate):
         _by_rows(compute, gate, up, grad, grad_up)

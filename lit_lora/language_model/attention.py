@@ -10,7 +10,7 @@ attention with a window, a soft cap and a scale (sinks, a bias, keys of another 
 refused with ``CannotPack``: the trial before a run (``trial.py``) then pads.
 
 Which kernel: half precision on CUDA takes ``varlen_attention.py``, one launch for all examples, on cards that have
-FlashAttention. Full precision on a CPU takes ``blockwise_attention.py``, where that is faster. Elsewhere each example
+FlashAttention. A CPU takes ``blockwise_attention.py``, where that is faster. Elsewhere each example
 goes through ``scaled_dot_product_attention``, with key and value heads repeated but for FlashAttention: a CPU's
 grouped-query backward is three times slower than the copy, and CUDA's other kernels refuse grouped queries, which
 leaves one whose memory is quadratic. Soft-capped scores, and the sliding windows that are left, take a plain masked
