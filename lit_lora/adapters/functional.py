@@ -5,7 +5,7 @@ Shapes: T tokens (all leading dimensions flattened), I input features, O output 
 Autograd through the reference keeps the input twice (once per product), the r-wide product, and makes a copy of the
 output for the scale and one for the sum. The fast path keeps the input and the r-wide product, and scales and adds
 inside the matrix product. For a quantized weight it dequantizes again in the backward instead of keeping the result.
-Half precision on CUDA has a function of its own (``half_precision.py``). Left out on purpose: dropout (the reference
+Half precision has a function of its own (``half_precision.py``). Left out on purpose: dropout (the reference
 serves it), and stacked projections, which gained nothing on a CPU.
 """
 
@@ -101,8 +101,8 @@ def lora_linear(
 
 
 def half_precision(x: Tensor, weight: Tensor | nn.Module) -> torch.dtype | None:
-    """The type of all products of an adapted layer, as on CUDA; None where there are several, or on a CPU."""
-    if not takes_cuda_way(x):
+    """The type of all products of an adapted layer; None where there are several, or it is full precision."""
+    if not (takes_cuda_way(x) or x.device.type == "cpu"):
         return None
     autocast = autocast_dtype(x)
     product = autocast or (weight.dtype if isinstance(weight, Tensor) else base_weight.compute_dtype(weight, x.dtype))

@@ -1,9 +1,13 @@
-"""Frozen weights and their adapters in half precision, as on CUDA: one or several layers of the same input.
+"""Frozen weights and their adapters in half precision: one or several layers of the same input.
 
 The adapter's products take the input as it is, and A and B rounded to its type, as autocast would; no float32 copy of
 anything as long as the batch is made. The parameters stay float32, and their gradients, sums over all tokens, are
 summed and delivered in float32. Layers that read the same input (queries, keys and values; gate and up) share the
 product with their stacked A, and add their gradients of the input up in one buffer.
+
+The base's product is summed onto the adapter's, and the sum rounded once. In the other order an adapter whose share is
+below half of the last bit of the output would add nothing at all, which is most of it at the start of training
+(``benchmarks/NOTES.md``).
 
 Few launches count as much as few bytes: small models wait for the host. Scales are factors of products, and one launch
 converts all factors.
@@ -82,8 +86,9 @@ class _LoRALinears(torch.autograd.Function):
             for layer, weight, bias, down, B_OR, scaling in zip(
                 layers, weights, biases, _by_layer(down_TR, B_ORs), B_ORs, scalings, strict=True
             ):
-                bias = None if bias is None else bias.to(dtype)
-                y_TO = F.linear(x_TI, _weight(layer, weight, dtype), bias).addmm_(down, B_OR.t(), alpha=scaling)
+                y_TO = _product(down, B_OR.t(), scaling).addmm_(x_TI, _weight(layer, weight, dtype).t())
+                if bias is not None:
+                    y_TO.add_(bias.to(dtype))
                 # Not a view: autograd forbids to change in place what a function returns as a view of its own.
                 outs.append(torch.ops.aten._unsafe_view(y_TO, (*x.shape[:-1], y_TO.shape[-1])))
         ctx.save_for_backward(x, up, A_RI, down_TR, *B_ORs, *weights)
@@ -117,10 +122,10 @@ class _LoRALinears(torch.autograd.Function):
                 for i, grad_A in enumerate(stacked_RI.split([B_OR.shape[1] for B_OR in B_ORs])):
                     grad_As[i] = grad_A.to(A_dtypes[i]) if needs_A[i] else None
             if needs_x:
-                grad_TI = grads_TO[0] @ _weight(ctx.layers[0], weights[0], ctx.dtype, grads_TO[0])
-                for layer, weight, grad_TO in zip(ctx.layers[1:], weights[1:], grads_TO[1:], strict=True):
+                grad_TI = grad_down_TR @ A_RI
+                for layer, weight, grad_TO in zip(ctx.layers, weights, grads_TO, strict=True):
                     grad_TI.addmm_(grad_TO, _weight(layer, weight, ctx.dtype, grad_TO))
-                grad_x = grad_TI.addmm_(grad_down_TR, A_RI).to(x.dtype).view(x.shape)
+                grad_x = grad_TI.to(x.dtype).view(x.shape)
                 if up is not None:
                     grad_x, grad_up = swiglu_backward(x, up, grad_x)
         of_layers = [grad for i in range(len(grads)) for grad in (None, grad_biases[i], grad_As[i], grad_Bs[i])]
@@ -152,12 +157,17 @@ def _by_layer(stacked_TR: Tensor, B_ORs: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 def _gradient_of_down(grads_TO: list[Tensor], B_ORs: Sequence[Tensor], scalings: list[float]) -> Tensor:
     if len(grads_TO) == 1:
-        unread = grads_TO[0].new_empty(())  # with beta=0
-        return torch.addmm(unread, grads_TO[0], B_ORs[0], beta=0, alpha=scalings[0])
+        return _product(grads_TO[0], B_ORs[0], scalings[0])
     stacked_TR = grads_TO[0].new_empty((len(grads_TO[0]), sum(B_OR.shape[1] for B_OR in B_ORs)))
     for out, grad_TO, B_OR, scaling in zip(_by_layer(stacked_TR, B_ORs), grads_TO, B_ORs, scalings, strict=True):
         torch.addmm(out, grad_TO, B_OR, beta=0, alpha=scaling, out=out)
     return stacked_TR
+
+
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``scale * left @ right`` in one launch."""
+    unread = left.new_empty(())  # with beta=0
+    return torch.addmm(unread, left, right, beta=0, alpha=scale)
 
 
 def _weight(

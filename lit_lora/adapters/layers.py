@@ -133,7 +133,7 @@ class LoRALinear(LoRALayer):
 
 
 def _together(x: Tensor, layers: Sequence[LoRALinear]) -> Sequence[Tensor] | None:
-    """The outputs of several layers for one input; None where half precision on CUDA does not serve all of them."""
+    """The outputs of several layers for one input; None where half precision does not serve all of them."""
     if not all(layer.can_be_fused() for layer in layers):
         return None
     operands = [layer.operands() for layer in layers]

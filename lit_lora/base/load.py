@@ -64,8 +64,8 @@ def load_base_model(
 
     Args:
         base: see the table at the top of this file.
-        dtype: of the weights; "auto" is float32 on a CPU, where bfloat16 products are slow, and bfloat16 on CUDA, or
-            float16 on cards that have none (before capability 8.0).
+        dtype: of the weights; "auto" is float32 on a CPU, and bfloat16 on CUDA, or float16 on cards that have none
+            (before capability 8.0).
         quantization: how to quantize the linear layers: while loading, or after it where transformers cannot (other
             block sizes than 64, GGUF files), which needs memory for the whole model at first.
         device: where to; the default device if None.

@@ -6,7 +6,8 @@ see are never touched, and results go straight to where the next layer reads the
 attention weights again, as FlashAttention (arXiv:2205.14135) does, so nothing but the inputs is kept.
 
 The readable reference is the other branch of ``attention.packed_attention_forward``. Left out: dropout, sliding
-windows, soft-capped scores, half precision; that branch serves them.
+windows, soft-capped scores, float16; that branch serves them. In bfloat16 the products are taken in bfloat16, the
+softmax and the sums over blocks in float32.
 
 Shapes: T rows of the batch, H query heads, K key and value heads, G = H / K, E head dimension, B queries of a block,
 C keys that the block sees.
@@ -43,7 +44,7 @@ def blockwise_attention(
     """Attention of packed examples, each token to itself and the tokens of its example before it.
 
     Args:
-        query: ``(1, H, T, E)``, float32 or float64.
+        query: ``(1, H, T, E)``, bfloat16, float32 or float64.
         key: ``(1, K, T, E)``.
         value: ``(1, K, T, E)``.
         seq_lens: rows of each example, in order; they add up to T.
@@ -99,7 +100,7 @@ class _BlockwiseAttention(torch.autograd.Function):
             for rows, num_seen in example.blocks():
                 stacked = _stack(query[0, :, rows], len(keys), scaling)
                 for heads in _together(len(keys), num_seen):
-                    weights = _weights(stacked[heads], keys[heads, :num_seen], rows)
+                    weights = _weights(stacked[heads], keys[heads, :num_seen], rows).to(query.dtype)
                     _unstack_(out_THE[rows], heads, products.matmul(weights, values[heads, :num_seen]))
         ctx.save_for_backward(query, key, value)
         ctx.options = seq_lens, shared_prefix, scaling
@@ -115,23 +116,30 @@ class _BlockwiseAttention(torch.autograd.Function):
         grad_HTE = grad[0].transpose(0, 1)
         # In the layout of the projections' outputs, which the caller transposed.
         dquery_THE = query.new_empty(num_rows, num_heads, width)
-        dkey, dvalue = (x.new_zeros(num_rows, num_key_heads, width).transpose(0, 1) for x in (key, value))
+        wide = torch.promote_types(query.dtype, torch.float32)
+        dkey, dvalue = (torch.zeros((num_rows, num_key_heads, width), dtype=wide).transpose(0, 1) for _ in range(2))
         for example in _examples(seq_lens, shared_prefix):
             keys, values = example.gather(key), example.gather(value)
             # With the keys as columns: a product with many columns is the faster one.
-            dkeys_KEC, dvalues_KEC = (torch.zeros_like(x.transpose(1, 2).contiguous()) for x in (keys, values))
+            dkeys_KEC, dvalues_KEC = (
+                torch.zeros_like(x.transpose(1, 2), dtype=wide, memory_format=torch.contiguous_format)
+                for x in (keys, values)
+            )
             for rows, num_seen in example.blocks():
                 stacked, dout = _stack(query[:, rows], num_key_heads, scaling), _stack(grad_HTE[:, rows], num_key_heads)
                 for heads in _together(num_key_heads, num_seen):
                     seen = keys[heads, :num_seen]
                     weights = _weights(stacked[heads], seen, rows)
-                    dweights = products.matmul(dout[heads], values[heads, :num_seen].transpose(1, 2))
-                    dvalues_KEC[heads, :, :num_seen] += products.matmul(dout[heads].transpose(1, 2), weights)
-                    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+                    dweights = products.matmul(dout[heads], values[heads, :num_seen].transpose(1, 2)).to(wide)
+                    dvalues_KEC[heads, :, :num_seen] += products.matmul(
+                        dout[heads].transpose(1, 2), weights.to(query.dtype)
+                    )
+                    dscores = torch._softmax_backward_data(dweights, weights, -1, wide).to(query.dtype)
                     _unstack_(dquery_THE[rows], heads, products.matmul(dscores, seen).mul_(scaling))
                     dkeys_KEC[heads, :, :num_seen] += products.matmul(stacked[heads].transpose(1, 2), dscores)
             example.add_(dkey, dkeys_KEC.transpose(1, 2))
             example.add_(dvalue, dvalues_KEC.transpose(1, 2))
+        dkey, dvalue = dkey.to(query.dtype), dvalue.to(query.dtype)
         return dquery_THE.transpose(0, 1)[None], dkey[None], dvalue[None], None, None, None
 
 
@@ -159,8 +167,13 @@ def _unstack_(out_BHE: Tensor, key_heads: slice, stacked: Tensor) -> None:
 
 
 def _weights(stacked: Tensor, keys_KCE: Tensor, rows: slice) -> Tensor:
-    """Attention weights of a block, ``(K, G * B, C)``; only the last B columns can be hidden from a query."""
-    scores = products.matmul(stacked, keys_KCE.transpose(1, 2))
+    """Attention weights of a block, ``(K, G * B, C)``, not below float32.
+
+    Only the last B columns can be hidden from a query.
+    """
+    # A score of 20 is off by 0.06 where it is rounded to bfloat16, and its weight by 6 %.
+    wide = torch.promote_types(stacked.dtype, torch.float32)
+    scores = products.matmul(stacked.to(wide), keys_KCE.transpose(1, 2).to(wide))
     size = rows.stop - rows.start
     hidden_BB = torch.full((size, size), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
     scores.view(len(scores), -1, size, scores.shape[-1])[..., -size:] += hidden_BB

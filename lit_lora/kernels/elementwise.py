@@ -1,25 +1,34 @@
-"""Norms, rotary positions and SwiGLU, each in one kernel on CUDA.
+"""Norms, rotary positions and SwiGLU in half precision: one kernel each on CUDA, a few rows at a time on a CPU.
 
 Written with torch's operators, as models write them, they are chains of small kernels, each of which reads and writes
 all of its operands, and some of which keep float32 copies for the backward pass. Here the norm is torch's own fused
 kernel, which ``F.rms_norm`` takes on CUDA, and the two others are written in Triton (``elementwise_triton.py``).
 All compute in float32 and round once, where the chains round after each operator.
 
-Elsewhere than on CUDA (tests of the code around them) the same formulas run on torch's operators; on tensors without
-values nothing runs, and what the kernels would allocate is allocated.
+On a CPU the same formulas run on torch's operators, a few rows at a time, so that their float32 copies are read from
+where they were just written. On tensors without values nothing runs, and what the kernels would allocate is allocated.
 
 Shapes: B batch, T tokens, H heads, E head dimension (its halves rotate together), D hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_lora.kernels.cuda_way import has_no_values, runs_triton
+from lit_lora.kernels.cuda_way import HALF, has_no_values, runs_triton, takes_cuda_way
+
+_IN_CACHE = 2**15
+"""Elements that are computed together on a CPU: as many float32 copies as a formula has fit its second cache."""
+
+
+def serves(x: Tensor) -> bool:
+    """Whether what is computed from ``x`` is computed here."""
+    return x.dtype in HALF and (takes_cuda_way(x) or x.device.type == "cpu")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,7 +42,41 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     assert not weight.requires_grad, "on tensors without values it has no gradient for the weight"
     if has_no_values(x):
         return _NormWithoutValues.apply(x)
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps) if x.is_cuda else _NormByRows.apply(x, weight, eps)
+
+
+class _NormByRows(torch.autograd.Function):
+    """On a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        wide_weight = weight.float()
+
+        def compute(x: Tensor, out: Tensor, scale: Tensor) -> None:
+            wide = x.to(torch.float32, copy=True)
+            torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps), out=scale)
+            out.copy_(wide.mul_(scale).mul_(wide_weight))
+
+        _by_rows(compute, x, out, scale)
+        ctx.save_for_backward(x, weight, scale)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        wide_weight = weight.float()
+
+        def compute(grad: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> None:
+            normed, wide = x.float() * scale, grad.float() * wide_weight
+            along = (wide * normed).mean(-1, keepdim=True)
+            out.copy_(wide.sub_(normed.mul_(along)).mul_(scale))
+
+        _by_rows(compute, grad, x, out, scale)
+        return out, None, None
 
 
 class _NormWithoutValues(torch.autograd.Function):
@@ -104,7 +147,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         from lit_lora.kernels import elementwise_triton
 
         return elementwise_triton.swiglu(gate, up)
-    return torch.empty_like(gate) if has_no_values(gate) else (F.silu(gate.float()) * up.float()).to(gate.dtype)
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if not has_no_values(gate):
+        _by_rows(lambda out, gate, up: out.copy_(F.silu(gate.float()).mul_(up)), out, gate, up)
+    return out
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,8 +160,21 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
 
         return elementwise_triton.swiglu_backward_(gate, up, grad)
     grad_up = torch.empty_like(grad)
+
+    def compute(gate: Tensor, up: Tensor, grad: Tensor, grad_up: Tensor) -> None:
+        wide, grad_product = gate.float(), grad.float()
+        sigmoid = wide.sigmoid()
+        grad_up.copy_((wide * sigmoid).mul_(grad_product))
+        grad.copy_((grad_product * up).mul_(sigmoid).mul_(sigmoid.neg().add_(1).mul_(wide).add_(1)))
+
     if not has_no_values(gate):
-        wide, sigmoid = gate.float(), gate.float().sigmoid()
-        grad_up.copy_(grad.float() * wide * sigmoid)
-        grad.copy_(grad.float() * up.float() * sigmoid * (1 + wide * (1 - sigmoid)))
+        _by_rows(compute, gate, up, grad, grad_up)
     return grad, grad_up
+
+
+def _by_rows(compute: Callable[..., object], *tensors: Tensor) -> None:
+    """Call ``compute`` with the same few rows of each; what it writes into is contiguous."""
+    matrices = [x.reshape(-1, x.shape[-1]) for x in tensors]
+    size = max(1, _IN_CACHE // max(x.shape[1] for x in matrices))
+    for rows in zip(*(x.split(size) for x in matrices), strict=True):
+        compute(*rows)

@@ -10,7 +10,7 @@ attention with a window, a soft cap and a scale (sinks, a bias, keys of another 
 refused with ``CannotPack``: the trial before a run (``trial.py``) then pads.
 
 Which kernel: half precision on CUDA takes ``varlen_attention.py``, one launch for all examples, on cards that have
-FlashAttention. Full precision on a CPU takes ``blockwise_attention.py``, where that is faster. Elsewhere each example
+FlashAttention. A CPU takes ``blockwise_attention.py``, where that is faster. Elsewhere each example
 goes through ``scaled_dot_product_attention``, with key and value heads repeated but for FlashAttention: a CPU's
 grouped-query backward is three times slower than the copy, and CUDA's other kernels refuse grouped queries, which
 leaves one whose memory is quadratic. Soft-capped scores, and the sliding windows that are left, take a plain masked
@@ -136,9 +136,9 @@ def packed_attention_forward(
     if softcap is None and dropout == 0.0 and serves(query, value, scaling=scaling, window=window):
         return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
     equal_widths = value.shape[-1] == query.shape[-1]
-    exact = query.dtype in (torch.float32, torch.float64)
+    blockwise = query.dtype in (torch.bfloat16, torch.float32, torch.float64)
     on_cpu = query.device.type == "cpu" and not is_on_cuda(query)
-    if exact and equal_widths and plain and on_cpu and (shared_prefix or is_faster(longest)):
+    if blockwise and equal_widths and plain and on_cpu and (shared_prefix or is_faster(longest)):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return blockwise_attention(query, key, value, lengths, shared_prefix=shared_prefix, scaling=scaling), None
     return _per_example(query, key, value, lengths, shared_prefix, scaling, dropout, window, softcap), None

@@ -1,4 +1,4 @@
-"""Norms and rotary positions of a model through one kernel each, on CUDA (``kernels/elementwise.py``).
+"""Norms and rotary positions of a model in half precision through one kernel each (``kernels/elementwise.py``).
 
 Nothing is looked up by a model's name. A norm is taken if its own forward, on rows of several magnitudes, is the
 formula of RMSNorm; rotary positions if the function that an attention calls for them is their formula. Both are
@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lit_lora.base.whose_error import raised_here
 from lit_lora.kernels import elementwise
-from lit_lora.kernels.cuda_way import HALF, takes_cuda_way
 
 _ROTARY = "apply_rotary_pos_emb"
 """What transformers calls the function, in every file that has one of this kind."""
@@ -47,7 +46,7 @@ def fuse_elementwise(model: nn.Module) -> tuple[int, int]:
 
 def _norm(module: Any, x: Tensor) -> Tensor:
     weight = module.weight
-    served = takes_cuda_way(x) and x.dtype in HALF and x.dtype == weight.dtype and not weight.requires_grad
+    served = elementwise.serves(x) and x.dtype == weight.dtype and not weight.requires_grad
     if not served or torch.compiler.is_compiling():
         return type(module).forward(module, x)
     return elementwise.rms_norm(x, weight, _epsilon(module))
@@ -97,7 +96,7 @@ def _with_kernel(kind: type) -> FunctionType | None:
 
 def _rotation(own: Rotary) -> Rotary:
     def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        served = len(args) == 4 and not kwargs and takes_cuda_way(args[0]) and not torch.compiler.is_compiling()
+        served = len(args) == 4 and not kwargs and elementwise.serves(args[0]) and not torch.compiler.is_compiling()
         if served and _fits(*args):
             return elementwise.rotate(*args)
         return own(*args, **kwargs)
@@ -111,8 +110,7 @@ def _fits(query: Any, key: Any, cos: Any, sin: Any) -> bool:
         return False
     rows = (query.shape[0], query.shape[2])
     return (
-        query.dtype in HALF
-        and query.ndim == key.ndim == 4
+        query.ndim == key.ndim == 4
         and cos.ndim == sin.ndim == 3
         and (key.shape[0], key.shape[2]) == rows
         and cos.shape == sin.shape

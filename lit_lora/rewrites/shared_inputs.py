@@ -1,4 +1,4 @@
-"""Adapted layers that read the same tensor, found in one forward pass and computed together from then on, on CUDA.
+"""Adapted layers that read the same tensor, found in one forward pass and then computed together in half precision.
 
 Which layers these are is seen, not looked up: the model runs on a few tokens, and layers that are called one right
 after the other with one and the same tensor belong together.

@@ -136,14 +136,42 @@ class _Float32Seen(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("on_cuda", [True, False])
-def test_no_float32_copy_of_the_batch_is_made(on_cuda, monkeypatch):
+@pytest.mark.parametrize("compute", [lora_linear, lora_linear_reference])
+def test_no_float32_copy_of_the_batch_is_made(compute, on_cuda, monkeypatch):
     # As a GPU does, and a CPU cannot: half precision in, float32 out.
     monkeypatch.setattr("lit_lora.adapters.half_precision.matmul_float32", lambda a, b, scale=None: (a @ b).float())
     (layer,) = _layers(torch.bfloat16, "cpu", 1, bias=False)
     x = torch.randn(37, NUM_IN).bfloat16().requires_grad_()
     with _Float32Seen(37) as seen, as_on_cuda() if on_cuda else nullcontext():
-        lora_linear(x, *layer).sum().backward()
-    assert bool(seen.shapes) != on_cuda
+        compute(x, *layer).sum().backward()
+    assert bool(seen.shapes) == (compute is lora_linear_reference)
+
+
+@pytest.mark.parametrize("on_cuda", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shared", [1, 3])
+def test_what_an_adapter_adds_is_not_rounded_away(shared, bias, on_cuda):
+    """Far smaller than what it is added to: rounded together with it, it is there on average; rounded after, never."""
+    torch.manual_seed(0)
+    layers = [
+        Adapted(torch.randn(512, NUM_IN).bfloat16(), torch.randn(512).bfloat16() if bias else None, lora_A, lora_B, 1.0)
+        for lora_A, lora_B in ((torch.rand(4, NUM_IN), 1e-4 * torch.rand(512, 4)) for _ in range(shared))
+    ]
+    x = torch.rand(512, NUM_IN).bfloat16().requires_grad_()
+    with as_on_cuda() if on_cuda else nullcontext():
+        outs = lora_linears(x, layers, torch.bfloat16)
+    for out, layer in zip(outs, layers, strict=True):
+        bare = F.linear(x, layer.weight, layer.bias).double()
+        added = (x.double() @ layer.lora_A.double().T @ layer.lora_B.double().T).mean()
+        assert added < bare.abs().mean() / 1000, "half of the last bit of most outputs"
+        assert ((out.double() - bare).mean() / added - 1).abs() < 0.1
+    ups = [2e-4 * torch.rand_like(out) for out in outs]
+    layers = [each._replace(lora_B=1e-2 * torch.rand(512, 4)) for each in layers]
+    with as_on_cuda() if on_cuda else nullcontext():
+        got = torch.autograd.grad(lora_linears(x, layers, torch.bfloat16), x, ups)[0].double().mean()
+    bare = sum(up.double() @ each.weight.double() for up, each in zip(ups, layers, strict=True))
+    added = sum(up.double() @ each.lora_B.double() @ each.lora_A.double() for up, each in zip(ups, layers, strict=True))
+    assert ((got - bare.mean()) / added.mean() - 1).abs() < 0.1
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,15 @@ def test_values_and_gradients_equal_the_reference(lengths, key_heads):
         torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(("lengths", "shared"), [([7, 1, 20], 0), ([300, 127, 1], 0), ([150, 450, 2], 150)], ids=str)
+def test_bfloat16_is_as_exact_as_its_inputs(lengths, shared):
+    got = _attention_and_gradients(_blockwise, lengths, shared, dtype=torch.bfloat16)
+    expected = _attention_and_gradients(_reference, lengths, shared)
+    for value, other in zip(got, expected, strict=True):
+        assert value.dtype is torch.bfloat16
+        assert (value.double() - other).norm() < 0.01 * other.norm()
+
+
 @pytest.mark.parametrize("lengths", [[5, 3, 9], [130, 1, 200, 40], [150, 450, 2]], ids=str)
 def test_a_shared_prefix_is_seen_by_every_example(lengths):
     got = _attention_and_gradients(_blockwise, lengths, lengths[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -83,13 +84,15 @@ def test_the_kernels_run_and_another_model_keeps_its_own(monkeypatch):
     fuse_elementwise(models[0])
     calls.clear()  # of the trial
     ids = torch.arange(3, 15)[None]
-    models[0](input_ids=ids)
-    assert calls == []  # on a CPU
-    with as_on_cuda():
-        models[1](input_ids=ids)
-        assert calls == []
-        models[0](input_ids=ids)
-    assert sorted(calls) == ["rms_norm"] * 5 + ["rotate"] * 2
+    for on_cuda in (True, False):
+        with as_on_cuda() if on_cuda else nullcontext():
+            models[1](input_ids=ids)
+            assert calls == []
+            models[0](input_ids=ids)
+        assert sorted(calls) == ["rms_norm"] * 5 + ["rotate"] * 2
+        calls.clear()
+    models[0].float()(input_ids=ids)
+    assert calls == []
     assert modeling_llama.apply_rotary_pos_emb is transformers_own
 
 
@@ -124,9 +127,10 @@ def test_a_norm_that_the_kernel_does_not_serve_computes_itself(change, monkeypat
         assert torch.equal(norm(x), modeling_llama.LlamaRMSNorm.forward(norm, x))
 
 
-@pytest.mark.parametrize(("fused_kernels", "on_cuda"), [(True, True), (True, False), (False, True)])
-def test_a_build_takes_them_on_cuda_unless_told_otherwise(fused_kernels, on_cuda):
-    model = language_model().bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("fused_kernels", "on_cuda"), [(True, True), (True, False), (False, True), (False, False)])
+def test_a_build_takes_them_on_cuda_and_in_half_precision_unless_told_otherwise(fused_kernels, on_cuda, dtype):
+    model = language_model().to(dtype)
     if on_cuda:
         with as_on_cuda():
             make_trainable(model, LoRAConfig(), StepConfig(fused_kernels=fused_kernels))
@@ -134,4 +138,8 @@ def test_a_build_takes_them_on_cuda_unless_told_otherwise(fused_kernels, on_cuda
         make_trainable(model, LoRAConfig(), StepConfig(fused_kernels=fused_kernels))
     norm: Any = model.model.norm
     layer = model.model.layers[0].self_attn.q_proj
-    assert ("forward" in vars(norm)) == (layer.shared_input is not None) == (fused_kernels and on_cuda)
+    assert (
+        ("forward" in vars(norm))
+        == (layer.shared_input is not None)
+        == (fused_kernels and (on_cuda or dtype is torch.bfloat16))
+    )
