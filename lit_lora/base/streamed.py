@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lit_lora.base import base_hash, load, quantize
 from lit_lora.base.filled import fill_
@@ -86,10 +86,8 @@ def _why_whole(location: str, gguf_file: str | None, revision: str | None) -> st
 def _opened(asked: load.Wanted, location: str) -> tuple[PreTrainedModel, _Stored]:
     """The model without values, and where they are."""
     check_no_adapter(location, asked.revision)
-    trust = asked.trust_remote_code
-    model = asked.valueless(
-        location, lambda: AutoConfig.from_pretrained(location, trust_remote_code=trust, **asked.revised)
-    )
+    config = load.load_config(asked.base, revision=asked.revision, trust_remote_code=asked.trust_remote_code)
+    model = asked.valueless(config)
     files = base_hash.weight_files(location, None, asked.revision)
     return model, readable(location, lambda: _Stored(files))
 
@@ -100,7 +98,8 @@ def _read_(model: PreTrainedModel, stored: _Stored, asked: load.Wanted, location
     fill_(model, stored, device=asked.device, quantization=asked.quantization, sharding=sharding)
     model.tie_weights()
     if model.can_generate() and (stored.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(location, **asked.revised)
+        revised: dict[str, Any] = {} if asked.revision is None else {"revision": asked.revision}
+        model.generation_config = GenerationConfig.from_pretrained(location, **revised)
     base_hash.note_base(model, beside_loading)
     if asked.quantization is not None:
         quantize.finish_quantization_(model, asked.quantization)
