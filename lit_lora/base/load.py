@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,18 +92,13 @@ class Wanted:
     trust_remote_code: bool
     seed: int
 
-    @property
-    def revised(self) -> dict[str, Any]:
-        """For transformers, where a revision that is None is none."""
-        return {} if self.revision is None else {"revision": self.revision}
-
-    def valueless(self, location: str, config: Callable[[], PreTrainedConfig]) -> PreTrainedModel:
-        """The model on the meta device, of a config that is read from ``location``."""
+    def valueless(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """The model on the meta device."""
         trust = self.trust_remote_code
         with torch.device("meta"):
             return readable(
-                location,
-                lambda: AutoModelForCausalLM.from_config(config(), dtype=self.dtype, trust_remote_code=trust),
+                self.base,
+                lambda: AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust),
             )
 
 
@@ -315,7 +310,7 @@ def random_model(wanted: Wanted, sharding: Sharding | None = None) -> PreTrained
     """An architecture with random weights; of a divided one, what lies outside of the layers is only cut."""
     location, device = wanted.base.removeprefix(RANDOM), wanted.device
     config = architecture(location, wanted.revision, wanted.trust_remote_code)
-    model = wanted.valueless(wanted.base, lambda: config)
+    model = wanted.valueless(config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(wanted.seed)
         fill_(model, random_values, device=device, quantization=wanted.quantization, sharding=sharding)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lit_lora.base import base_hash, load
 from lit_lora.base.whole_model import check_no_adapter, readable
@@ -27,13 +28,12 @@ def why_whole(location: str, gguf_file: str | None, revision: str | None) -> str
 def opened(asked: load.Wanted, location: str) -> tuple[PreTrainedModel, Stored]:
     """The model of a folder without values, with the settings for generation beside its weights; and these."""
     check_no_adapter(location, asked.revision)
-    trust = asked.trust_remote_code
-    model = asked.valueless(
-        location, lambda: AutoConfig.from_pretrained(location, trust_remote_code=trust, **asked.revised)
-    )
+    config = load.load_config(asked.base, revision=asked.revision, trust_remote_code=asked.trust_remote_code)
+    model = asked.valueless(config)
     stored = readable(location, lambda: Stored(base_hash.weight_files(location, None, asked.revision)))
     if model.can_generate() and (stored.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(location, **asked.revised)
+        revised: dict[str, Any] = {} if asked.revision is None else {"revision": asked.revision}
+        model.generation_config = GenerationConfig.from_pretrained(location, **revised)
     return model, stored
 
 

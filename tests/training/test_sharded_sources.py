@@ -72,6 +72,9 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 PLAIN = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 ATTENTION = {"lora": {"target_modules": ["q_proj", "v_proj"]}}
 
+SHORT: dict[str, Any] = {"data": {"packing": False}, "module_options": {"chunked_loss": False, "learning_rate": 0.01}}
+"""The general way to run a batch, which needs no trial."""
+
 SOURCES: dict[str, tuple[Callable[[Path], str], dict[str, Any], str]] = {
     "GGUF": (_gguf, {}, "it is a GGUF file"),
     "GGUF, quantized": (_gguf, {"quantization": {**NF4, "block_size": 32}}, "it is a GGUF file"),
@@ -108,8 +111,8 @@ def ran(tmp_path_factory):
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = {
         name: {
-            "base": make(folder / f"base{number}"), "folder": str(folder / str(number)), "max_steps": 3,
-            "train": str(folder / "train.jsonl"), **options,
+            "base": make(folder / f"base{number}"), "folder": str(folder / str(number)), "max_steps": 2,
+            "train": str(folder / "train.jsonl"), **SHORT, **options,
         }
         for number, (name, (make, options, _)) in enumerate(SOURCES.items())
     }  # fmt: skip
