@@ -70,15 +70,15 @@ def rouge(texts: Sequence[str], expected: Sequence[str]) -> dict[str, Scored]:
     """ROUGE-1, -2 and -L: words, pairs of them and the longest common subsequence; mean F1 of the examples."""
     from torchmetrics.functional.text import rouge_score
 
-    kinds = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
+    kinds, keys = ("rouge1", "rouge2", "rougeL"), ("rouge1_fmeasure", "rouge2_fmeasure", "rougeL_fmeasure")
     rows = [
-        rouge_score([got], [want], rouge_keys=tuple(kinds.values()), normalizer=str.lower, tokenizer=_WORD.findall)
+        rouge_score([got], [want], rouge_keys=kinds, normalizer=str.lower, tokenizer=_WORD.findall)
         for got, want in zip(texts, expected, strict=True)
     ]
     ones = np.ones(len(rows))
     return {
-        name: Scored(np.stack([[float(row[f"{key}_fmeasure"]) for row in rows], ones], axis=1), share)
-        for name, key in kinds.items()
+        name: Scored(np.stack([[float(row[key]) for row in rows], ones], axis=1), share)
+        for name, key in zip(("ROUGE-1", "ROUGE-2", "ROUGE-L"), keys, strict=True)
     }
 
 

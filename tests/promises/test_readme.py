@@ -38,7 +38,7 @@ def test_a_run_says_what_the_first_paragraph_lists(stranger):
 
 @pytest.mark.report
 def test_the_run_folder_holds_what_is_listed(stranger):
-    stranger.fit(data__validation_fraction=0.2, trainer__val_check_interval=2)
+    stranger.fit(data__validation_fraction=0.2, trainer__val_check_interval=2, forgetting__data="data.jsonl")
     table = (PROJECT / "docs/runs.md").read_text().split("## What it shows")[0]
     listed = {name.rstrip("/") for name in re.findall(r"`([\w./-]+)`", table)} - {
         "config.1.yaml",
