@@ -179,6 +179,10 @@ def test_export_from_a_checkpoint(base, tmp_path):
     trainer.fit(module, DataLoader(RandomDataset(4, 4)))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     export(str(tmp_path / "a.ckpt"), str(tmp_path / "out"))
+    export(str(tmp_path / "a.ckpt"), str(tmp_path / "vllm"), to="vllm")
+    there, here = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("vllm", "out"))
+    assert all(torch.allclose(there[name], tensor) for name, tensor in here.items())
+    assert there.keys() == here.keys()
     assert module.model is not None
     expected = _logits(module.model)
     fresh = load_base_model(base, quantization=QuantizationConfig())
