@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,12 +56,20 @@ KINDS = {
 
 
 def chat_tokenizer(
-    template: str | None = CHATML, *, special: bool = True, pad_token: str = "<|pad|>"
+    template: str | None = CHATML,
+    *,
+    special: bool = True,
+    pad_token: str = "<|pad|>",
+    merges: Sequence[tuple[str, str]] = (),
 ) -> PreTrainedTokenizerFast:
-    """256 bytes and a few tokens; the end-of-sequence token is ``<|endoftext|>``, as in a base model."""
+    """256 bytes and a few tokens; the end-of-sequence token is ``<|endoftext|>``, as in a base model.
+
+    With merges, words are split as by GPT-2, and what is merged has ids from 256.
+    """
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary |= {"".join(merge): 256 + number for number, merge in enumerate(merges)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
     backend.decoder = decoders.ByteLevel()
     for token in TOKENS:
         is_special = special or token == EOS

@@ -130,11 +130,11 @@ def _words(content: dict[str, Any]) -> str:
         raise ValueError(_cannot("it puts a space before a text"))
     plain = [{k: v for k, v in step.items() if k not in ("add_prefix_space", "trim_offsets")} for step in steps]
     found = [name for name, rule in WORDS.items() if rule == plain]
-    if not model["merges"] and plain == [_PLAIN_BYTES]:
-        found = ["gpt-2"]  # without merges, it does not matter where a word ends
+    if not model["merges"]:
+        raise ValueError(_cannot("it has no merges, without which llama.cpp loads no file"))
     if not found:
         raise ValueError(_cannot(f"it splits words in another way than {', '.join(WORDS)}"))
-    if model["merges"] and bool(model.get("ignore_merges")) != (found[0] in _IGNORES_MERGES):
+    if bool(model.get("ignore_merges")) != (found[0] in _IGNORES_MERGES):
         raise ValueError(_cannot(f"ignore_merges is {model.get('ignore_merges')}, not as of {found[0]}"))
     normalizer = content["normalizer"]
     if normalizer == {"type": "NFC"}:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_lora import LoRAConfig, inject_lora, load_adapter, load_base_model, save_adapter
+from lit_lora import LoRAConfig, inject_lora, load_adapter, load_base_model
 from lit_lora.adapters.layers import adapter_modules, lora_layers
 from lit_lora.interchange import gguf_architecture
 from lit_lora.interchange.gguf_vocabulary import vocabulary
@@ -24,29 +24,10 @@ from lit_lora.interchange.ollama import wrapping
 from lit_lora.interchange.plain_adapter import vllm_rank
 from lit_lora.tools.export import export
 from tests.chat_tokenizers import CHATML, VOCAB_SIZE, chat_tokenizer, each_turn
+from tests.small_adapters import LLAMA3, MERGES, MODELS, RANKS, SIZE, small_adapter
 from tests.tiny import config, language_model
 
-RANKS = {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}, "use_rslora": True}
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
 IDS = torch.arange(3, 24).view(3, 7)
-
-
-def _adapter(folder: Path, kind: str = "Llama", lora: dict[str, Any] | None = None, **sizes: Any) -> str:
-    """The folder of an adapter that matters, for a base beside it."""
-    template = sizes.pop("template", CHATML)
-    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "bos_token_id": None, "eos_token_id": 256, **sizes}
-    language_model(kind, std=0.15, **sizes).save_pretrained(folder / "base")
-    chat_tokenizer(template).save_pretrained(folder / "base")
-    model = load_base_model(str(folder / "base"))
-    torch.manual_seed(1)
-    inject_lora(model, LoRAConfig(**{"r": 4, "init_lora_weights": False, **(lora or RANKS)}))
-    for _, layer in lora_layers(model):
-        layer.factors()[1].data.mul_(0.3)
-    save_adapter(model, folder / "adapter", tokenizer=chat_tokenizer(template))
-    return str(folder / "adapter")
 
 
 def _expected(adapter: str) -> torch.Tensor:
@@ -64,19 +45,9 @@ def _close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     assert (got - expected).abs().max() < tolerance * expected.abs().max()
 
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("Llama", {"tie_word_embeddings": False}),
-    "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
-    "Llama, one head for all": ("Llama", {"num_key_value_heads": 1}),
-    "Mistral": ("Mistral", {"sliding_window": None}),
-    "Qwen2": ("Qwen2", {}),
-    "Qwen3": ("Qwen3", {"head_dim": 128}),
-}
-
-
 @pytest.mark.parametrize(("kind", "sizes"), MODELS.values(), ids=MODELS)
 def test_transformers_reads_a_gguf_file_as_what_was_merged(kind, sizes, tmp_path):
-    adapter = _adapter(tmp_path, kind, **sizes)
+    adapter = small_adapter(tmp_path, kind, **sizes)
     export(adapter, str(tmp_path / "out" / "model.gguf"), to="gguf", gguf_type="f32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
     _close(_logits(model), _expected(adapter), 1e-5)
@@ -85,7 +56,7 @@ def test_transformers_reads_a_gguf_file_as_what_was_merged(kind, sizes, tmp_path
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 0.1)])
 def test_a_gguf_file_of_fewer_bits_rounds_and_no_more(kind, tolerance, tmp_path):
-    adapter = _adapter(tmp_path)
+    adapter = small_adapter(tmp_path)
     export(adapter, str(tmp_path / "model.gguf"), to="gguf", gguf_type=kind)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
     _close(_logits(model), _expected(adapter), tolerance)
@@ -95,15 +66,16 @@ def test_a_gguf_file_of_fewer_bits_rounds_and_no_more(kind, tolerance, tmp_path)
 
 
 def test_a_gguf_file_says_what_the_tokenizer_does(tmp_path):
-    adapter = _adapter(tmp_path, vocab_size=VOCAB_SIZE + 3)
+    adapter = small_adapter(tmp_path, vocab_size=SIZE + 3)
     export(adapter, str(tmp_path / "model.gguf"), to="gguf")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     field = {name.removeprefix("tokenizer."): value.contents() for name, value in reader.fields.items()}
-    tokenizer = chat_tokenizer()
+    tokenizer = chat_tokenizer(merges=MERGES)
     assert field["chat_template"] == CHATML
     assert (field["ggml.model"], field["ggml.pre"]) == ("gpt2", "gpt-2")
-    assert field["ggml.tokens"][:VOCAB_SIZE] == tokenizer.convert_ids_to_tokens(range(VOCAB_SIZE))
-    assert field["ggml.token_type"] == [1] * 256 + [3] * (VOCAB_SIZE - 256) + [5] * 3
+    assert field["ggml.tokens"][:SIZE] == tokenizer.convert_ids_to_tokens(range(SIZE))
+    assert field["ggml.token_type"] == [1] * 259 + [3] * (SIZE - 259) + [5] * 3
+    assert field["ggml.merges"] == ["t h", "th e", "e r"]
     ends = field["ggml.eos_token_id"], field["ggml.eot_token_id"]
     assert tokenizer.convert_ids_to_tokens(ends) == ["<|endoftext|>", "<|im_end|>"]
     assert not field["ggml.add_bos_token"]
@@ -111,7 +83,7 @@ def test_a_gguf_file_says_what_the_tokenizer_does(tmp_path):
 
 
 def test_scaled_positions_are_written_as_factors(tmp_path):
-    adapter = _adapter(tmp_path, rope_parameters=LLAMA3, max_position_embeddings=512)
+    adapter = small_adapter(tmp_path, rope_parameters=LLAMA3, max_position_embeddings=512)
     export(adapter, str(tmp_path / "model.gguf"), to="gguf", gguf_type="f32")
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     got = tensors["rope_freqs.weight"]
@@ -123,7 +95,7 @@ def test_scaled_positions_are_written_as_factors(tmp_path):
 
 
 def test_a_gguf_adapter_holds_the_same_change_in_the_order_of_llama(tmp_path):
-    adapter = _adapter(tmp_path)
+    adapter = small_adapter(tmp_path)
     export(adapter, str(tmp_path / "adapter.gguf"), to="gguf", gguf_type="f32", adapter_only=True)
     reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
     tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
@@ -146,7 +118,7 @@ def test_a_gguf_adapter_holds_the_same_change_in_the_order_of_llama(tmp_path):
 
 
 def test_hf_is_the_merged_model(tmp_path, capsys):
-    adapter = _adapter(tmp_path, "Qwen2")
+    adapter = small_adapter(tmp_path, "Qwen2")
     export(adapter, str(tmp_path / "out"), to="hf")
     _close(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), _expected(adapter), 1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == CHATML
@@ -154,7 +126,7 @@ def test_hf_is_the_merged_model(tmp_path, capsys):
 
 
 def test_vllm_gets_a_portable_adapter_and_the_command(tmp_path, capsys):
-    adapter = _adapter(tmp_path, lora={**RANKS, "r": 12})
+    adapter = small_adapter(tmp_path, lora={**RANKS, "r": 12})
     export(adapter, str(tmp_path / "out"), to="vllm")
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (written["r"], written["rank_pattern"], written["use_rslora"]) == (12, {}, False)
@@ -171,7 +143,7 @@ def test_vllm_has_a_few_ranks(r, needed):
 
 
 def test_mlx_gets_factors_the_other_way_round(tmp_path):
-    adapter = _adapter(tmp_path)
+    adapter = small_adapter(tmp_path)
     export(adapter, str(tmp_path / "out"), to="mlx")
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "out" / "adapters.safetensors")
@@ -188,7 +160,7 @@ def test_mlx_gets_factors_the_other_way_round(tmp_path):
 
 
 def test_ollama_gets_a_modelfile_with_template_and_stops(tmp_path):
-    adapter = _adapter(tmp_path)
+    adapter = small_adapter(tmp_path)
     export(adapter, str(tmp_path / "out"), to="ollama", gguf_type="f32")
     assert (tmp_path / "out" / "Modelfile").read_text() == (
         "FROM ./model.gguf\n"
@@ -259,7 +231,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("made", "asked", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_a_target_cannot_express_is_an_error_that_names_it(made, asked, message, tmp_path, monkeypatch):
-    adapter = _adapter(tmp_path, **made)
+    adapter = small_adapter(tmp_path, **made)
     asked = dict(asked)
     output = tmp_path / "out" / asked.pop("output", "model.gguf" if asked["to"] == "gguf" else "folder")
 
@@ -318,16 +290,21 @@ TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_tokenizers_that_llama_cpp_has_no_words_for_are_refused(changes, message):
     from lit_lora.interchange import gguf_vocabulary
 
-    content = json.loads(chat_tokenizer().backend_tokenizer.to_str())
+    content = json.loads(chat_tokenizer(merges=MERGES).backend_tokenizer.to_str())
     for part, change in changes.items():
         content[part] = {**(content[part] or {}), **change}
     with pytest.raises(ValueError, match=message):
         gguf_vocabulary._words(content)
 
 
+def test_a_tokenizer_without_merges_is_refused():
+    with pytest.raises(ValueError, match="it has no merges"):
+        vocabulary(chat_tokenizer(), VOCAB_SIZE)
+
+
 def test_an_embedding_smaller_than_the_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="it has token 262, and the model's embedding has 260 rows"):
-        vocabulary(chat_tokenizer(), 260)
+    with pytest.raises(ValueError, match="it has token 265, and the model's embedding has 260 rows"):
+        vocabulary(chat_tokenizer(merges=MERGES), 260)
 
 
 def test_every_architecture_of_the_table_is_one_of_transformers():
@@ -348,7 +325,7 @@ def test_the_template_of_a_first_token_is_written_once():
 
 
 def test_a_template_that_ends_turns_in_text_has_it_as_a_stop(tmp_path):
-    adapter = _adapter(tmp_path, template=each_turn("USER: ", "ASSISTANT: ", "###END###\\n"))
+    adapter = small_adapter(tmp_path, template=each_turn("USER: ", "ASSISTANT: ", "###END###\\n"))
     export(adapter, str(tmp_path / "out"), to="ollama")
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert text.endswith('PARAMETER stop "<|endoftext|>"\nPARAMETER stop "###END###"\n')
