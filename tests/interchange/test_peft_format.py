@@ -17,7 +17,7 @@ from torch import nn
 from lit_lora import LoRAConfig, QuantizationConfig, inject_lora, load_adapter, save_adapter
 from lit_lora.adapters.layers import adapter_modules
 from lit_lora.base.quantize import quantize_
-from lit_lora.interchange import peft_format
+from lit_lora.interchange import adapter_writing
 from lit_lora.interchange.peft_format import adapter_state_dict, load_adapter_state_dict
 from tests.tiny import language_model
 
@@ -327,14 +327,14 @@ def test_a_full_disk_leaves_the_earlier_adapter(folder, monkeypatch):
 
 def test_what_was_written_is_read_back_before_it_replaces_anything(folder, monkeypatch):
     before = (folder / WEIGHTS).read_bytes()
-    real = peft_format.serialize
+    real = adapter_writing.serialize
 
     def corrupt(tensors, config, metadata):
         data = bytearray(real(tensors, config, metadata))
         data[-1] ^= 1
         return bytes(data)
 
-    monkeypatch.setattr(peft_format, "serialize", corrupt)
+    monkeypatch.setattr(adapter_writing, "serialize", corrupt)
     with pytest.raises(ValueError, match="does not hold what was written"):
         save_adapter(_model(r=2), folder)
     assert (folder / WEIGHTS).read_bytes() == before
