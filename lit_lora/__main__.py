@@ -25,7 +25,7 @@ TOOLS = {
     "data": "what a model will see of a data file, and settings for it",
     "generate": "prompt in, text out, with and without an adapter",
     "chat": "talk to a model, with its adapter or without",
-    "evaluate": "exact match and loss on held-out examples, before and after",
+    "evaluate": "scores on held-out examples, before and after",
     "estimate": "peak memory of a fit, and whether it fits",
     "report": "a page to look at, of one run or of several side by side",
     "verify": "check the files of a run, and repeat some of its steps",

@@ -134,7 +134,8 @@ BOUNDS: dict[str, tuple[dict[str, object], bool | None, str]] = {
 
 @pytest.mark.parametrize(("options", "passed", "detail"), BOUNDS.values(), ids=BOUNDS)
 def test_a_bound_that_is_exceeded_fails_the_run(place, tmp_path, capsys, options, passed, detail):
-    write_rows(place / "odd.jsonl", [{"text": "Qz#~Qz#~Qz#~Qz#~"}])
+    odd = {"say one": "zqxj~#zqxj~#", "say four": "~~##~~##"}  # whose other answers are learned
+    write_rows(place / "odd.jsonl", [{"prompt": prompt, "completion": answer} for prompt, answer in odd.items()])
     name = f"bounds-{tmp_path.name}"
     if passed is False:
         with pytest.warns(UserWarning, match="forgetting: KL"), pytest.raises(SystemExit) as ended:
