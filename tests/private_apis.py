@@ -95,8 +95,8 @@ PRIVATE = (
     Private("torch._inductor.runtime.cache_dir_utils.cache_dir", "lit_lora/rewrites/compilation.py",
             "where compiled layers are kept, to be said", "torch.compiler tells it"),
     Private("._orig_mod",
-            "lit_lora/adapters/merge.py lit_lora/adapters/module_names.py lit_lora/adapters/task_heads.py "
-            "lit_lora/adapters/trained_biases.py",
+            "lit_lora/adapters/merge.py lit_lora/adapters/module_names.py lit_lora/adapters/named_adapters.py "
+            "lit_lora/adapters/task_heads.py lit_lora/adapters/trained_biases.py",
             "names of a compiled module are those of the one within", "torch.compile keeps names",
             "torch._dynamo.eval_frame.OptimizedModule"),
     Private("._checkpoint_wrapped_module", "lit_lora/adapters/module_names.py",
@@ -108,7 +108,8 @@ PRIVATE = (
     Private("._backward_hooks", "lit_lora/base/base_weight.py", _HOOKS, "modules tell their hooks", "torch.nn.Module"),
     Private("._backward_pre_hooks", "lit_lora/base/base_weight.py", _HOOKS, "modules tell their hooks",
             "torch.nn.Module"),
-    Private("._modules", "lit_lora/adapters/module_names.py lit_lora/base/module_state.py",
+    Private("._modules",
+            "lit_lora/adapters/module_names.py lit_lora/adapters/named_adapters.py lit_lora/base/module_state.py",
             "children under several names, which named_children leaves out", "named_children lists them",
             "torch.nn.Module"),
     Private("._parameters", "lit_lora/base/module_state.py",

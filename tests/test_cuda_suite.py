@@ -23,7 +23,7 @@ from benchmarks.cuda.memory import GRANULARITY, _step_fits, confirm, longest_fit
 from benchmarks.cuda.speed import step_flops
 from benchmarks.cuda.worker import Measurement, Outcome, Row, Worker
 from benchmarks.peers.step_clock import StepClock, tally
-from lit_lora.adapters import functional
+from lit_lora.adapters import functional, half_precision
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -125,8 +125,9 @@ def test_a_short_budget_lists_what_was_not_run(tmp_path: Path) -> None:
 def test_a_wrong_gradient_fails_its_checks_and_stops_the_speed_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = functional._add_product_
+    add, product = functional._add_product_, half_precision._product
     monkeypatch.setattr(functional, "_add_product_", lambda *args: add(*args[:3], args[3] * 1.2))
+    monkeypatch.setattr(half_precision, "_product", lambda left, right, scale: product(left, right, scale * 1.2))
     assert run(tmp_path, "--parts", "correctness", "speed") == 1
     found = statuses(tmp_path, "correctness")
     assert (found["gradients, float32"], found["gradients, bfloat16"]) == ("failed", "failed")

@@ -22,7 +22,7 @@ TREES = {
 }
 PUBLIC = {"_asdict", "_replace", "_fields", "_exit"}
 """Of Python's own library, which documents them."""
-NO_NAMES = {"_token_id", "_token_index", "_token_ids", "_loss", "_perplexity", "_peak_mib"}
+NO_NAMES = {"_token_id", "_token_index", "_token_ids", "_loss", "_perplexity", "_peak_mib", "_svd"}
 """Strings that are ends of names."""
 
 

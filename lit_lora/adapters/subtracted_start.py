@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_lora.adapters.functional import add_lora
 from lit_lora.adapters.layers import LoRALinear
 from lit_lora.adapters.lora_layer import scaled_product
 from lit_lora.adapters.module_names import plain_name
 from lit_lora.config import LoRAConfig
+from lit_lora.kernels.cuda_way import has_no_values
 
 START = "start"
 """What A0 and B0 are called beside the weights of A and B: buffers, which checkpoints hold."""
@@ -72,7 +72,7 @@ class StartedLinear(LoRALinear):
     def is_valueless(self) -> bool:
         """Whether its tensors have no values, so that there is nothing to begin as."""
         weight = self.base_parameter
-        return weight.is_meta or isinstance(weight, FakeTensor)
+        return weight.is_meta or has_no_values(weight)
 
 
 def started_layers(model: nn.Module) -> Iterator[tuple[str, StartedLinear]]:
