@@ -22,7 +22,7 @@ import yaml
 from lit_lora.base.known_models import KNOWN_MODELS, MANIFEST
 from lit_lora.data.chats.tokenize import encode_examples
 from lit_lora.data.prepared.prepare import SourceSettings, read_examples
-from tests.chat_tokenizers import CHATML
+from tests.chat_tokenizers import CHATML, TOKENS, chat_tokenizer
 from tests.data.published_templates import OWN, tokenizer_of
 from tests.promises.blocks import (
     BEFORE,
@@ -39,6 +39,7 @@ from tests.promises.blocks import (
 )
 from tests.promises.conftest import Stranger
 from tests.promises.sentences import PROJECT
+from tests.small_adapters import MERGES, SIZE
 from tests.started_runs import make_base
 
 pytestmark = [
@@ -60,7 +61,8 @@ def reader(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> Stranger:
     monkeypatch.setenv("LIT_LORA_HOME", str(home))
     monkeypatch.setenv("LIT_LORA_CACHE", str(stranger.folder / "cache"))
     folder = home / "models" / MODEL
-    make_base(folder, CHATML, num_hidden_layers=2)
+    make_base(folder, CHATML, num_hidden_layers=2, vocab_size=SIZE, eos_token_id=SIZE - len(TOKENS))
+    chat_tokenizer(CHATML, merges=MERGES).save_pretrained(folder)
     (stranger.folder / "tiny").symlink_to(folder)
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / MANIFEST).write_text(json.dumps({"bytes": sizes}))

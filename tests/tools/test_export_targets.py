@@ -54,7 +54,7 @@ def test_transformers_reads_a_gguf_file_as_what_was_merged(kind, sizes, tmp_path
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 0.1)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 5e-3), ("bf16", 2e-2), ("q8_0", 0.1)])
 def test_a_gguf_file_of_fewer_bits_rounds_and_no_more(kind, tolerance, tmp_path):
     adapter = small_adapter(tmp_path)
     export(adapter, str(tmp_path / "model.gguf"), to="gguf", gguf_type=kind)
