@@ -21,7 +21,7 @@ from lit_lora.evaluation.load import load
 from lit_lora.tools.export import export
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="make consumers installs it")
-pytestmark = [pytest.mark.consumers, pytest.mark.real_model]
+pytestmark = [pytest.mark.consumers, pytest.mark.real_model, pytest.mark.timeout(1800)]
 
 NUM_PROMPTS, NUM_TOKENS = 20, 16
 F32 = 0
