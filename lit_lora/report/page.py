@@ -124,6 +124,9 @@ def _numbers(run: RunFiles) -> dict[str, str]:
         found["validation loss"] = f"{start}{last['val_loss']:.3f}"
         if "val_token_accuracy" in last:
             found["token accuracy"] = f"{last['val_token_accuracy']:.1%}"
+    if shift := run.forgetting:
+        found["loss on general text"] = f"{shift['base_loss']:.3f} → {shift['loss']:.3f}"
+        found["KL to the base"] = f"{shift['kl']:.4f}"
     if len(metrics.steps) > 1:
         found["tokens per second"] = f"{metrics.tokens_per_s:,.0f}"
         found["tokens trained on"] = f"{metrics.num_tokens:,}"

@@ -19,7 +19,7 @@ from lit_lora.report.adapter_sizes import LayerUpdate, layer_updates
 from lit_lora.report.circumstances import CIRCUMSTANCES, read_circumstances
 from lit_lora.report.outcome import Outcome, read_outcome
 
-ADAPTER, CONFIG, EVALUATION = "adapter", "config.yaml", "evaluation.json"
+ADAPTER, CONFIG, EVALUATION, FORGETTING = "adapter", "config.yaml", "evaluation.json", "forgetting.json"
 _MOST_BYTES = 64 << 20
 """Of a file that a page is made from: what lies there under its name may be something else."""
 
@@ -49,6 +49,8 @@ class RunFiles:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Scores, and answers before and after, where ``lit-lora evaluate --output RUN/evaluation.json`` has written them:
     of each adapter by its name, which is empty where there is one."""
+    forgetting: dict[str, float] = field(default_factory=dict)
+    """The last measurement on a general sample, where the run was given one."""
     missing: list[str] = field(default_factory=list)
     """What the page cannot show, and why."""
 
@@ -80,6 +82,7 @@ def read_run(folder: str | Path) -> RunFiles:
     run.config = _read(run, CONFIG, _mapping) or {}
     run.circumstances = _read(run, CIRCUMSTANCES, read_circumstances) or {}
     run.evaluations = _read(run, EVALUATION, _evaluations, wanted=False) or {}
+    run.forgetting = _read(run, FORGETTING, _last_shift, wanted=False) or {}
     run.updates = _read(run, ADAPTER, layer_updates) or []
     _read_log(run)
     return run
@@ -122,6 +125,11 @@ def _evaluations(path: Path) -> dict[str, dict[str, Any]]:
             if not all(isinstance(number, int | float) for number in numbers) or not isinstance(score["finding"], str):
                 raise ValueError("expected scores as lit-lora evaluate --output writes them")
     return dict(found)
+
+
+def _last_shift(path: Path) -> dict[str, float]:
+    history = json.loads(_text(path))["history"]
+    return {name: float(history[-1][name]) for name in ("base_loss", "loss", "kl")} if history else {}
 
 
 def _read_log(run: RunFiles) -> None:

@@ -163,6 +163,15 @@ def test_scores_before_and_after_stand_with_what_was_found(run: Path) -> None:
         assert "evaluation.json" not in text
 
 
+def test_what_a_run_forgot_is_among_its_numbers(run: Path) -> None:
+    shift = {"step": 4, "base_loss": 3.5, "loss": 3.75, "kl": 0.0123}
+    (run / "forgetting.json").write_text(json.dumps({"history": [{**shift, "kl": 0.0}, shift]}))
+    text = Page(write_report(run)).text
+    assert "loss on general text" in text
+    assert "3.500 → 3.750" in text
+    assert "0.0123" in text
+
+
 def test_a_run_that_goes_on_is_shown_as_far_as_it_has_come(run: Path) -> None:
     for name in ("verdict.json", "convergence.json"):
         (run / name).unlink()
@@ -180,6 +189,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "circumstances.json": lambda path: path.write_text('{"format": 1, "starts": [3]}'),
     "adapter": lambda path: (path / "adapter_model.safetensors").write_bytes(b"\x00" * 40),
     "evaluation.json": lambda path: path.write_text('{"expected": [1], "before": [], "after": []}'),
+    "forgetting.json": lambda path: path.write_text('{"history": [3]}'),
     "logs/version_0/metrics.csv": lambda path: path.write_bytes(b"step,grad_norm/layers.0\n\xff,\xfe\n"),
 }
 
