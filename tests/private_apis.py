@@ -32,8 +32,8 @@ _PARSER = "which options there are; argparse shares its list with no one"
 PRIVATE = (
     # torch
     Private("torch._subclasses.fake_tensor.FakeTensor",
-            "lit_lora/adapters/direct_reads.py lit_lora/base/quantize.py lit_lora/base/quantized_forward.py "
-            "lit_lora/kernels/cuda_stand_ins.py lit_lora/kernels/cuda_way.py lit_lora/language_model/trial_run.py",
+            "lit_lora/adapters/direct_reads.py lit_lora/adapters/subtracted_start.py lit_lora/base/quantize.py "
+            "lit_lora/base/quantized_forward.py lit_lora/kernels/cuda_stand_ins.py lit_lora/kernels/cuda_way.py lit_lora/language_model/trial_run.py",
             _FAKE, _PUBLIC_FAKE),
     Private("torch._subclasses.fake_tensor.FakeTensorMode",
             "lit_lora/kernels/cuda_stand_ins.py lit_lora/memory/valueless.py", _FAKE, _PUBLIC_FAKE),
@@ -95,8 +95,8 @@ PRIVATE = (
     Private("torch._inductor.runtime.cache_dir_utils.cache_dir", "lit_lora/rewrites/compilation.py",
             "where compiled layers are kept, to be said", "torch.compiler tells it"),
     Private("._orig_mod",
-            "lit_lora/adapters/merge.py lit_lora/adapters/module_names.py lit_lora/adapters/task_heads.py "
-            "lit_lora/adapters/trained_biases.py",
+            "lit_lora/adapters/merge.py lit_lora/adapters/module_names.py "
+            "lit_lora/adapters/named_adapters.py lit_lora/adapters/task_heads.py lit_lora/adapters/trained_biases.py",
             "names of a compiled module are those of the one within", "torch.compile keeps names",
             "torch._dynamo.eval_frame.OptimizedModule"),
     Private("._checkpoint_wrapped_module", "lit_lora/adapters/module_names.py",
