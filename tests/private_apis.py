@@ -33,7 +33,8 @@ PRIVATE = (
     # torch
     Private("torch._subclasses.fake_tensor.FakeTensor",
             "lit_lora/adapters/direct_reads.py lit_lora/adapters/subtracted_start.py lit_lora/base/quantize.py "
-            "lit_lora/base/quantized_forward.py lit_lora/kernels/cuda_stand_ins.py lit_lora/kernels/cuda_way.py lit_lora/language_model/trial_run.py",
+            "lit_lora/base/quantized_forward.py lit_lora/kernels/cuda_stand_ins.py lit_lora/kernels/cuda_way.py "
+            "lit_lora/language_model/trial_run.py",
             _FAKE, _PUBLIC_FAKE),
     Private("torch._subclasses.fake_tensor.FakeTensorMode",
             "lit_lora/kernels/cuda_stand_ins.py lit_lora/memory/valueless.py", _FAKE, _PUBLIC_FAKE),

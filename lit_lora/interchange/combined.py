@@ -72,7 +72,8 @@ def combine_adapters(
     _check(read, factors, how, r, density)
     same_base(read)
     layers: dict[str, Factors] = {}
-    combine = _functions(density, majority_sign, torch.Generator().manual_seed(seed)).get(how.removesuffix("svd").rstrip("_"))
+    functions = _functions(density, majority_sign, torch.Generator().manual_seed(seed))
+    combine = functions.get(how.removesuffix("svd").rstrip("_"))
     highest = r or max(each.r for adapter in read for each in adapter.layers.values())
     for name in dict.fromkeys(name for adapter in read for name in adapter.layers):
         there = [(adapter.layers[name], w) for adapter, w in zip(read, factors, strict=True) if name in adapter.layers]
