@@ -289,7 +289,7 @@ def _slots(model: nn.Module) -> Iterator[Slot]:
     for parent in list(model.modules()):
         if isinstance(parent, _WRAPPERS):
             continue
-        for attribute, child in parent._modules.items():
+        for attribute, child in parent.named_children():
             if isinstance(child, _WRAPPERS):
                 yield Slot(parent, attribute, child)
 

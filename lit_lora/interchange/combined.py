@@ -72,7 +72,8 @@ def combine_adapters(
     _check(read, factors, how, r, density)
     same_base(read)
     layers: dict[str, Factors] = {}
-    combine = _functions(density, majority_sign, torch.Generator().manual_seed(seed)).get(how.removesuffix("_svd"))
+    functions = _functions(density, majority_sign, torch.Generator().manual_seed(seed))
+    combine = functions.get(how.removesuffix("svd").rstrip("_"))
     highest = r or max(each.r for adapter in read for each in adapter.layers.values())
     for name in dict.fromkeys(name for adapter in read for name in adapter.layers):
         there = [(adapter.layers[name], w) for adapter, w in zip(read, factors, strict=True) if name in adapter.layers]
@@ -96,7 +97,7 @@ def _combined(
         A = torch.cat([each.lora_A * w * each.scaling for each, w in zip(factors, weights, strict=True)])
         return first._replace(lora_A=A, lora_B=torch.cat([each.lora_B for each in factors], dim=1), scaling=1.0)
     assert combine is not None
-    if how.endswith("_svd"):
+    if how.endswith("svd"):
         U, S, Vh = torch.linalg.svd(combine([each.product() for each in factors], weights), full_matrices=False)
         return first._replace(lora_A=Vh[:r].to(dtype), lora_B=(U[:, :r] * S[:r]).to(dtype), scaling=1.0)
     if len({each.r for each in factors}) > 1:
