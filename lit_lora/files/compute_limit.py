@@ -29,7 +29,7 @@ def compute_limit(seconds: float, message: str, *, memory_bytes: int | None = No
     Args:
         seconds: of CPU time, over all threads.
         message: of the error: what took too long, and what to do.
-        memory_bytes: address space beyond what the process has.
+        memory_bytes: address space beyond what the process has; None for no limit, and a MemoryError is one then.
 
     Raises:
         LimitExceeded: with the message.
@@ -42,11 +42,14 @@ def compute_limit(seconds: float, message: str, *, memory_bytes: int | None = No
         raise LimitExceeded(message)
 
     previous = signal.signal(signal.SIGVTALRM, stop)
-    left, interval = signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    # Again each second: an exception in a callback of the garbage collector is printed, and forgotten.
+    left, interval = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)
     try:
         with _memory_limit(memory_bytes):
             yield
     except MemoryError as error:
+        if memory_bytes is None:
+            raise
         raise LimitExceeded(message) from error
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, left, interval)

@@ -117,3 +117,24 @@ def test_elsewhere_than_in_the_main_thread_there_is_no_limit():
     thread.start()
     thread.join()
     assert done == [sum(range(10**6))]
+
+
+def _go_on_after_an_error():
+    """As the interpreter does with one in a callback of its garbage collector."""
+    try:
+        while True:
+            pass
+    except LimitExceeded:
+        while True:
+            pass
+
+
+def test_the_limit_holds_though_the_first_error_was_swallowed():
+    with pytest.raises(LimitExceeded, match="too long"), compute_limit(0.05, "too long"):
+        _go_on_after_an_error()
+
+
+@pytest.mark.parametrize("memory", [2**40, None])
+def test_memory_that_runs_out_is_the_fault_of_what_has_a_limit_of_it(memory):
+    with pytest.raises(LimitExceeded if memory else MemoryError), compute_limit(5, "too much", memory_bytes=memory):
+        raise MemoryError

@@ -36,6 +36,9 @@ RENDER_LIMIT_S = 5.0
 RENDER_LIMIT_BYTES = 2 * 2**30
 """What rendering may take, beside some for each turn and character: sound templates need a thousandth of it."""
 
+_LARGE = 2**28
+"""Characters from which on it is the data that fills the memory, not the template."""
+
 
 class ChatTemplate:
     """The template that a tokenizer's conversations are written in.
@@ -139,7 +142,8 @@ class ChatTemplate:
             "loops, or take the tokenizer from another source"
         )
         seconds = RENDER_LIMIT_S + 0.01 * num_turns + 1e-6 * num_characters
-        return compute_limit(seconds, message, memory_bytes=RENDER_LIMIT_BYTES + 100 * num_characters)
+        memory = None if num_characters > _LARGE else RENDER_LIMIT_BYTES + 100 * num_characters
+        return compute_limit(seconds, message, memory_bytes=memory)
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
