@@ -110,6 +110,9 @@ def read(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     kinds = {"base": str, "base_hash": str, "adapters": dict, "settings": dict, "trainer": dict, "ranks": list}
     kinds |= {"record": dict, "optimizer": dict, "changes": list}
     wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    point = state.get("training_point", {})
+    if not isinstance(point, dict) or not all(isinstance(value, Tensor) for value in point.values()):
+        wrong.append("training_point")
     if wrong:
         raise ValueError(f"the checkpoint lacks {', '.join(wrong)}: it is not as lit_lora {state['version']} writes it")
     return state
