@@ -18,7 +18,7 @@ from lit_lora.adapters.inject import InjectionReport, inject_lora
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.config import LoRAConfig, StepConfig
 from lit_lora.interchange.stored_adapter import StoredAdapter, inject_stored
-from lit_lora.kernels.cuda_way import HALF, takes_cuda_way
+from lit_lora.kernels.cuda_way import HALF, computes_half, takes_cuda_way
 from lit_lora.language_model.forward import ForwardPath
 from lit_lora.language_model.trial import choose_path, likely_path
 from lit_lora.rewrites import compilation, liger_kernels
@@ -123,7 +123,7 @@ def _has_kernels(model: nn.Module) -> bool:
     """Whether it is on CUDA, or in half precision on a CPU."""
     trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)  # is whole in any case
     dtypes = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
-    return takes_cuda_way(trained) or (trained.device.type == "cpu" and not dtypes.isdisjoint(HALF))
+    return takes_cuda_way(trained) or (computes_half(trained) and not dtypes.isdisjoint(HALF))
 
 
 def _path(model: nn.Module, step: StepConfig, *, packing: bool, valueless: bool) -> ForwardPath:

@@ -21,6 +21,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 OF_THE_WEIGHT = ("pissa", "pissa_niter_4", "pissa_niter_16", "olora")
 """Ways to start A and B as a part of the weight."""
 
+Combination = Literal[
+    "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune",
+    "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
+]  # fmt: skip
+"""Ways to make one adapter of several."""
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -250,8 +256,8 @@ class StepConfig:
     """One autograd function per adapted layer; else plain operations, for comparison."""
 
     fused_kernels: bool = True
-    """On CUDA in half precision, one kernel for each norm, rotary position and SwiGLU, and layers with the same input
-    computed together; under ``compile_layers`` the compiler sees to that."""
+    """In half precision, one kernel for each norm, rotary position and SwiGLU (a few rows at a time on a CPU), and
+    layers with the same input computed together; under ``compile_layers`` the compiler sees to that."""
 
     compile_layers: bool = False
     """Run each decoder layer through torch.compile, for longer runs on CUDA. No gain on a CPU, nor for a 135M model on

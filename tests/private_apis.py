@@ -94,9 +94,7 @@ PRIVATE = (
             "how long compiling took", "torch.compiler tells it"),
     Private("torch._inductor.runtime.cache_dir_utils.cache_dir", "lit_lora/rewrites/compilation.py",
             "where compiled layers are kept, to be said", "torch.compiler tells it"),
-    Private("._orig_mod",
-            "lit_lora/adapters/merge.py lit_lora/adapters/module_names.py lit_lora/adapters/named_adapters.py "
-            "lit_lora/adapters/task_heads.py lit_lora/adapters/trained_biases.py",
+    Private("._orig_mod", "lit_lora/adapters/module_names.py",
             "names of a compiled module are those of the one within", "torch.compile keeps names",
             "torch._dynamo.eval_frame.OptimizedModule"),
     Private("._checkpoint_wrapped_module", "lit_lora/adapters/module_names.py",

@@ -21,7 +21,7 @@ from lit_lora.adapters.half_precision import Adapted, lora_linears
 from lit_lora.base import base_weight
 from lit_lora.base.quantized_linear import autocast_dtype, without_autocast
 from lit_lora.kernels import products
-from lit_lora.kernels.cuda_way import HALF, takes_cuda_way
+from lit_lora.kernels.cuda_way import HALF, computes_half
 
 
 def lora_linear_reference(
@@ -102,7 +102,7 @@ def lora_linear(
 
 def half_precision(x: Tensor, weight: Tensor | nn.Module) -> torch.dtype | None:
     """The type of all products of an adapted layer; None where there are several, or it is full precision."""
-    if not (takes_cuda_way(x) or x.device.type == "cpu"):
+    if not computes_half(x):
         return None
     autocast = autocast_dtype(x)
     product = autocast or (weight.dtype if isinstance(weight, Tensor) else base_weight.compute_dtype(weight, x.dtype))

@@ -2,8 +2,8 @@
 
 The adapter's products take the input as it is, and A and B rounded to its type, as autocast would; no float32 copy of
 anything as long as the batch is made. The parameters stay float32, and their gradients, sums over all tokens, are
-summed and delivered in float32. Layers that read the same input (queries, keys and values; gate and up) share the
-product with their stacked A, and add their gradients of the input up in one buffer.
+summed and delivered in float32; on a CPU a sum is rounded on its way. Layers that read the same input (queries, keys
+and values; gate and up) share the product with their stacked A, and add their gradients of the input up in one buffer.
 
 The base's product is summed onto the adapter's, and the sum rounded once. In the other order an adapter whose share is
 below half of the last bit of the output would add nothing at all, which is most of it at the start of training

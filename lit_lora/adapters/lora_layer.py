@@ -96,9 +96,7 @@ class LoRALayer(nn.Module, ABC):
 
     def widened(self, lora_A: Tensor, lora_B: Tensor, r: int) -> tuple[Tensor, Tensor]:
         """A and B of a higher rank that come to the same, padded with zeros."""
-        more = r - len(lora_A)
-        wider_A = torch.cat([lora_A, lora_A.new_zeros(more, lora_A.shape[1])])
-        return wider_A, torch.cat([lora_B, lora_B.new_zeros(lora_B.shape[0], more)], dim=1)
+        return padded(lora_A, lora_B, r)
 
     @property
     def held(self) -> tuple[nn.Module, str]:
@@ -152,6 +150,13 @@ def bare_linear(num_in: int, num_out: int, *, device: torch.device, dtype: torch
     linear = nn.Linear(num_in, num_out, bias=False, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(torch.empty(num_out, num_in, device=device, dtype=dtype))
     return linear
+
+
+def padded(lora_A: Tensor, lora_B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A ``(r, in)`` and B ``(out, r)`` with zeros in the place of the ranks that they do not have."""
+    more = r - len(lora_A)
+    wider_A = torch.cat([lora_A, lora_A.new_zeros(more, lora_A.shape[1])])
+    return wider_A, torch.cat([lora_B, lora_B.new_zeros(lora_B.shape[0], more)], dim=1)
 
 
 def scaled_product(lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_lora.adapters.layers import LoRALayer, TrainableCopy, adapter_modules, lora_layers
 from lit_lora.adapters.matching import some
-from lit_lora.adapters.module_names import named_modules, replace_module
+from lit_lora.adapters.module_names import named_modules, replace_module, uncompiled
 from lit_lora.adapters.named_adapters import active_adapters, forget_active
 from lit_lora.adapters.trainable_tokens import TrainableTokens
 from lit_lora.adapters.trained_biases import forget_biases, original_biases, trained_biases
@@ -78,7 +78,7 @@ def merge_lora(model: nn.Module, *, unload: bool = True) -> None:
         bias.requires_grad_(False)
     forget_biases(model)
     forget_active(model)
-    _untie_if_diverged(getattr(model, "_orig_mod", model))
+    _untie_if_diverged(uncompiled(model))
 
 
 @torch.no_grad()

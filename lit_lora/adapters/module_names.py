@@ -7,12 +7,18 @@ would end up in every key of an adapter and in every name that is matched.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 from lit_lora.adapters.expressions import shown
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def uncompiled(model: Any) -> Any:
+    """The model itself, out of ``torch.compile`` if need be."""
+    return getattr(model, "_orig_mod", model)
 
 
 def plain_name(name: str) -> str:

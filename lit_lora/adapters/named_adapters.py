@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALayer, LoRALinear, TrainableCopy, adapter_modules
-from lit_lora.adapters.module_names import some
+from lit_lora.adapters.module_names import some, uncompiled
 from lit_lora.adapters.subtracted_start import StartedLinear
 from lit_lora.adapters.trainable_tokens import TrainableTokens
 from lit_lora.adapters.trained_biases import TakenBiases, put_biases, take_biases
@@ -295,7 +295,7 @@ def _slots(model: nn.Module) -> Iterator[Slot]:
 
 
 def _known(model: Any) -> _Adapters:
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     known: _Adapters | None = vars(model).get(_KEY)
     if known is None:
         known = vars(model)[_KEY] = _Adapters([], {})

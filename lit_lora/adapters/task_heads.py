@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from lit_lora.adapters.module_names import uncompiled
+
 _CLASSIFIER = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)")
 _TASKS = {
     "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
@@ -60,7 +62,7 @@ def task_type(model: nn.Module, saved: Collection[str], names: Collection[str]) 
 def as_pretrained(model: Any) -> Any:
     """The model if it is one of transformers, out of ``torch.compile`` if need be; else None."""
     transformers = sys.modules.get("transformers")
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     return model if transformers is not None and isinstance(model, transformers.PreTrainedModel) else None
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_lora.adapters.module_names import is_inside, plain_name
+from lit_lora.adapters.module_names import is_inside, plain_name, uncompiled
 
 _KEY = "lit_lora_trained_biases"
 
@@ -63,12 +63,12 @@ def note_biases(model: nn.Module, biases: Mapping[str, nn.Parameter]) -> None:
 
 def forget_biases(model: Any) -> None:
     """They are the base's from here on."""
-    vars(getattr(model, "_orig_mod", model)).pop(_KEY, None)
+    vars(uncompiled(model)).pop(_KEY, None)
 
 
 def trained_biases(model: Any) -> dict[str, nn.Parameter]:
     """Name -> bias that belongs to the adapter."""
-    noted = vars(getattr(model, "_orig_mod", model)).get(_KEY, {})
+    noted = vars(uncompiled(model)).get(_KEY, {})
     if not noted:
         return {}
     own = {plain_name(name): parameter for name, parameter in model.named_parameters()}
@@ -92,7 +92,7 @@ def take_biases(model: Any, own: TakenBiases | None = None) -> TakenBiases:
         model: with the adapter in it.
         own: those of one of several adapters; None for all.
     """
-    noted: dict[str, Tensor] = vars(getattr(model, "_orig_mod", model)).get(_KEY, {})
+    noted: dict[str, Tensor] = vars(uncompiled(model)).get(_KEY, {})
     found = trained_biases(model)
     names = [name for name in found if own is None or any(found[name] is bias for bias in own.held)]
     held = [found[name] for name in names]
@@ -107,7 +107,7 @@ def take_biases(model: Any, own: TakenBiases | None = None) -> TakenBiases:
 
 def put_biases(model: Any, taken: TakenBiases) -> None:
     """The inverse of :func:`take_biases`."""
-    noted: dict[str, Tensor] = vars(getattr(model, "_orig_mod", model)).setdefault(_KEY, {})
+    noted: dict[str, Tensor] = vars(uncompiled(model)).setdefault(_KEY, {})
     names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     for bias, original, trained, trainable in zip(
         taken.held, taken.original, taken.trained, taken.trainable, strict=True
@@ -122,7 +122,7 @@ def put_biases(model: Any, taken: TakenBiases) -> None:
 def original_biases(model: Any) -> Iterator[None]:
     """Within the context, biases are what they were before they were trained."""
     biases = trained_biases(model)
-    noted: dict[str, Tensor] = vars(getattr(model, "_orig_mod", model)).get(_KEY, {})
+    noted: dict[str, Tensor] = vars(uncompiled(model)).get(_KEY, {})
     trained = {name: bias.detach().clone() for name, bias in biases.items()}
     _set(biases, noted)
     try:

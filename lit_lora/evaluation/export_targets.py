@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -181,9 +181,9 @@ def _said(merged: Merged) -> list[str]:
 def _in_a_folder(source: Source, scratch: Path) -> Source:
     """With the adapter of a checkpoint written as a folder."""
     if Path(source.adapter).suffix != ".ckpt":
-        return Source(**{**vars(source), "adapter": local_folder(source.adapter)})
+        return replace(source, adapter=local_folder(source.adapter))
     written = export(source.adapter, scratch / "checkpoint", portable=False, **source.options)
-    return Source(**{**vars(source), "adapter": str(written.folder), "base": source.base or written.base})
+    return replace(source, adapter=str(written.folder), base=source.base or written.base)
 
 
 @contextmanager

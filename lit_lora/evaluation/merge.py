@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from lit_lora.adapters.matching import some
 from lit_lora.adapters.merge import merge_lora
 from lit_lora.base.base_weight import is_quantized
 from lit_lora.base.load import load_base_model
@@ -24,7 +23,7 @@ from lit_lora.data.chats.turn_end import text_end, turn_end
 from lit_lora.data.prepared.prepare import SourceSettings, tokenize_source
 from lit_lora.evaluation.drift import Drift, measure_drift, sample_logits
 from lit_lora.evaluation.load import trained_dtype
-from lit_lora.evaluation.merge_parts import PartsMerge
+from lit_lora.evaluation.merge_parts import PartsMerge, check_finite
 from lit_lora.files.shipped import FOLDER, shipped
 from lit_lora.interchange.adapter_folder import (
     Base,
@@ -198,10 +197,7 @@ def _merged_whole(
         load_adapter(model, adapter)
         references[ON_BASE] = sample_logits(model, texts)
     merge_lora(model)
-    if broken := [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]:
-        raise ValueError(
-            f"{place.name} holds NaN or infinity in {some(broken)}: nothing is merged. Take an undamaged copy"
-        )
+    check_finite(dict(model.named_parameters()), place.name)
     return model, references
 
 

@@ -7,7 +7,7 @@ merges is :func:`lit_lora.adapters.merge.merge_lora`, as of a whole model.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,9 @@ class PartsMerge:
         self._plan, state = fit_adapter(base.model, read_adapter(adapter), values=value)
         assert state is not None, "it lies in a folder"
         self._state = state
-        planned = self._plan
         spread = [
             name
-            for name in planned.saved
+            for name in self._plan.saved
             if any(layer.name.startswith(f"{name}.") for layer in base.layers) or not name
         ]
         if spread:
@@ -77,8 +76,7 @@ class PartsMerge:
     def _put(self, part: Part) -> None:
         model = self.base.model
         put_adapters_(model, part_of_plan(model, self._plan, part.has))
-        state = self._state
-        load_adapter_state_dict(model, {name: state[name] for name in adapter_state_dict(model)})
+        load_adapter_state_dict(model, {name: self._state[name] for name in adapter_state_dict(model)})
 
     def _forget(self) -> None:
         forget_biases(self.base.model)
@@ -104,7 +102,7 @@ class PartsMerge:
                 if any(True for _ in adapter_modules(model)) or trained_biases(model):
                     merge_lora(model)
                 tensors = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
-                _check_finite(tensors)
+                check_finite(tensors, "the base")
                 tied = set() if part.name else set(model.all_tied_weights_keys)
                 for name, tensor in tensors.items():
                     if name not in tied:
@@ -165,7 +163,12 @@ class Files:
         (self._folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_finite(tensors: dict[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor], base: str) -> None:
+    """Check what is to be written.
+
+    Raises:
+        ValueError: naming the base, and what of it is NaN or infinity.
+    """
     broken = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
-        raise ValueError(f"the base holds NaN or infinity in {some(broken)}: nothing is merged. Take an undamaged copy")
+        raise ValueError(f"{base} holds NaN or infinity in {some(broken)}: nothing is merged. Take an undamaged copy")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.adapters.module_names import some
-from lit_lora.config import LoRAConfig
+from lit_lora.config import Combination, LoRAConfig
 from lit_lora.interchange.stored_factors import (
     AdapterFactors,
     Factors,
@@ -31,10 +31,6 @@ from lit_lora.interchange.stored_factors import (
     write_factors,
 )
 
-How = Literal[
-    "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune",
-    "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
-]  # fmt: skip
 _Combine = Callable[[list[Tensor], list[float]], Tensor]
 
 
@@ -43,7 +39,7 @@ def combine_adapters(
     output: str | Path,
     *,
     weights: Sequence[float] | None = None,
-    how: How = "svd",
+    how: Combination = "svd",
     r: int | None = None,
     density: float | None = None,
     majority_sign: Literal["total", "frequency"] = "total",
@@ -85,7 +81,7 @@ def combine_adapters(
 
 
 def _combined(
-    name: str, factors: list[Factors], weights: list[float], how: How, r: int, combine: _Combine | None
+    name: str, factors: list[Factors], weights: list[float], how: Combination, r: int, combine: _Combine | None
 ) -> Factors:
     shapes = {(each.lora_A.shape[1], len(each.lora_B), each.end_of_A) for each in factors}
     if len(shapes) > 1:
@@ -163,8 +159,8 @@ def _check(read: list[AdapterFactors], weights: list[float], how: str, r: int | 
         raise ValueError(f"expected a weight for each of {len(read)} adapters, got {len(weights)}")
     if broken := [w for w in weights if not math.isfinite(w)]:
         raise ValueError(f"expected finite weights, got {broken[0]}")
-    if how not in get_args(How):
-        raise ValueError(f"how must be one of {', '.join(get_args(How))}, got {how!r}")
+    if how not in get_args(Combination):
+        raise ValueError(f"how must be one of {', '.join(get_args(Combination))}, got {how!r}")
     if r is not None and (not how.endswith("svd") or r < 1):
         raise ValueError(f"r is the rank, at least 1, of 'svd' and its kin, got {r} with how {how!r}")
     prunes = how not in ("linear", "cat", "svd")

@@ -51,10 +51,10 @@ def compress_adapter(
     read = read_factors(adapter)
     layers, errors, lost, whole = {}, {}, 0.0, 0.0
     for name, factors in read.layers.items():
-        dtype = factors.lora_A.dtype
-        values = truncated([factors], [1.0], None, dtype).singular_values
+        whole_layer = truncated([factors], [1.0], None, factors.lora_A.dtype)
+        values = whole_layer.singular_values
         kept = r or next(rank for rank in range(1, len(values) + 1) if relative_error(values, rank) <= (max_error or 0))
-        cut = truncated([factors], [1.0], min(kept, factors.r), dtype)
+        cut = whole_layer.at(min(kept, factors.r))
         layers[name], errors[name] = cut.factors, cut.error
         norm = float(values.norm())
         lost, whole = lost + (cut.error * norm) ** 2, whole + norm**2

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_lora.interchange.peft_config import from_peft_config
-from lit_lora.interchange.peft_folder import CONFIG_NAME, find_weights, read_config, read_header, read_tensors
+from lit_lora.interchange.peft_folder import CONFIG_NAME
+from lit_lora.interchange.stored_adapter import read_adapter, stored_values
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` of vLLM takes (``vllm/config/lora.py``); an adapter may have any rank up to it."""
@@ -36,7 +36,8 @@ def check_plain(folder: Path, target: str) -> None:
     Raises:
         ValueError: naming what else it has.
     """
-    config = from_peft_config(read_config(folder / CONFIG_NAME))
+    stored = read_adapter(folder)
+    config = stored.config
     found = {
         "DoRA (use_dora)": config.use_dora,
         f"trained biases (bias {config.bias!r})": config.bias != "none",
@@ -44,7 +45,7 @@ def check_plain(folder: Path, target: str) -> None:
         "rows of an embedding (trainable_token_indices)": config.trainable_token_indices is not None,
         "adapted parameters such as experts (target_parameters)": bool(config.target_parameters),
     }
-    names = [tensor.name for tensor in read_header(find_weights(folder)).values()]
+    names = [tensor.name for tensor in stored.header.values()]
     others = [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     found[f"the tensor {next(iter(others), '')}"] = bool(others)
     present = [what for what, is_there in found.items() if is_there]
@@ -57,11 +58,8 @@ def check_plain(folder: Path, target: str) -> None:
 
 def read_portable(folder: Path) -> PlainAdapter:
     """Read an adapter that was written in its portable form."""
-    config = from_peft_config(read_config(folder / CONFIG_NAME))
-    weights = find_weights(folder)
-    raw, header = read_tensors(weights), read_header(weights)
-    tensors = {header[key].name: tensor for key, tensor in raw.items()}
-    return PlainAdapter(tensors, config.r, config.lora_alpha)
+    stored = read_adapter(folder)
+    return PlainAdapter(stored_values(stored), stored.config.r, stored.config.lora_alpha)
 
 
 def vllm_rank(r: int) -> int:

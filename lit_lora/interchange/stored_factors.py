@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_lora.adapters import lora_layer
 from lit_lora.adapters.matching import resolve_pattern, some
 from lit_lora.base.trained_on import KEY, TrainedOn, read_record
 from lit_lora.config import LoRAConfig
@@ -100,6 +101,11 @@ class Cut(NamedTuple):
         """Frobenius norm of what is missing, relative to that of the layer."""
         return relative_error(self.singular_values, self.factors.r)
 
+    def at(self, r: int) -> Cut:
+        """At a rank that is lower still."""
+        lora_A, lora_B = self.factors.lora_A[:r], self.factors.lora_B[:, :r]
+        return self._replace(factors=self.factors._replace(lora_A=lora_A, lora_B=lora_B))
+
 
 def truncated(factors: Sequence[Factors], weights: Sequence[float], r: int | None, dtype: torch.dtype) -> Cut:
     """The best sum of low rank of what several adapters add to a layer (Eckart-Young), and what it misses.
@@ -131,10 +137,8 @@ def relative_error(singular_values: Tensor, r: int) -> float:
 
 def padded(factors: Factors, r: int) -> Factors:
     """The same at a higher rank."""
-    A, B, more = factors.lora_A, factors.lora_B, r - factors.r
-    return factors._replace(
-        lora_A=torch.cat([A, A.new_zeros(more, A.shape[1])]), lora_B=torch.cat([B, B.new_zeros(len(B), more)], dim=1)
-    )
+    lora_A, lora_B = lora_layer.padded(factors.lora_A, factors.lora_B, r)
+    return factors._replace(lora_A=lora_A, lora_B=lora_B)
 
 
 def write_factors(

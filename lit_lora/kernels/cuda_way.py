@@ -38,6 +38,11 @@ def takes_cuda_way(x: Tensor) -> bool:
     return _asked_for or is_on_cuda(x)
 
 
+def computes_half(x: Tensor) -> bool:
+    """Whether half precision on the device of ``x`` is computed by functions of this package: on CUDA, and on a CPU."""
+    return takes_cuda_way(x) or x.device.type == "cpu"
+
+
 def has_no_values(x: Tensor) -> bool:
     """Whether ``x`` only has a shape: what a kernel of ours would allocate is then all that counts."""
     return isinstance(x, FakeTensor)

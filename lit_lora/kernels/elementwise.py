@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_lora.kernels.cuda_way import HALF, has_no_values, runs_triton, takes_cuda_way
+from lit_lora.kernels.cuda_way import HALF, computes_half, has_no_values, runs_triton
 
 _IN_CACHE = 2**15
 """Elements that are computed together on a CPU: as many float32 copies as a formula has fit its second cache."""
@@ -28,7 +28,7 @@ _IN_CACHE = 2**15
 
 def serves(x: Tensor) -> bool:
     """Whether what is computed from ``x`` is computed here."""
-    return x.dtype in HALF and (takes_cuda_way(x) or x.device.type == "cpu")
+    return x.dtype in HALF and computes_half(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -5,24 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from lit_lora.config import Combination
+
 
 def combine(
     output: str,
     adapters: list[str],
     weights: list[float] | None = None,
-    how: Literal[
-        "linear",
-        "cat",
-        "svd",
-        "ties",
-        "dare_linear",
-        "dare_ties",
-        "magnitude_prune",
-        "ties_svd",
-        "dare_linear_svd",
-        "dare_ties_svd",
-        "magnitude_prune_svd",
-    ] = "svd",
+    how: Combination = "svd",
     r: int | None = None,
     density: float | None = None,
     majority_sign: Literal["total", "frequency"] = "total",
