@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from lit_lora.cli.interrupts import no_interrupt_lost
 from lit_lora.files.environment import ALLOCATION_VARIABLES, warn_of_unknown_variables
 from lit_lora.files.meant import closest, did_you_mean
 
@@ -70,12 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, value in ALLOCATION_VARIABLES.items():
         os.environ.setdefault(name, value)
     try:
-        if verb in TOOLS:
-            _run_tool(verb, arguments[1:])
-        else:
-            from lit_lora.cli.lightning_cli import run
-
-            run(arguments)
+        with no_interrupt_lost():
+            _run(verb, arguments)
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
     except SystemExit as error:
@@ -90,6 +87,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         failed_check = "NotProvedError" in (kind.__name__ for kind in type(error).__mro__)  # nor imported for its name
         _fail(f"{error}\n(set {TRACEBACK_VARIABLE}=1 to see where)", code=3 if failed_check else 1)
+
+
+def _run(verb: str, arguments: list[str]) -> None:
+    if verb in TOOLS:
+        _run_tool(verb, arguments[1:])
+        return
+    from lit_lora.cli.lightning_cli import run
+
+    run(arguments)
 
 
 def _run_tool(verb: str, arguments: list[str]) -> None:

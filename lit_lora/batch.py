@@ -30,6 +30,9 @@ class Batch(TypedDict, total=False):
     seq_lens: list[int]
     """The same as lengths, tokens: plain numbers, so that no device needs to be asked."""
 
+    longest: int
+    """As long as an example may be, tokens, in a packed batch whose ``cu_seq_lens`` alone tell the lengths."""
+
     shared_prefix: int
     """Tokens that all examples begin with, where the row holds them once."""
 

@@ -259,6 +259,11 @@ class StepConfig:
     """In half precision, one kernel for each norm, rotary position and SwiGLU (a few rows at a time on a CPU), and
     layers with the same input computed together; under ``compile_layers`` the compiler sees to that."""
 
+    cuda_graphs: bool = True
+    """On one GPU, record forward and backward pass as CUDA graphs: what the host launched kernel by kernel is launched
+    at once. Packed batches are rounded up to few shapes, by an eighth at most, with tokens that count nothing. Not with
+    layers that are recomputed or compiled, nor for padded batches."""
+
     compile_layers: bool = False
     """Run each decoder layer through torch.compile, for longer runs on CUDA. No gain on a CPU, nor for a 135M model on
     an H200, where the first steps waited a minute for the compiler."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lit_lora import starting_adapter
@@ -32,6 +33,7 @@ from lit_lora.build import check_device, check_sharded, make_trainable
 from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
 from lit_lora.files.checkpoint import read_checkpoint
 from lit_lora.interchange.adapter_folder import Base
+from lit_lora.language_model.cuda_graphs import CudaGraphs, graphs_for
 from lit_lora.language_model.forward import ForwardPath, language_model_loss, with_targets
 from lit_lora.language_model.generation import answer
 from lit_lora.language_model.trial import choose_path
@@ -118,18 +120,13 @@ class LoRALightningModule(TokenLossModule):
         """What was changed when the run was resumed: ``step``, and ``settings`` by name, each as it was and is."""
         self._activation_budget: ActivationBudget | None = None
         self._compile_clock: compilation.CompileClock | None = None
+        self._cuda_graphs: CudaGraphs | None = None
 
     # ------------------------------------------------------------------ hooks to override for other models
 
     def load_base(self) -> nn.Module:
         """Load the base model. Override for a model that is no causal language model."""
-        return load_base_model(
-            self.base,
-            dtype=self.dtype_name,
-            quantization=self.quantization,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
+        return load_base_model(self.base, **self._how_to_load)
 
     def compute_loss(self, batch: Any, *, accuracy: bool = False) -> LossOutput:
         """Loss of one micro-batch, summed over its targets. Override for a model that is no causal language model.
@@ -147,7 +144,10 @@ class LoRALightningModule(TokenLossModule):
                 shared_prefix=self.step.shared_prefix,
             )
         batch = with_targets(batch)
-        nll_sum, num_correct = language_model_loss(self.model, batch, self.path, accuracy=accuracy)  # type: ignore[arg-type]
+        if self._cuda_graphs is not None and self.training:
+            nll_sum, num_correct = self._cuda_graphs.nll_sum(batch), None
+        else:
+            nll_sum, num_correct = language_model_loss(self.model, batch, self.path, accuracy=accuracy)  # type: ignore[arg-type]
         weight = batch["target_weights"].sum() if "target_weights" in batch else None
         return LossOutput(nll_sum, batch["target_ids"].numel(), num_correct, batch.get("num_tokens"), weight)
 
@@ -226,14 +226,12 @@ class LoRALightningModule(TokenLossModule):
 
     def _load_divided(self) -> nn.Module:
         assert self._sharding is not None
-        return load_sharded_base(
-            self.base,
-            self._sharding,
-            dtype=self.dtype_name,
-            quantization=self.quantization,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
+        return load_sharded_base(self.base, self._sharding, **self._how_to_load)
+
+    @property
+    def _how_to_load(self) -> dict[str, Any]:
+        names = ("quantization", "revision", "trust_remote_code")
+        return {"dtype": self.dtype_name, **{name: getattr(self, name) for name in names}}
 
     @property
     def _packs(self) -> bool:
@@ -351,6 +349,9 @@ class LoRALightningModule(TokenLossModule):
 
     def on_train_start(self) -> None:
         """Continue a resumed run where it was: random state, and the gradients of an unfinished window."""
+        one = isinstance(self.trainer.strategy, SingleDeviceStrategy)
+        if self.path is not None and self.device.type == "cuda" and one:
+            self._cuda_graphs = graphs_for(self.model, self.step, self.path, self._optimized())  # type: ignore[arg-type]
         self._recorder.start_clock()
         self._point = TrainingPoint(self.trainer.optimizers, self.trainable_parameters())
         state, self._resume_state = self._resume_state, None
@@ -360,6 +361,10 @@ class LoRALightningModule(TokenLossModule):
             found = self._differences + training_state.apply_settings(state, self.trainer, self._given)
             self.setting_changes += training_state.said(found, self.trainer)
 
+    def on_train_end(self) -> None:
+        """Let go of recorded steps: parameters may be moved from here on."""
+        self._cuda_graphs = None
+
     @property
     def _identity(self) -> training_state.Identity:
         assert self.model is not None, "configure_model has not run"
@@ -367,11 +372,8 @@ class LoRALightningModule(TokenLossModule):
 
     def settings(self) -> dict[str, Any]:
         """All that the module was given, by name, plain types; optimizer and schedule say themselves what they are."""
-        names = inspect.signature(LoRALightningModule.__init__).parameters.keys() - {
-            "self",
-            "optimizer",
-            "lr_scheduler",
-        }
+        left_out = {"self", "optimizer", "lr_scheduler"}
+        names = inspect.signature(LoRALightningModule.__init__).parameters.keys() - left_out
         values = {name: getattr(self, {"dtype": "dtype_name"}.get(name, name)) for name in sorted(names)}
         return {
             name: asdict(value) if is_dataclass(value) else value  # type: ignore[arg-type]
@@ -388,12 +390,8 @@ class LoRALightningModule(TokenLossModule):
         saved = dict(state.get("settings", {}))
         if (commit := training_record.saved(state).revision) and "base" not in kwargs:  # where none was asked for
             saved = {**saved, "revision": commit}
-        kinds = {
-            "lora": LoRAConfig,
-            "quantization": QuantizationConfig,
-            "optimization": OptimizationConfig,
-            "step": StepConfig,
-        }
+        kinds = {"lora": LoRAConfig, "quantization": QuantizationConfig}
+        kinds |= {"optimization": OptimizationConfig, "step": StepConfig}
         saved |= {name: kind(**saved[name]) for name, kind in kinds.items() if saved.get(name) is not None}
         trust = kwargs.pop("trust_remote_code", False)  # never taken from a file
         with starting_adapter.from_checkpoint(checkpoint_path):

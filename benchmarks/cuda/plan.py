@@ -330,7 +330,7 @@ def _which(row: Row) -> tuple[Any, ...]:
 
 
 def _workloads(args: argparse.Namespace, model: str) -> list[tuple[str, Row]]:
-    warm_up = 1 if model == TINY else 4
+    warm_up = 1 if model == TINY else 8
     long_step = (64,) * 2 if model == TINY else LONG_STEP
     counts = {"warm_up": warm_up, "steps": warm_up + args.steps}
     shorter = {"warm_up": 2, "steps": 2 + max(args.steps // 2, 1)}

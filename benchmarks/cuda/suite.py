@@ -20,8 +20,7 @@ What the budget has no time for is a row too: "not run: out of time".
   gradients differ.
 
 Results go to ``benchmarks/results/cuda_{correctness,memory,speed}.csv`` and ``.md`` after every measurement. Exits with
-1 if a check failed, a bound was not held or a measurement ended in an error. Left out: whole-step CUDA graphs, which
-the code does not have yet, so no check compares one with the eager step.
+1 if a check failed, a bound was not held or a measurement ended in an error.
 """
 
 from __future__ import annotations

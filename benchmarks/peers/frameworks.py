@@ -283,6 +283,7 @@ FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "plain_linear": lambda job: lit_lora(job, fused_lora=False),
     "no_mlp_recompute": lambda job: lit_lora(job, recompute_mlp=False),
     "compiled": lambda job: lit_lora(job, compile_layers=True),
+    "no_cuda_graphs": lambda job: lit_lora(job, cuda_graphs=False),
     "liger": lambda job: lit_lora(job, liger=True),
     "lit_lora_bf16": lambda job: lit_lora(job, precision="bf16-mixed"),
     "liger_bf16": lambda job: lit_lora(job, liger=True, precision="bf16-mixed"),

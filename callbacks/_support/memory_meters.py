@@ -39,16 +39,22 @@ class MemoryMeter(Protocol):
 
 
 class CudaMeter:
-    """Memory allocated by PyTorch on one CUDA device."""
+    """Memory allocated by PyTorch on one CUDA device.
+
+    What CUDA graphs are launched with lies in pools of their own. The allocator counts it while a graph is recorded and
+    never again, though nobody else can have it: where such a pool is held it is counted here.
+    """
 
     method = "CUDA allocator"
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._reserved = self._reserved_at_reset = 0
+        self._held = 0
 
     def current_mib(self) -> float:
         """Allocated now."""
-        return torch.cuda.memory_allocated(self.device) / MIB
+        return (torch.cuda.memory_allocated(self.device) + self._held_by_graphs()) / MIB
 
     def reserved_mib(self) -> float:
         """Held by the allocator now, in use or not."""
@@ -56,11 +62,27 @@ class CudaMeter:
 
     def peak_mib(self) -> float:
         """Highest allocated."""
-        return torch.cuda.max_memory_allocated(self.device) / MIB
+        peak = torch.cuda.max_memory_allocated(self.device)
+        if torch.cuda.memory_reserved(self.device) == self._reserved_at_reset:
+            return (peak + self._held_by_graphs()) / MIB
+        return max(peak / MIB, self.current_mib())  # a graph may have been recorded, which counted what it now holds
 
     def reset_peak(self) -> None:
         """Forget the peak, for every reader of ``torch.cuda.max_memory_allocated``."""
         torch.cuda.reset_peak_memory_stats(self.device)
+        self._reserved_at_reset = torch.cuda.memory_reserved(self.device)
+
+    def _held_by_graphs(self) -> int:
+        """Bytes of pools of their own that are not allocated, looked up when what is reserved has changed."""
+        reserved = torch.cuda.memory_reserved(self.device)
+        if reserved != self._reserved:
+            self._reserved = reserved
+            self._held = sum(
+                segment["total_size"] - segment["allocated_size"]
+                for segment in torch.cuda.memory_snapshot()
+                if segment["device"] == self.device.index and tuple(segment["segment_pool_id"]) != (0, 0)
+            )
+        return self._held
 
 
 class ResidentMeter:

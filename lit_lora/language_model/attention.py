@@ -75,14 +75,17 @@ class SeqLens:
     """The lengths of a packed batch's examples, tokens, as Python numbers: no device needs to be asked.
 
     With ``shared_prefix``, the first example has so many tokens and is the beginning of each of the others.
+    Without ``lengths`` the tensor of offsets alone tells them, and ``longest`` is as long as one may be: what is
+    recorded of such a batch serves others.
 
     An object that ``torch.compile`` does not look into: for a list it would compile again when its length changes.
     """
 
-    __slots__ = ("lengths", "shared_prefix")
+    __slots__ = ("lengths", "longest", "shared_prefix")
 
-    def __init__(self, lengths: list[int], shared_prefix: int = 0) -> None:
+    def __init__(self, lengths: list[int] | None, shared_prefix: int = 0, longest: int = 0) -> None:
         self.lengths = lengths
+        self.longest = longest if lengths is None else shared_prefix + max(lengths)
         self.shared_prefix = shared_prefix
 
 
@@ -129,12 +132,13 @@ def packed_attention_forward(
     autocast = autocast_dtype(query)
     if autocast is not None:  # queries are float32 behind float32 rotary positions
         query, key, value = query.to(autocast), key.to(autocast), value.to(autocast)
-    lengths, shared_prefix = seq_lens.lengths, seq_lens.shared_prefix
-    longest = shared_prefix + max(lengths)
+    lengths, shared_prefix, longest = seq_lens.lengths, seq_lens.shared_prefix, seq_lens.longest
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     plain = window is None and softcap is None and dropout == 0.0
     if softcap is None and dropout == 0.0 and serves(query, value, scaling=scaling, window=window):
         return _varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
+    if lengths is None:
+        raise CannotPack("its attention goes through the examples one by one")
     equal_widths = value.shape[-1] == query.shape[-1]
     blockwise = query.dtype in (torch.bfloat16, torch.float32, torch.float64)
     on_cpu = query.device.type == "cpu" and not is_on_cuda(query)

@@ -116,7 +116,7 @@ def _keeps_logits(forward: Callable[..., Any]) -> bool:
 
 def laid_out(batch: Batch, path: ForwardPath) -> Batch:
     """``batch`` in the layout that the path asks for: padded, packed, or with its beginning shared."""
-    if "cu_seq_lens" not in batch:
+    if "cu_seq_lens" not in batch or "longest" in batch:
         return batch
     seq_lens = _seq_lens(batch)
     if not path.packed or (path.packed_up_to is not None and max(seq_lens) > path.packed_up_to):
@@ -193,6 +193,12 @@ def _seq_lens(batch: Batch) -> list[int]:
     return batch["cu_seq_lens"].diff().tolist()  # syncs on CUDA; our collator gives seq_lens
 
 
+def _spoken_lengths(batch: Batch) -> SeqLens:
+    if "longest" in batch:
+        return SeqLens(None, longest=batch["longest"])
+    return SeqLens(_seq_lens(batch), batch.get("shared_prefix", 0))
+
+
 def _model_inputs(batch: Batch) -> dict[str, Any]:
     inputs: dict[str, Any]
     if "cu_seq_lens" not in batch:
@@ -203,7 +209,7 @@ def _model_inputs(batch: Batch) -> dict[str, Any]:
             "position_ids": batch["position_ids"],
             "attention_mask": no_mask(batch["input_ids"].device),
             "cu_seq_lens_q": batch["cu_seq_lens"],
-            "seq_lens": SeqLens(_seq_lens(batch), batch.get("shared_prefix", 0)),
+            "seq_lens": _spoken_lengths(batch),
         }
     return {**inputs, "use_cache": False}
 

@@ -32,6 +32,8 @@ from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.interchange.stored_adapter import StoredAdapter
 from lit_lora.kernels.cuda_cards import STAND_IN
+from lit_lora.language_model.cuda_graphs import why_not
+from lit_lora.language_model.fixed_shape import FixedBatch, shape_for
 from lit_lora.language_model.forward import Batch, ForwardPath, language_model_loss, placeholder_batch
 from lit_lora.memory.storage_tracker import GATHERED, WORKSPACE, Peak, StorageTracker
 from lit_lora.memory.valueless import without_values
@@ -121,8 +123,12 @@ def trace_step(settings: StepSettings) -> TracedStep:
         tracker.forget_the_dead()
         tracker.name_modules(model)
         batch = placeholder_batch(settings.lengths, packed=path.packed, device=device, supervised=settings.supervised)
+        recorded = settings.device == "cuda" and settings.devices == 1 and not why_not(settings.step, path)
+        if recorded:
+            batch = FixedBatch(shape_for(batch), torch.device(device)).batch
         autocast = torch.autocast(device, getattr(torch, settings.autocast)) if settings.autocast else None
-        run_step(model, batch, path, tracker, autocast, settings.accumulate_grad_batches)
+        keeps_gradients = recorded or settings.accumulate_grad_batches > 1
+        run_step(model, batch, path, tracker, autocast, keeps_gradients=keeps_gradients)
     return TracedStep(tracker, load_peak, path, tuple(notes))
 
 
@@ -132,11 +138,13 @@ def run_step(
     path: ForwardPath,
     tracker: StorageTracker,
     autocast: Any = None,
-    accumulate_grad_batches: int = 1,
+    *,
+    keeps_gradients: bool = False,
 ) -> None:
     """Run a training step as ``LoRALightningModule`` under Lightning's Trainer does, not the first of the run.
 
-    The gradients of the step before are there until the forward pass is over, and the optimizer has its state.
+    The gradients of the step before are there until the forward pass is over, and beyond where they are kept; the
+    optimizer has its state.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True)
@@ -152,7 +160,7 @@ def run_step(
         loss = nll_sum / 1024.0
         del nll_sum
     tracker.claim("activations")
-    if accumulate_grad_batches == 1:
+    if not keeps_gradients:
         optimizer.zero_grad()
     with tracker.phase("backward"):
         loss.backward()

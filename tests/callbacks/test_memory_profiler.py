@@ -9,7 +9,7 @@ import torch
 from plain_projects import AdapterModel
 
 from lit_lora.callbacks import MemoryBudgetExceeded, MemoryProfiler
-from lit_lora.callbacks._support.memory_meters import MIB, ResidentMeter
+from lit_lora.callbacks._support.memory_meters import MIB, CudaMeter, ResidentMeter
 from lit_lora.callbacks.memory_profiler import _Growth
 
 BIG_MIB = 256
@@ -206,3 +206,26 @@ def test_cuda_phases(make_trainer, logger):
     stop = MemoryProfiler(budget_mib=BIG_MIB / 2, on_exceeded="stop")
     with pytest.raises(MemoryBudgetExceeded, match="phase forward"):
         make_trainer(stop, accelerator="gpu", devices=1).fit(HungryOnCuda("forward"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_what_cuda_graphs_hold_is_counted_once():
+    device = torch.device("cuda", torch.cuda.current_device())
+    meter = CudaMeter(device)
+    torch.ones(8, device=device) * 2
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = meter.current_mib()
+    meter.reset_peak()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
+        torch.zeros(BIG_MIB * MIB // 4, device=device)
+    assert BIG_MIB <= meter.peak_mib() - before < 1.2 * BIG_MIB
+    for _ in range(2):
+        meter.reset_peak()
+        graph.replay()
+        assert BIG_MIB <= meter.peak_mib() - before < 1.2 * BIG_MIB
+    del graph
+    torch.cuda.empty_cache()
+    assert meter.current_mib() - before < 0.1 * BIG_MIB

@@ -57,7 +57,7 @@ def measure(estimate: MemoryEstimate, base: str | None = None) -> StorageTracker
     with tracker:
         tracker.add([*model.parameters(), *model.buffers()])
         batch = placeholder_batch(settings.lengths, packed=path.packed, device="cpu")
-        run_step(model, batch, path, tracker, accumulate_grad_batches=settings.accumulate_grad_batches)
+        run_step(model, batch, path, tracker, keeps_gradients=settings.accumulate_grad_batches > 1)
     return tracker
 
 
