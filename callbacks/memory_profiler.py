@@ -28,6 +28,8 @@ from lit_lora.callbacks._support.trainer import (
 from lit_lora.callbacks.verdict import Check, NotProvedError, Verdict
 
 _MIN_GROWTH_SAMPLES, _MAX_GROWTH_SAMPLES = 20, 2048
+RECORDING = "forward"
+"""The phase in which CUDA graphs are recorded."""
 _ADVICE = {
     "load": "load a smaller or a quantized base (4 bits), or in bfloat16",
     "forward": "lower the batch size, max_length or max_tokens_per_batch, or turn gradient checkpointing on",
@@ -289,7 +291,7 @@ class MemoryProfiler(Check):
         phase, self._phase = self._phase, None
         if phase is None:
             return
-        peak = self._meter.peak_mib()
+        peak = self._meter.peak_mib(recording=phase == RECORDING)
         self._recent_mib[phase] = max(peak, self._recent_mib.get(phase, 0.0))
         first = phase not in self._exceeded
         if not self._take_peak(phase, peak):

@@ -9,7 +9,7 @@ import functools
 import os
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import psutil
 import torch
@@ -29,8 +29,8 @@ class MemoryMeter(Protocol):
         """In use now."""
         ...
 
-    def peak_mib(self) -> float:
-        """Highest since :meth:`reset_peak`."""
+    def peak_mib(self, *, recording: bool = False) -> float:
+        """Highest since :meth:`reset_peak`; see :class:`CudaMeter` for ``recording``."""
         ...
 
     def reset_peak(self) -> None:
@@ -41,48 +41,62 @@ class MemoryMeter(Protocol):
 class CudaMeter:
     """Memory allocated by PyTorch on one CUDA device.
 
-    What CUDA graphs are launched with lies in pools of their own. The allocator counts it while a graph is recorded and
-    never again, though nobody else can have it: where such a pool is held it is counted here.
+    What CUDA graphs compute in lies in pools of their own, which nobody else can have. The allocator counts what they
+    use while they are recorded, and not any more after that; so such pools are counted here as a whole.
     """
 
     method = "CUDA allocator"
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._reserved = self._reserved_at_reset = 0
-        self._held = 0
+        self._reserved, self._held = 0, 0
 
     def current_mib(self) -> float:
-        """Allocated now."""
-        return (torch.cuda.memory_allocated(self.device) + self._held_by_graphs()) / MIB
+        """Allocated now, or held for CUDA graphs."""
+        return self._read().now / MIB
 
     def reserved_mib(self) -> float:
         """Held by the allocator now, in use or not."""
-        return torch.cuda.memory_reserved(self.device) / MIB
+        return self._read().reserved / MIB
 
-    def peak_mib(self) -> float:
-        """Highest allocated."""
-        peak = torch.cuda.max_memory_allocated(self.device)
-        if torch.cuda.memory_reserved(self.device) == self._reserved_at_reset:
-            return (peak + self._held_by_graphs()) / MIB
-        return max(peak / MIB, self.current_mib())  # a graph may have been recorded, which counted what it now holds
+    def peak_mib(self, *, recording: bool = False) -> float:
+        """Highest.
+
+        Args:
+            recording: whether a graph may have been recorded since the last reset, so that the highest that the
+                allocator saw may have lain in a pool already.
+        """
+        read = self._read()
+        return (max(read.peak, read.now) if recording else read.peak + read.held) / MIB
 
     def reset_peak(self) -> None:
         """Forget the peak, for every reader of ``torch.cuda.max_memory_allocated``."""
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._reserved_at_reset = torch.cuda.memory_reserved(self.device)
+
+    def _read(self) -> _Read:
+        # In one question: a flat dictionary of all counters is made for each of torch's functions that ask for one.
+        counters = torch.cuda.memory_stats_as_nested_dict(self.device)
+        if not counters:  # before the first allocation
+            return _Read(0, 0, 0, 0)
+        allocated, reserved = counters["allocated_bytes"]["all"], counters["reserved_bytes"]["all"]["current"]
+        if reserved != self._reserved:
+            self._reserved, self._held = reserved, self._held_by_graphs()
+        return _Read(allocated["current"] + self._held, allocated["peak"], reserved, self._held)
 
     def _held_by_graphs(self) -> int:
-        """Bytes of pools of their own that are not allocated, looked up when what is reserved has changed."""
-        reserved = torch.cuda.memory_reserved(self.device)
-        if reserved != self._reserved:
-            self._reserved = reserved
-            self._held = sum(
-                segment["total_size"] - segment["allocated_size"]
-                for segment in torch.cuda.memory_snapshot()
-                if segment["device"] == self.device.index and tuple(segment["segment_pool_id"]) != (0, 0)
-            )
-        return self._held
+        segments = [s for s in torch.cuda.memory_snapshot() if s["device"] == self.device.index]
+        pools = [segment for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0)]
+        return sum(segment["total_size"] - segment["allocated_size"] for segment in pools)
+
+
+class _Read(NamedTuple):
+    """In bytes."""
+
+    now: int
+    peak: int
+    reserved: int
+    held: int
+    """By pools of graphs, and not allocated."""
 
 
 class ResidentMeter:
@@ -106,7 +120,7 @@ class ResidentMeter:
         """Resident now."""
         return _process(os.getpid()).memory_info().rss / MIB
 
-    def peak_mib(self) -> float:
+    def peak_mib(self, *, recording: bool = False) -> float:
         """Highest resident, see the class."""
         return _peak_kib() / 1024 if self._kernel_keeps_peak else max(self.current_mib(), self._start_mib)
 

@@ -52,7 +52,8 @@ def _looks_gated(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _equals_formula(module: Any) -> bool:
-    weight = next(p for p in module.down_proj.parameters() if p.is_floating_point())
+    down = module.down_proj  # a quantized base has no weight of a type to compute in
+    weight = next(p for p in (*down.base_layer.parameters(), *down.parameters()) if p.is_floating_point())
     # The larger ones reach what only large values show, such as a limit on the activation.
     magnitudes = torch.tensor([[1.0], [32.0], [1024.0]], device=weight.device, dtype=weight.dtype)
     x = torch.linspace(-2, 2, 3 * module.down_proj.out_features, device=weight.device, dtype=weight.dtype)
