@@ -8,7 +8,7 @@ bound is held against), and *used* as the driver reports it for the whole device
 else runs there. cuBLAS's workspaces are tensors of torch's allocator and no part of the estimate: they are measured, by
 giving them back at the end, and taken off what the estimate is compared with.
 
-Unverified on hardware.
+Run on an H100; of the longest contexts, none yet.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python -m benchmarks.cuda.suite --parts speed --models smollm2-135m --rounds 5 --name smollm2
     python -m benchmarks.cuda.suite --device cpu --models tiny --output out  # tries the suite out, measures nothing
 
-Run on an H200; of its *memory* part only the start. On a CPU what needs CUDA says so; the rest runs.
+Run on an H200 and an H100, but for the longest contexts. On a CPU what needs CUDA says so; the rest runs.
 
 Models have random weights, data is random tokens of natural lengths (``data.py``). Each measurement is a process
 of its own with a time limit (``worker.py``), so one that fails, hangs or runs out of memory is a row that says so,

@@ -55,6 +55,9 @@ def graphs_for(
 ) -> CudaGraphs | None:
     """:class:`CudaGraphs` where they can be tried; the run is told why they are not."""
     reason = why_not(step, path)
+    if not reason and torch.are_deterministic_algorithms_enabled():
+        # A resumed run computes its first batches without graphs, and two kernels for the same need not round alike.
+        reason = "not with trainer.deterministic, so that a resumed run repeats every bit"
     rank_zero_info(f"CUDA graphs: {reason or 'forward and backward pass are recorded'}")
     return None if reason else CudaGraphs(model, path, parameters)
 

@@ -1,8 +1,7 @@
-"""On a GPU: a step that is recorded gives what it gives launch by launch, bit for bit."""
+"""On a GPU: a step that is recorded gives what it gives launch by launch, up to rounding."""
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 
 import pytest
@@ -24,22 +23,14 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # other versions of libraries
-    pytest.mark.filterwarnings("ignore:.*deterministic"),
 ]
 CUDA = torch.device("cuda")
 LENGTHS = [(7, 30, 5, 64), (60, 80, 9), (3, 9, 5), (90, 100, 70), (7, 30, 5, 60), (66, 80, 9), (90, 101, 69), (4, 4)]
 
 
-if torch.cuda.is_available():  # read at the first product of the process
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
 @pytest.fixture(autouse=True)
-def _deterministic():
+def _without_cudnn():
     cuda_cards.prepare_attention(CUDA)
-    torch.use_deterministic_algorithms(True)  # with warn_only attention's backward pass is not
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _batch(lengths, seed=0):
@@ -77,8 +68,11 @@ def _gradients(loss, parameters):
     return [None if p.grad is None else p.grad.clone() for p in parameters]
 
 
-def _equal(found, expected):
-    return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+def _are_near(found, expected):
+    """Attention's backward pass adds up in any order, so that two plain steps differ, too."""
+    assert [a is None for a in found] == [b is None for b in expected]
+    mine, theirs = (torch.cat([x.flatten() for x in side if x is not None]) for side in (found, expected))
+    return (mine - theirs).norm() <= 0.03 * theirs.norm()
 
 
 CASES = {
@@ -95,7 +89,7 @@ CASES = {
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_recorded_steps_equal_plain_ones_bit_for_bit(case, autocast):
+def test_recorded_steps_equal_plain_ones(case, autocast):
     model, path, parameters, graphs = _built(**CASES[case])
     dtype = next(p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16, torch.uint8))
     dtype = torch.bfloat16 if dtype == torch.uint8 else dtype
@@ -115,10 +109,10 @@ def test_recorded_steps_equal_plain_ones_bit_for_bit(case, autocast):
                     loss = language_model_loss(model, fixed, path).nll_sum
             results.append((loss.detach(), _gradients(loss / 7, parameters)))
         (expected_loss, expected), (loss, found) = results
-        assert torch.equal(loss, expected_loss), number
-        assert _equal(found, expected), number
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+        assert _are_near(found, expected), number
     assert not graphs.failed
-    assert len(graphs._recorded) == 3
+    assert graphs._recorded.keys() == {shape_for(_batch(lengths, number)) for number, lengths in BATCHES[2:]}
 
 
 def test_gradients_of_several_batches_add_up():
@@ -145,9 +139,9 @@ def test_a_loss_that_waits_for_its_backward_pass_is_not_written_over():
     alone = [_gradients(graphs.nll_sum(batch), parameters) for batch in (one, two)]
     together = _gradients(graphs.nll_sum(one) + graphs.nll_sum(two), parameters)
     for a, b, both in zip(*alone, together, strict=True):
-        torch.testing.assert_close(both, a + b)
+        assert (both - a - b).norm() <= 0.03 * (a + b).norm()
     graphs.nll_sum(one)  # and one that nobody differentiates is forgotten
-    assert _equal(_gradients(graphs.nll_sum(two), parameters), alone[1])
+    assert _are_near(_gradients(graphs.nll_sum(two), parameters), alone[1])
 
 
 def test_a_second_backward_pass_is_refused():
@@ -168,7 +162,7 @@ def test_parameters_that_move_end_it():
     with torch.no_grad():
         parameters[0].data = parameters[0].data.clone()
     expected = language_model_loss(model, FixedBatch(shape_for(batch), CUDA).filled(batch), path).nll_sum
-    assert torch.equal(graphs.nll_sum(batch), expected)
+    torch.testing.assert_close(graphs.nll_sum(batch), expected, rtol=1e-5, atol=0)
     assert "moved" in graphs.failed
 
 
@@ -203,6 +197,6 @@ def test_no_more_graphs_than_there_may_be(monkeypatch):
         batch = _batch(lengths, number)
         fixed = FixedBatch(shape_for(batch), CUDA).filled(batch)
         expected = language_model_loss(model, fixed, path).nll_sum
-        assert torch.equal(graphs.nll_sum(batch).detach(), expected)
+        torch.testing.assert_close(graphs.nll_sum(batch).detach(), expected.detach(), rtol=1e-5, atol=0)
     assert len(graphs._recorded) == 1
     assert not graphs.failed
