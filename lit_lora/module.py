@@ -144,7 +144,7 @@ class LoRALightningModule(TokenLossModule):
                 shared_prefix=self.step.shared_prefix,
             )
         batch = with_targets(batch)
-        if self._cuda_graphs is not None and self.training:
+        if self._cuda_graphs is not None and self.training and torch.is_grad_enabled() and not accuracy:
             nll_sum, num_correct = self._cuda_graphs.nll_sum(batch), None
         else:
             nll_sum, num_correct = language_model_loss(self.model, batch, self.path, accuracy=accuracy)  # type: ignore[arg-type]

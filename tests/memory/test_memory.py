@@ -182,6 +182,23 @@ def test_cuda_settings_are_traced_without_cuda(tmp_path: Path) -> None:
     assert again == cpu, "tracing for CUDA left something behind"
 
 
+@pytest.mark.parametrize("step", [StepConfig(), RECOMPUTED])
+def test_a_step_that_is_recorded_is_traced_in_its_shape(tmp_path, step):
+    base = saved_config(tmp_path, **WIDE)
+
+    def allocated(lengths, **changes):
+        found = estimate_memory(base, lengths=lengths, lora=LORA, device="cuda", step=replace(step, **changes))
+        return found.phases["forward"].total
+
+    if step.recompute:
+        assert allocated((90, 40)) == allocated((90, 40), cuda_graphs=False)
+        return
+    exact, rounded = allocated((216, 40)), allocated((116, 24))
+    assert exact == allocated((216, 40))
+    assert rounded == allocated((130, 20)) > allocated((116, 24), cuda_graphs=False)
+    assert allocated((86, 40), cuda_graphs=False) < allocated((86, 40)) < rounded < exact * 1.001
+
+
 @pytest.mark.parametrize(
     ("model", "lengths", "checkpointing", "bound"),
     [
