@@ -63,7 +63,36 @@ def lora_linears(
     for each in adapted:
         plain = None if isinstance(each.weight, nn.Module) else each.weight
         tensors += [plain, each.bias, each.lora_A, each.lora_B]
-    return _LoRALinears.apply(x, up, layers, [each.scaling for each in adapted], dtype, *tensors)
+    scalings = [each.scaling for each in adapted]
+    if not torch.is_grad_enabled():  # a token that is generated is little work, and a function's record much of it
+        return _outputs(x, up, layers, scalings, dtype, tensors)[0]
+    return _LoRALinears.apply(x, up, layers, scalings, dtype, *tensors)
+
+
+def _outputs(
+    x: Tensor,
+    up: Tensor | None,
+    layers: Sequence[nn.Module | None],
+    scalings: Sequence[float],
+    dtype: torch.dtype,
+    tensors: Sequence[Tensor | None],
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Sequence[Tensor]]:
+    """The outputs; and of the factors: A stacked, what it made of the input, and each B."""
+    weights, biases, lora_As, lora_Bs = (tensors[kind::4] for kind in range(4))
+    with without_autocast(x):
+        x_TI = _input(x, up, dtype)
+        A_RI, B_ORs = _in_half_precision(lora_As, lora_Bs, dtype)
+        down_TR = F.linear(x_TI, A_RI)
+        outs = []
+        for layer, weight, bias, down, B_OR, scaling in zip(
+            layers, weights, biases, _by_layer(down_TR, B_ORs), B_ORs, scalings, strict=True
+        ):
+            y_TO = _product(down, B_OR.t(), scaling).addmm_(x_TI, _weight(layer, weight, dtype).t())
+            if bias is not None:
+                y_TO.add_(bias.to(dtype))
+            # Not a view: autograd forbids to change in place what a function returns as a view of its own.
+            outs.append(torch.ops.aten._unsafe_view(y_TO, (*x.shape[:-1], y_TO.shape[-1])))
+    return tuple(outs), A_RI, down_TR, B_ORs
 
 
 class _LoRALinears(torch.autograd.Function):
@@ -77,24 +106,12 @@ class _LoRALinears(torch.autograd.Function):
         dtype: torch.dtype,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        weights, biases, lora_As, lora_Bs = (tensors[kind::4] for kind in range(4))
-        with without_autocast(x):
-            x_TI = _input(x, up, dtype)
-            A_RI, B_ORs = _in_half_precision(lora_As, lora_Bs, dtype)
-            down_TR = F.linear(x_TI, A_RI)
-            outs = []
-            for layer, weight, bias, down, B_OR, scaling in zip(
-                layers, weights, biases, _by_layer(down_TR, B_ORs), B_ORs, scalings, strict=True
-            ):
-                y_TO = _product(down, B_OR.t(), scaling).addmm_(x_TI, _weight(layer, weight, dtype).t())
-                if bias is not None:
-                    y_TO.add_(bias.to(dtype))
-                # Not a view: autograd forbids to change in place what a function returns as a view of its own.
-                outs.append(torch.ops.aten._unsafe_view(y_TO, (*x.shape[:-1], y_TO.shape[-1])))
+        outs, A_RI, down_TR, B_ORs = _outputs(x, up, layers, scalings, dtype, tensors)
+        weights, *kinds = (tensors[kind::4] for kind in range(4))
         ctx.save_for_backward(x, up, A_RI, down_TR, *B_ORs, *weights)
         ctx.layers, ctx.scalings, ctx.dtype = layers, scalings, dtype
-        ctx.kinds = [[None if t is None else t.dtype for t in kind] for kind in (biases, lora_As, lora_Bs)]
-        return tuple(outs)
+        ctx.kinds = [[None if t is None else t.dtype for t in kind] for kind in kinds]
+        return outs
 
     @staticmethod
     @torch.autograd.function.once_differentiable

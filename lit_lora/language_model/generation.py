@@ -150,12 +150,20 @@ def cut_note(completions: Sequence[Completion], max_new_tokens: int) -> str:
 
 @contextmanager
 def _generating_by(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """``generate`` fills what a call leaves open from the model's own config, which here says nothing else."""
+    """``generate`` fills what a call leaves open from the model's own config, which here says nothing else.
+
+    The head gets the last token of each prompt as a slice. torch (2.13) multiplies a slice by a frozen weight in a
+    batch, with a copy of the head for each prompt: on a CPU 2.8 s and 1.4 GB for 25 prompts in bfloat16, not 13 ms.
+    """
+    head = model.get_output_embeddings()
+    hook = None if head is None else head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     own, model.generation_config = model.generation_config, config
     try:
         yield
     finally:
         model.generation_config = own
+        if hook is not None:
+            hook.remove()
 
 
 def _completion(
