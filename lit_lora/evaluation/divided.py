@@ -40,6 +40,7 @@ def among_processes() -> Iterator[None]:
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if dist.get_rank() == 0 else nowhere):
             yield
+        dist.barrier()  # the first one's end takes along what the others still find each other by
     finally:
         _IN_USE.reset(token)
         dist.destroy_process_group()
