@@ -125,7 +125,11 @@ def trace_step(settings: StepSettings) -> TracedStep:
         batch = placeholder_batch(settings.lengths, packed=path.packed, device=device, supervised=settings.supervised)
         recorded = settings.device == "cuda" and settings.devices == 1 and not why_not(settings.step, path)
         if recorded:
-            batch = FixedBatch(shape_for(batch), torch.device(device)).batch
+            added = (shape_for(batch).tokens - sum(settings.lengths),)
+            fixed = FixedBatch(shape_for(batch), torch.device(device)).batch
+            # With lengths: an attention that needs them is not recorded, and the trace cannot know that before.
+            batch = {**fixed, "seq_lens": [*settings.lengths, *filter(None, added)]}
+            del batch["longest"]
         autocast = torch.autocast(device, getattr(torch, settings.autocast)) if settings.autocast else None
         keeps_gradients = recorded or settings.accumulate_grad_batches > 1
         run_step(model, batch, path, tracker, autocast, keeps_gradients=keeps_gradients)

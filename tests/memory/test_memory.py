@@ -182,6 +182,11 @@ def test_cuda_settings_are_traced_without_cuda(tmp_path: Path) -> None:
     assert again == cpu, "tracing for CUDA left something behind"
 
 
+def test_a_step_whose_attention_needs_the_lengths_is_estimated(tmp_path):
+    base = saved_config(tmp_path, **DEEP)
+    assert estimate_memory(base, lengths=(70, 30), lora=LORA, device="cuda", dtype="float32").cuda.allocated > 0
+
+
 @pytest.mark.parametrize("step", [StepConfig(), RECOMPUTED])
 def test_a_step_that_is_recorded_is_traced_in_its_shape(tmp_path, step):
     base = saved_config(tmp_path, **WIDE)
