@@ -32,6 +32,7 @@ from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.interchange.stored_adapter import StoredAdapter
 from lit_lora.kernels.cuda_cards import STAND_IN
+from lit_lora.kernels.cuda_way import HALF
 from lit_lora.language_model.cuda_graphs import why_not
 from lit_lora.language_model.fixed_shape import FixedBatch, shape_for
 from lit_lora.language_model.forward import Batch, ForwardPath, language_model_loss, placeholder_batch
@@ -123,13 +124,10 @@ def trace_step(settings: StepSettings) -> TracedStep:
         tracker.forget_the_dead()
         tracker.name_modules(model)
         batch = placeholder_batch(settings.lengths, packed=path.packed, device=device, supervised=settings.supervised)
-        recorded = settings.device == "cuda" and settings.devices == 1 and not why_not(settings.step, path)
+        half = resolve_dtype(settings.dtype, torch.device(settings.device)) in HALF  # else attention needs the lengths
+        recorded = half and settings.device == "cuda" and settings.devices == 1 and not why_not(settings.step, path)
         if recorded:
-            added = (shape_for(batch).tokens - sum(settings.lengths),)
-            fixed = FixedBatch(shape_for(batch), torch.device(device)).batch
-            # With lengths: an attention that needs them is not recorded, and the trace cannot know that before.
-            batch = {**fixed, "seq_lens": [*settings.lengths, *filter(None, added)]}
-            del batch["longest"]
+            batch = FixedBatch(shape_for(batch), torch.device(device)).batch
         autocast = torch.autocast(device, getattr(torch, settings.autocast)) if settings.autocast else None
         keeps_gradients = recorded or settings.accumulate_grad_batches > 1
         run_step(model, batch, path, tracker, autocast, keeps_gradients=keeps_gradients)
