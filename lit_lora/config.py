@@ -262,7 +262,7 @@ class StepConfig:
     cuda_graphs: bool = True
     """On one GPU, record forward and backward pass as CUDA graphs: what the host launched kernel by kernel is launched
     at once. Packed batches are rounded up to few shapes, by an eighth at most, with tokens that count nothing. Not with
-    layers that are recomputed or compiled, nor for padded batches."""
+    compiled layers, dropout in recomputed ones, or padded batches."""
 
     compile_layers: bool = False
     """Run each decoder layer through torch.compile, for longer runs on CUDA. No gain on a CPU, nor for a 135M model on

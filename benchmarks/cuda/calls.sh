@@ -9,7 +9,7 @@ call=$1 folder=$(realpath -m "$2")
 cd "$(dirname "$0")/../.."
 case $call in
 small) what=(--ready 12 --parts speed --anyway --models smollm2-135m tinyllama-1.1b --rounds 2) ;;
-checks) what=(--ready 12 --parts correctness memory --context-gb 12 24) ;;
+checks) what=(--ready 12 --parts correctness memory --context-gb 8 12 16 24) ;;
 7b)
     # PEFT at its defaults recomputes nothing: eight padded examples of this model may not fit in 80 GB.
     what=(--parts speed --anyway --models llama-2-7b --rounds 2 --batch-size 6 --ready 6)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
+import os
 import subprocess
 import sys
 from typing import Any
@@ -49,6 +51,8 @@ def gpu_tests(settings: Row) -> Row:
     """
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     options = ["-m", "gpu", "-v", "-ra", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(max(1, min((os.cpu_count() or 1) // 2, 6))), "--dist", "loadfile", "-p", "no:benchmark"]
     command = [sys.executable, "-m", "pytest", *options, *files]
     lines = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

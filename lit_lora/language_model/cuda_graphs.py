@@ -36,6 +36,9 @@ _PREPARING = 2
 MOST_GRAPHS = 48
 """Each holds some megabytes of the device; a batch of yet another shape is computed without."""
 
+MOST_RECOMPUTED_TOKENS = 8192
+"""Of a batch whose layers are recomputed: a longer one keeps the device busy by itself, and its shape has to fit."""
+
 
 def why_not(step: StepConfig, path: ForwardPath) -> str:
     """Why no step is recorded with these settings; empty if it can be tried."""
@@ -45,9 +48,12 @@ def why_not(step: StepConfig, path: ForwardPath) -> str:
         return "not for padded batches"
     if not path.direct_head:
         return "not for a loss from the model's own logits"
-    if step.recompute:
-        return "not with recomputed layers"
     return "not with compiled layers" if step.compile_layers else ""
+
+
+def is_recorded(step: StepConfig, batch: Batch) -> bool:
+    """Whether a batch is small enough to be rounded up and recorded, where steps are."""
+    return not step.recompute or batch["input_ids"].numel() <= MOST_RECOMPUTED_TOKENS
 
 
 def graphs_for(
@@ -59,7 +65,7 @@ def graphs_for(
         # A resumed run computes its first batches without graphs, and two kernels for the same need not round alike.
         reason = "not with trainer.deterministic, so that a resumed run repeats every bit"
     rank_zero_info(f"CUDA graphs: {reason or 'forward and backward pass are recorded'}")
-    return None if reason else CudaGraphs(model, path, parameters)
+    return None if reason else CudaGraphs(model, step, path, parameters)
 
 
 class _Recorded(NamedTuple):
@@ -76,12 +82,15 @@ class CudaGraphs:
 
     Args:
         model: the causal language model, in training mode, on CUDA.
+        step: how its steps are run.
         path: how its batches are run.
         parameters: all that train.
     """
 
-    def __init__(self, model: PreTrainedModel, path: ForwardPath, parameters: Sequence[nn.Parameter]) -> None:
-        self._model, self._path, self._parameters = model, path, list(parameters)
+    def __init__(
+        self, model: PreTrainedModel, step: StepConfig, path: ForwardPath, parameters: Sequence[nn.Parameter]
+    ) -> None:
+        self._model, self._step, self._path, self._parameters = model, step, path, list(parameters)
         self._device = self._parameters[0].device
         self._addresses = self._where()
         self._num_prepared = 0
@@ -106,6 +115,8 @@ class CudaGraphs:
         limit = self._path.packed_up_to
         if self.failed or "seq_lens" not in batch or (limit is not None and max(batch["seq_lens"]) > limit):
             return self._plain(batch)
+        if not is_recorded(self._step, batch):
+            return self._plain(batch)
         shape = shape_for(batch)
         if self._where() != self._addresses:
             self._drop("the parameters have moved to other memory")
@@ -116,14 +127,25 @@ class CudaGraphs:
             self._open = weakref.ref(ticket)
             return _Replay.apply(self._parameters[0], self, recorded, ticket)
         self._num_prepared += 1
+        on_cpu, on_cuda = torch.get_rng_state(), self._offset
         try:
-            return self._plain(FixedBatch(shape, self._device).filled(batch))
+            nll_sum = self._plain(FixedBatch(shape, self._device).filled(batch))
         except CannotPack as error:
             self._drop(str(error))
             return self._plain(batch)
+        if not torch.equal(torch.get_rng_state(), on_cpu):
+            self._drop("the forward pass draws random numbers on the CPU")
+        elif self._step.recompute and self._offset != on_cuda:
+            self._drop("dropout in recomputed layers")
+        return nll_sum
 
     def _plain(self, batch: Batch) -> Tensor:
         return language_model_loss(self._model, batch, self._path).nll_sum
+
+    @property
+    def _offset(self) -> int:
+        """How many random numbers the device has drawn, in multiples of a block of them."""
+        return torch.cuda.default_generators[self._parameters[0].get_device()].get_offset()
 
     @property
     def _is_open(self) -> bool:
@@ -154,11 +176,19 @@ class CudaGraphs:
         batch, forward, backward = FixedBatch(shape, self._device), torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._gradients = self._gradients or [torch.zeros_like(parameter) for parameter in self._parameters]
         torch.cuda.synchronize(self._device)
-        with _undisturbed(self._device), torch.cuda.stream(self._stream):
+        with (
+            _undisturbed(self._device),
+            torch.cuda.stream(self._stream),
+            _stand_ins(self._model, self._parameters) as stand_ins,
+        ):
             with _recording(forward, self._pool):
                 nll_sum = self._plain(batch.batch)
             with _recording(backward, self._pool):
-                self._add_gradients(torch.autograd.grad(nll_sum, self._parameters, self._factor, allow_unused=True))
+                wanted = [*stand_ins, *self._parameters]
+                gradients = torch.autograd.grad(nll_sum, wanted, self._factor, allow_unused=True)
+                if any(gradient is not None for gradient in gradients[len(stand_ins) :]):
+                    raise RuntimeError("a parameter is read from beside its module")
+                self._add_gradients(gradients[: len(stand_ins)])
         return _Recorded(batch, forward, backward, nll_sum.detach())
 
     def _add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
@@ -186,6 +216,29 @@ class CudaGraphs:
         self._recorded.clear()
         torch.cuda.empty_cache()
         rank_zero_info(f"CUDA graphs: none from here on ({reason})")
+
+
+@contextmanager
+def _stand_ins(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Within, the model has other parameters on the same memory, for autograd knows nothing of them yet.
+
+    A parameter's gradient is handed over on the stream that first used the parameter, for as long as any loss of it is
+    kept, and a recording must not touch another stream.
+    """
+    instead = {id(parameter): nn.Parameter(parameter.detach()) for parameter in parameters}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(parameter) in instead
+    ]
+    try:
+        for module, name, parameter in places:
+            setattr(module, name, instead[id(parameter)])
+        yield list(instead.values())
+    finally:
+        for module, name, parameter in places:
+            setattr(module, name, parameter)
 
 
 @contextmanager

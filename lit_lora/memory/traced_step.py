@@ -33,7 +33,7 @@ from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
 from lit_lora.interchange.stored_adapter import StoredAdapter
 from lit_lora.kernels.cuda_cards import STAND_IN
 from lit_lora.kernels.cuda_way import HALF
-from lit_lora.language_model.cuda_graphs import why_not
+from lit_lora.language_model.cuda_graphs import is_recorded, why_not
 from lit_lora.language_model.fixed_shape import FixedBatch, shape_for
 from lit_lora.language_model.forward import Batch, ForwardPath, language_model_loss, placeholder_batch
 from lit_lora.memory.storage_tracker import GATHERED, WORKSPACE, Peak, StorageTracker
@@ -126,6 +126,7 @@ def trace_step(settings: StepSettings) -> TracedStep:
         batch = placeholder_batch(settings.lengths, packed=path.packed, device=device, supervised=settings.supervised)
         half = resolve_dtype(settings.dtype, torch.device(settings.device)) in HALF  # else attention needs the lengths
         recorded = half and settings.device == "cuda" and settings.devices == 1 and not why_not(settings.step, path)
+        recorded = recorded and is_recorded(settings.step, batch)
         if recorded:
             batch = FixedBatch(shape_for(batch), torch.device(device)).batch
         autocast = torch.autocast(device, getattr(torch, settings.autocast)) if settings.autocast else None

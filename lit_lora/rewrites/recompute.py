@@ -54,4 +54,13 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
     args = tuple(None if isinstance(value, Cache) else value for value in args)
     kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=selection_for_recompute, **kwargs)
+    # A CUDA graph repeats no state of random numbers: where some are drawn, none is recorded (cuda_graphs.py).
+    recorded = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return checkpoint(
+        forward,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=not recorded,
+        context_fn=selection_for_recompute,
+        **kwargs,
+    )

@@ -44,7 +44,7 @@ def _batch(lengths, seed=0):
 BATCHES = list(enumerate(LENGTHS))
 
 
-def _built(dtype=torch.bfloat16, lora=None, quantized=False, kind="Llama", **fields):
+def _built(dtype=torch.bfloat16, lora=None, quantized=False, kind="Llama", step=None, **fields):
     fields = {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -56,9 +56,10 @@ def _built(dtype=torch.bfloat16, lora=None, quantized=False, kind="Llama", **fie
     if quantized:
         quantize_(model, QuantizationConfig(compute_dtype="bfloat16"))
     lora = lora or LoRAConfig(r=4, init_lora_weights=False)
-    path = make_trainable(model, lora, StepConfig()).path
+    step = step or StepConfig()
+    path = make_trainable(model, lora, step).path
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return model, path, parameters, CudaGraphs(model, path, parameters)
+    return model, path, parameters, CudaGraphs(model, step, path, parameters)
 
 
 def _gradients(loss, parameters):
@@ -83,6 +84,8 @@ CASES = {
     "Qwen2": {"kind": "Qwen2"},
     "sliding window": {"kind": "Mistral", "sliding_window": 16},
     "DoRA": {"lora": LoRAConfig(r=4, use_dora=True, init_lora_weights=False)},
+    "recomputed": {"step": StepConfig(recompute=True)},
+    "recomputed NF4": {"step": StepConfig(recompute=1), "quantized": True},
     "some layers": {"lora": LoRAConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)},
 }
 
@@ -173,6 +176,34 @@ def test_what_cannot_be_recorded_trains_without():
         expected = language_model_loss(model, batch, path).nll_sum
         assert torch.equal(graphs.nll_sum(batch), expected)
     assert "one by one" in graphs.failed
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_in_recomputed_layers_ends_it(recompute):
+    lora = LoRAConfig(r=4, lora_dropout=0.3, init_lora_weights=False)
+    *_, graphs = _built(lora=lora, step=StepConfig(recompute=recompute))
+    for number, lengths in BATCHES:
+        graphs.nll_sum(_batch(lengths, number)).backward()
+    assert ("dropout" in graphs.failed) is recompute
+    assert bool(graphs._recorded) is not recompute
+
+
+def test_what_draws_on_the_host_ends_it():
+    model, *_, graphs = _built()
+    model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: torch.rand(()) and None)
+    for number, lengths in BATCHES:
+        graphs.nll_sum(_batch(lengths, number)).backward()
+    assert "on the CPU" in graphs.failed
+
+
+def test_long_recomputed_batches_are_computed_without(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "MOST_RECOMPUTED_TOKENS", 8)
+    model, path, _, graphs = _built(step=StepConfig(recompute=True))
+    for lengths in (LENGTHS[0], (4, 4), (4, 4), (4, 4), LENGTHS[0]):
+        batch = _batch(lengths)
+        found, expected = graphs.nll_sum(batch), language_model_loss(model, batch, path).nll_sum
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert graphs._recorded.keys() == {shape_for(_batch((4, 4)))}
 
 
 def test_a_question_to_the_device_ends_it_and_nothing_else():

@@ -19,9 +19,7 @@ PATH = ForwardPath(packed=True, direct_head=True, reason="")
     [
         (StepConfig(), PATH, ""),
         (StepConfig(cuda_graphs=False), PATH, "switched off"),
-        (StepConfig(recompute=True), PATH, "recomputed"),
-        (StepConfig(recompute=2), PATH, "recomputed"),
-        (StepConfig(recompute="4GiB"), PATH, "recomputed"),
+        (StepConfig(recompute=True), PATH, ""),
         (StepConfig(compile_layers=True), PATH, "compiled"),
         (StepConfig(), ForwardPath(packed=False, direct_head=True, reason="x"), "padded"),
         (StepConfig(), ForwardPath(packed=True, direct_head=False, reason="x"), "logits"),
