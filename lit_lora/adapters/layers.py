@@ -36,7 +36,7 @@ class LoRALinear(LoRALayer):
     def __init__(self, base_layer: nn.Module, config: LoRAConfig, *, r: int, lora_alpha: float) -> None:
         super().__init__(base_layer, config, r=r, lora_alpha=lora_alpha)
         self.out_features, self.in_features = base_weight.linear_shape(base_layer)
-        device, dtype = self.base_layer.weight.device, getattr(torch, config.adapter_dtype)
+        device, dtype = shards.device_of(self.base_layer.weight), getattr(torch, config.adapter_dtype)
         self.lora_A = bare_linear(self.in_features, r, device=device, dtype=dtype)
         self.lora_B = bare_linear(r, self.out_features, device=device, dtype=dtype)
         # Looked up once: forwards should cost nothing, and torch.compile should see no lookups.
@@ -117,7 +117,7 @@ class LoRALinear(LoRALayer):
     def sample_input(self, generator: torch.Generator) -> Tensor:
         """Eight rows, in the dtype of the base."""
         x = torch.randn(8, self.in_features, generator=generator, device="cpu")
-        return x.to(self.base_layer.weight.device, self.base_layer.weight.dtype)
+        return x.to(shards.device_of(self.base_layer.weight), self.base_layer.weight.dtype)
 
     def can_be_fused(self) -> bool:
         """Whether base and adapter are computed by one function now."""
@@ -151,7 +151,7 @@ class LoRAEmbedding(LoRALayer):
         super().__init__(base_layer, config, r=r, lora_alpha=lora_alpha)
         self.num_embeddings, self.embedding_dim = base_layer.num_embeddings, base_layer.embedding_dim
         self.padding_idx = base_layer.padding_idx
-        device, dtype = base_layer.weight.device, getattr(torch, config.adapter_dtype)
+        device, dtype = shards.device_of(base_layer.weight), getattr(torch, config.adapter_dtype)
         self.lora_embedding_A = nn.Parameter(torch.empty(r, self.num_embeddings, device=device, dtype=dtype))
         self.lora_embedding_B = nn.Parameter(torch.empty(self.embedding_dim, r, device=device, dtype=dtype))
 
@@ -212,7 +212,7 @@ class LoRAEmbedding(LoRALayer):
     def sample_input(self, generator: torch.Generator) -> Tensor:
         """Token ids."""
         return torch.randint(self.num_embeddings, (64,), generator=generator, device="cpu").to(
-            self.base_layer.weight.device
+            shards.device_of(self.base_layer.weight)
         )
 
 

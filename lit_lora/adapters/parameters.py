@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lit_lora.adapters.factored_weight import FactoredWeight
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.adapters.lora_layer import LoRALayer, bare_linear
+from lit_lora.base.shards import device_of
 from lit_lora.config import LoRAConfig
 
 
@@ -58,7 +59,7 @@ class LoRAParameter(LoRALayer):
         weight = self.base_parameter
         self.num_experts, num_in, num_out = factor_sizes(self.owner, weight)
         self.is_transposed = is_transposed(self.owner, weight)
-        device, dtype = weight.device, getattr(torch, config.adapter_dtype)
+        device, dtype = device_of(weight), getattr(torch, config.adapter_dtype)
         self.lora_A = bare_linear(num_in, r * self.num_experts, device=device, dtype=dtype)
         self.lora_B = bare_linear(r * self.num_experts, num_out, device=device, dtype=dtype)
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_lora.adapters.lora_layer import FORWARDED
+from lit_lora.base.shards import device_of
 from lit_lora.config import LoRAConfig
 from lit_lora.wording import in_words_of
 
@@ -49,10 +50,11 @@ class TrainableTokens(nn.Module):
         self.original_weight: tuple[nn.Parameter] | None = None
         weight = base_layer.weight
         assert isinstance(weight, Tensor)
-        ids_K = torch.tensor(self.token_ids, device=weight.device)
+        device = device_of(weight)
+        ids_K = torch.tensor(self.token_ids, device=device)
         self.register_buffer("ids_K", ids_K, persistent=False)
-        slots_V = torch.full((len(weight),), -1, device=weight.device)
-        slots_V[ids_K] = torch.arange(len(ids_K), device=weight.device)
+        slots_V = torch.full((len(weight),), -1, device=device)
+        slots_V[ids_K] = torch.arange(len(ids_K), device=device)
         self.register_buffer("slots_V", slots_V, persistent=False)
         self._tied_to = (tied_to,)  # a tuple, to not register it a second time
         if tied_to is None:

@@ -7,6 +7,9 @@ in every process: adapters are small, and stay what callbacks, optimizers and ch
 ``fully_shard`` takes a layer of which this process has all weights, or none. While a model is loaded it is given none:
 each module is cut down to this process's rows as soon as it has its values, and the rows go into the layer afterwards.
 
+Shares may lie in the memory of the host while nobody computes with them (``CPUOffloadPolicy``). What trains, buffers,
+and what a quantized layer holds beside its parameters stay on the device: they are small.
+
 A weight that is not gathered has no values to compute with. Whoever needs those without calling the model itself does
 so within :func:`in_one_pass`.
 """
@@ -22,7 +25,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -44,6 +49,8 @@ class Sharding:
 
     mesh: DeviceMesh
     """One-dimensional."""
+    cpu_offload: bool = False
+    """Whether shares lie in the memory of the host, in pages that are pinned, and go to the device to be gathered."""
 
     def cut_(self, module: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
         """Keep this process's rows of a module's own weights, in place, until :meth:`shard_layer_` of its layer.
@@ -80,16 +87,20 @@ class Sharding:
             if hasattr(parameter, _ROWS)
         ]
         kept_whole = {p for p in layer.parameters() if not isinstance(p, DTensor) and (p.requires_grad or not p.ndim)}
+        pinned = self.mesh.device_type != "cpu"  # a CPU is where a step for CUDA is traced without one
+        policy = CPUOffloadPolicy(pin_memory=pinned) if self.cpu_offload else OffloadPolicy()
         # Also of the outermost part: an evaluation has no backward pass that would drop what is gathered.
-        fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, ignored_params=kept_whole)
+        fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, ignored_params=kept_whole, offload_policy=policy)
         shares = {parameter: self._share(parameter) for _, _, parameter in cut}  # a tied weight has one
         for module, name, parameter in cut:
             module.register_parameter(name, shares[parameter])
 
     def _share(self, cut: nn.Parameter) -> nn.Parameter:
-        share = DTensor.from_local(
+        share: Any = DTensor.from_local(
             getattr(cut, _ROWS), self.mesh, [Shard(0)], run_check=False, shape=cut.shape, stride=cut.stride()
         )
+        if self.cpu_offload:
+            share = share.cpu()  # which torch pins before the first pass
         return nn.Parameter(share, requires_grad=False)
 
     def shard_(self, model: nn.Module) -> None:
@@ -159,8 +170,24 @@ def recover_(model: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process may have its share; every process must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """All of a tensor of which each process may have its share, on its device; every process must ask."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    on_device: Any = tensor.to(device_of(tensor))
+    return on_device.full_tensor()
+
+
+def device_of(weight: Tensor) -> torch.device:
+    """Where a weight is computed with: of one whose share lies in the memory of the host, the process's device."""
+    kind = weight.device_mesh.device_type if isinstance(weight, DTensor) else weight.device.type
+    if kind == weight.device.type:
+        return weight.device
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def device_of_model(model: nn.Module) -> torch.device:
+    """Where a model computes, as far as its first weight tells."""
+    return device_of(next(model.parameters()))
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lit_lora.base.shards import device_of_model
+
 
 class Drift(NamedTuple):
     """Differences over every token of a sample."""
@@ -44,7 +46,7 @@ def sample_logits(model: PreTrainedModel, sample: Sequence[list[int]]) -> list[T
     model.eval()
     try:
         return [
-            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
+            model(input_ids=torch.tensor([ids], device=device_of_model(model)), use_cache=False).logits[0].float().cpu()
             for ids in sample
         ]
     finally:

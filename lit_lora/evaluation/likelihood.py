@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_lora.base.shards import device_of_model
 from lit_lora.data.batches.packing import collate_packed
 from lit_lora.data.chats.tokenize import Encoded, encode_examples
 from lit_lora.data.prepared.dataset import TokenizedExample
@@ -52,11 +53,12 @@ def token_sums(
             f"{held_out.max_length}"
         )
     check_vocabulary(model, [example.ids.tolist() for example in tokenized])
+    device = device_of_model(model)
     path, sums = choose_path(model), np.zeros((len(held_out.examples.items), 4))
     for start in range(0, len(tokenized), batch_size):
         examples = tokenized[start : start + batch_size]
         packed: Any = collate_packed(examples)
-        batch: Any = {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in packed.items()}
+        batch: Any = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in packed.items()}
         nll, correct = (column.cpu().double().numpy() for column in token_scores(model, batch, path))
         weights = packed["target_weights"].double().numpy() if "target_weights" in packed else np.ones_like(nll)
         owner = np.repeat([example.example_id for example in examples], [int(e.mask.sum()) for e in examples])

@@ -74,6 +74,7 @@ def complete(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         longest = max(len(prompts[index]) for index in indices)
+        # On the CPU where shares lie in its memory: the model then brings to its device what it is given.
         ids = torch.full((len(indices), longest), pad_id, device=model.device)
         mask = torch.zeros_like(ids)
         for row, index in enumerate(indices):

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.base.int8_rows import Int8Head
 from lit_lora.base.module_state import attributes_kept
-from lit_lora.base.shards import recover_
+from lit_lora.base.shards import device_of, device_of_model, recover_
 from lit_lora.kernels.linear_cross_entropy import IGNORE_INDEX
 from lit_lora.language_model.forward import (
     Batch,
@@ -90,7 +90,7 @@ def trial_batch(model: PreTrainedModel, lengths: tuple[int, ...], *, special: bo
     ids_T = [token for example in examples for token in example]
     starts = [0, *accumulate(lengths)]
     positions_S = [start + i for start, length in zip(starts, lengths, strict=False) for i in range(SHARED, length - 1)]
-    device = embedding.weight.device
+    device = device_of(embedding.weight)
     integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
     packed: Batch = {
         "input_ids": torch.tensor([ids_T], **integers),
@@ -106,7 +106,7 @@ def trial_batch(model: PreTrainedModel, lengths: tuple[int, ...], *, special: bo
 
 def placeholder_trial(model: PreTrainedModel, lengths: tuple[int, ...]) -> TrialBatch:
     """Examples of these lengths without content, for a model whose tensors have no values."""
-    device: Any = model.get_input_embeddings().weight.device
+    device: Any = device_of_model(model.get_input_embeddings())
     layouts = {
         layout: placeholder_batch(lengths, packed=layout == "packed", device=device) for layout in ("packed", "padded")
     }
@@ -264,7 +264,8 @@ def run_loss(model: PreTrainedModel, batch: TrialBatch, layout: str, *, direct_h
 
 
 def _random_state(model: PreTrainedModel) -> Tensor:
-    return torch.cuda.get_rng_state(model.device) if model.device.type == "cuda" else torch.get_rng_state()
+    device = device_of_model(model)
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def loss_difference(got: LossRun, layout: str, expected: LossRun, batch: TrialBatch) -> dict[str, float]:
@@ -300,7 +301,7 @@ def _relative(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 @contextmanager
 def quietly(model: PreTrainedModel) -> Iterator[None]:
     """What a trial changes is undone: modes, what modules note on themselves, the random state."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of_model(model.get_input_embeddings())
     rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with rng, attributes_kept(model):
         yield

@@ -20,6 +20,7 @@ from lit_lora.adapters.layers import lora_layers
 from lit_lora.adapters.parameters import LoRAParameter
 from lit_lora.adapters.task_heads import as_pretrained
 from lit_lora.base.module_state import attributes_kept
+from lit_lora.base.shards import device_of_model
 from lit_lora.base.whose_error import described, raised_here
 
 _NUM_TOKENS = 32
@@ -83,9 +84,10 @@ def _calls(model: Any, groups: dict[str, list[LoRAParameter]]) -> dict[str, tupl
 
     hooks = [wrappers[0].register_forward_pre_hook(keep(name), with_kwargs=True) for name, wrappers in groups.items()]
     vocab = model.config.get_text_config().vocab_size
-    ids = torch.arange(_NUM_TOKENS, device=model.device).mul_(7).remainder_(vocab)[None]
+    device = device_of_model(model)
+    ids = torch.arange(_NUM_TOKENS, device=device).mul_(7).remainder_(vocab)[None]
     try:
-        with torch.no_grad(), attributes_kept(model), _random_state_kept(model.device):
+        with torch.no_grad(), attributes_kept(model), _random_state_kept(device):
             model(input_ids=ids)
     except Exception as error:  # whatever it needs instead: the trial of the whole model says so
         if raised_here(error):

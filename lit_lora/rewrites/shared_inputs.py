@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_lora.adapters.layers import LoRALinear
 from lit_lora.adapters.shared_input import SharedInput
-from lit_lora.base.shards import in_one_pass
+from lit_lora.base.shards import device_of_model, in_one_pass
 from lit_lora.base.whose_error import raised_here
 
 _TOKENS = 4
@@ -62,7 +62,7 @@ def share_inputs(model: nn.Module) -> int:
 def _run(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         return
-    device = next(model.parameters()).device
+    device = device_of_model(model)
     try:
         ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device=device)
         in_one_pass(model, lambda: model.get_decoder()(input_ids=ids, use_cache=False))

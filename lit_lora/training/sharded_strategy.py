@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,11 @@ from torch import Tensor, nn
 
 from lit_lora.base.base_hash import known_hash
 from lit_lora.base.shards import Sharding, is_sharded
+from lit_lora.wording import setting
 
 NAME = "lora_sharded"
+OFFLOADED = "lora_sharded_cpu_offload"
+"""The same with the shares in the memory of the host."""
 
 
 class LoRAShardedStrategy(ModelParallelStrategy):
@@ -31,15 +35,19 @@ class LoRAShardedStrategy(ModelParallelStrategy):
     Args:
         process_group_backend: gloo on a CPU and nccl on CUDA, where it is None.
         timeout: after which a process that waits for the others gives up.
+        cpu_offload: keep the shares in pinned memory of the host, from which each layer's go to the device while it
+            runs; for CUDA.
     """
 
     def __init__(
         self,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        cpu_offload: bool = False,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self._reduces = True
+        self.cpu_offload = cpu_offload
 
     # Of one process: adapters are whole, so there is nothing to put together. Lightning's own go through torch's
     # distributed checkpoints, which know no quantized weights, and past the CheckpointIO, which writes atomically.
@@ -56,12 +64,28 @@ class LoRAShardedStrategy(ModelParallelStrategy):
     @property
     def sharding(self) -> Sharding:
         """Among which processes the base is divided; known once they have found each other."""
-        return Sharding(self.device_mesh["data_parallel"])
+        return Sharding(self.device_mesh["data_parallel"], cpu_offload=self.cpu_offload)
 
     def setup_environment(self) -> None:
-        """Let the processes find each other: all of them work on different data."""
+        """Let the processes find each other: all of them work on different data.
+
+        Raises:
+            ValueError: for an offload to the memory that the base lies in anyway.
+        """
+        if problem := self.device_problem():
+            raise ValueError(problem)
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+
+    def device_problem(self) -> str | None:
+        """Why the devices of this run are none for its settings, and what to do instead."""
+        if not self.cpu_offload or self.root_device.type != "cpu":
+            return None
+        return (
+            f"{setting('trainer.strategy', OFFLOADED)} (cpu_offload) keeps the base in the memory of the CPU between "
+            "steps, and on a CPU it is there anyway: it needs a CUDA device. Leave cpu_offload out "
+            f"({setting('trainer.strategy', NAME)})"
+        )
 
     def setup(self, trainer: Trainer) -> None:
         """Divide the base where it was loaded whole; let all processes start with the same adapters.
@@ -85,7 +109,13 @@ class LoRAShardedStrategy(ModelParallelStrategy):
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Everything is there already, each part where it belongs."""
+        """Tell the module where it is: its model is there already, each part where it belongs."""
+        module: Any = self.lightning_module
+        model, module.model = module.model, None
+        try:
+            module.to(self.root_device)
+        finally:
+            module.model = model
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None]:
@@ -124,5 +154,6 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
                 parameter.grad = mean.view_as(parameter).clone()
 
 
-if NAME not in StrategyRegistry:
-    StrategyRegistry.register(NAME, LoRAShardedStrategy, description=__doc__ or "")
+for name, offloaded in ((NAME, False), (OFFLOADED, True)):
+    if name not in StrategyRegistry:
+        StrategyRegistry.register(name, LoRAShardedStrategy, description=__doc__ or "", cpu_offload=offloaded)

@@ -33,6 +33,8 @@ class Watch(L.Callback):
 
     def __init__(self, dies: str = "") -> None:
         self.held: list[int] = []
+        self.held_on_device: list[int] = []
+        self.allocated: list[int] = []
         self.dies, self.rank = (dies.split()[0], int(dies.split()[1])) if dies else ("", -1)
 
     def setup(self, trainer, pl_module, stage):
@@ -40,6 +42,10 @@ class Watch(L.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.held.append(held_bytes(pl_module))
+        on_device = [x for x in held_tensors(pl_module, trained=False) if x.device == trainer.strategy.root_device]
+        self.held_on_device.append(sum(tensor.nbytes for tensor in on_device))
+        if torch.cuda.is_available():
+            self.allocated.append(torch.cuda.memory_allocated())
         self.die(trainer, "step", trainer.global_step >= 3)
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
@@ -69,6 +75,7 @@ def run(
     trainer_options: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None,
     dies: str = "",
+    accelerator: str = "cpu",
 ) -> dict[str, Any]:
     L.seed_everything(0, verbose=False)
     module = LoRALightningModule(
@@ -81,7 +88,7 @@ def run(
     watch, flow = Watch(dies), GradientFlowAssertion()
     checkpoint = TrainingCheckpoint(every_n_steps=2 if dies else 1000)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=devices,
         strategy=strategy,
         accumulate_grad_batches=accumulate,
@@ -101,8 +108,10 @@ def run(
         "strategy": type(trainer.strategy).__name__,
         "ckpt_path": str(checkpoint.last_path),
         "held": max(watch.held),
+        "held_on_device": watch.held_on_device[-1],
+        "allocated": watch.allocated[-1:],
         "path": str(module.path),
-        "weights": {name: p.detach().clone() for name, p in module.trainable_parameters().items()},
+        "weights": {name: p.detach().cpu().clone() for name, p in module.trainable_parameters().items()},
         "losses": module.flush_metrics().losses,
         "norms": [step.grad_norm for step in module.training_metrics.steps],
         "validation": module.training_metrics.validation,
