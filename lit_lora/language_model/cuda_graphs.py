@@ -126,12 +126,17 @@ class CudaGraphs:
             ticket = _Ticket()
             self._open = weakref.ref(ticket)
             return _Replay.apply(self._parameters[0], self, recorded, ticket)
+        return self._plain(batch) if self.failed else self._prepared(shape, batch)
+
+    def _prepared(self, shape: Shape, batch: Batch) -> Tensor:
+        """As a recorded step computes it, launch by launch."""
         self._num_prepared += 1
         on_cpu, on_cuda = torch.get_rng_state(), self._offset
         try:
             nll_sum = self._plain(FixedBatch(shape, self._device).filled(batch))
         except CannotPack as error:
             self._drop(str(error))
+        if self.failed:  # beyond the handler: with the error goes what an interrupted torch.utils.checkpoint has left
             return self._plain(batch)
         if not torch.equal(torch.get_rng_state(), on_cpu):
             self._drop("the forward pass draws random numbers on the CPU")

@@ -169,12 +169,15 @@ def test_parameters_that_move_end_it():
     assert "moved" in graphs.failed
 
 
-def test_what_cannot_be_recorded_trains_without():
-    model, path, _parameters, graphs = _built(dtype=torch.float32)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_cannot_be_recorded_trains_without(recompute):
+    model, path, parameters, graphs = _built(dtype=torch.float32, step=StepConfig(recompute=recompute))
     for number, lengths in BATCHES:
         batch = _batch(lengths, number)
         expected = language_model_loss(model, batch, path).nll_sum
-        assert torch.equal(graphs.nll_sum(batch), expected)
+        found = graphs.nll_sum(batch)
+        assert torch.equal(found, expected)
+        assert _are_near(_gradients(found, parameters), _gradients(expected, parameters))
     assert "one by one" in graphs.failed
 
 
