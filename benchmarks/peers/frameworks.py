@@ -188,10 +188,10 @@ def peft(job: Job, **options: Any) -> dict[str, Any]:
     return {**result, "attention": attention}
 
 
-def peft_without_cudnn(job: Job) -> dict[str, Any]:
+def peft_without_cudnn(job: Job, **options: Any) -> dict[str, Any]:
     """As :func:`peft`, without cuDNN's attention, which torch prefers on some devices and plans anew for each shape."""
     os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"] = "1"  # torch reads it at the process's first attention
-    return peft(job)
+    return peft(job, **options)
 
 
 def trl(job: Job, **options: Any) -> dict[str, Any]:
@@ -268,8 +268,8 @@ FRAMEWORKS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "lit_lora": lit_lora,
     "peft": peft,
     "peft_without_cudnn": peft_without_cudnn,
-    "peft_liger": lambda job: peft(job, bf16=True, logging_nan_inf_filter=False, use_liger_kernel=True),
-    "peft_tuned": lambda job: peft(
+    "peft_liger": lambda job: peft_without_cudnn(job, bf16=True, logging_nan_inf_filter=False, use_liger_kernel=True),
+    "peft_tuned": lambda job: peft_without_cudnn(
         job, bf16=True, logging_nan_inf_filter=False, use_liger_kernel=True, torch_compile=True
     ),
     "trl": trl,
