@@ -103,7 +103,10 @@ def trace_step(settings: StepSettings) -> TracedStep:
     if not settings.lengths or min(settings.lengths) < 2:
         raise ValueError(f"examples need at least 2 tokens each, got lengths {settings.lengths}")
     if settings.cpu_offload and settings.device == "cpu":
-        raise ValueError("cpu_offload keeps the base in the memory of the CPU, and on a CPU it is there anyway")
+        raise ValueError(
+            "cpu_offload keeps the base in the memory of the CPU, and on a CPU it is there anyway: estimate it with "
+            "device cuda"
+        )
     tracker, host_bytes = StorageTracker(), 0
     device = settings.device if settings.device == "cpu" or torch.cuda.is_available() else "cpu"
     notes = []

@@ -10,14 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from lit_lora import LoRALightningModule, QuantizationConfig, StepConfig
 from lit_lora.base.base_weight import hold_plainly_, num_weights, read_weight
+from lit_lora.base.load import load_base_model
 from lit_lora.base.quantize import quantize_
-from lit_lora.base.shards import held_bytes, is_sharded
+from lit_lora.base.shards import held_bytes, is_sharded, shares
 from lit_lora.base.streamed import load_sharded_base
 from lit_lora.callbacks._support import checksum
 from lit_lora.data.batches.loaders import prompts_of_rank
 from lit_lora.memory.storage_tracker import StorageTracker
 from lit_lora.memory.traced_step import processes_imagined
-from lit_lora.training.sharded_strategy import NAME, LoRAShardedStrategy
+from lit_lora.training.sharded_strategy import NAME, OFFLOADED, LoRAShardedStrategy
 from tests.tiny import config, language_model
 
 KINDS = {
@@ -112,6 +113,31 @@ def test_what_a_divided_base_cannot_do_is_refused(stored, monkeypatch, step, mes
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("source", ["files", "random"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_whose_shares_lie_on_the_host_computes_as_a_whole_one(stored, kind, source):
+    base, ids = str(stored) if source == "files" else f"random:{stored}", torch.arange(12)[None]
+    with torch.no_grad(), processes_imagined(1, "cpu", cpu_offload=True) as sharding:
+        assert sharding is not None
+        model = load_sharded_base(base, sharding, quantization=KINDS[kind], device="cpu").eval()
+        assert all(isinstance(p, DTensor) for p in model.parameters() if p.ndim)
+        expected = load_base_model(base, quantization=KINDS[kind], device="cpu").eval()
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=0, atol=0)
+        beside = held_bytes(model) - sum(share.nbytes for share in shares(model))
+        assert 0 <= beside <= 1200 * 7 * LAYERS  # tables of codes, scales of scales, scales of rows
+
+
+@pytest.mark.parametrize("strategy", [OFFLOADED, LoRAShardedStrategy(cpu_offload=True)])
+def test_an_offload_to_where_the_base_is_anyway_is_refused(stored, monkeypatch, strategy):
+    """Before processes find each other, and before anything is loaded."""
+    monkeypatch.setattr("lit_lora.module.load_sharded_base", lambda *_, **__: pytest.fail("it was loaded"))
+    trainer = L.Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match="on a CPU it is there anyway: it needs a CUDA device"):
+        trainer.fit(LoRALightningModule(str(stored)), [0])
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(("num_prompts", "world_size"), [(7, 2), (8, 2), (1, 3), (5, 4)])

@@ -116,7 +116,7 @@ def test_of_an_offloaded_base_the_device_holds_next_to_nothing_between_steps(fol
     kept, offloaded = (trained(folder, f"held {quantization}", strategy, **settings) for strategy in STRATEGIES)
     assert kept["held_on_device"] == pytest.approx(kept["held"], rel=0.01)
     assert offloaded["held"] == pytest.approx(kept["held"], rel=0.01)
-    assert offloaded["held_on_device"] <= 0.06 * kept["held"]  # scales of rows or blocks: more in a narrow model
+    assert offloaded["held_on_device"] <= 0.1 * kept["held"]  # scales and tables of codes: less of it in a wider model
     assert kept["allocated"] - offloaded["allocated"] >= 0.9 * kept["held"]
 
 
