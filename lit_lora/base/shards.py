@@ -87,6 +87,8 @@ class Sharding:
             if hasattr(parameter, _ROWS)
         ]
         kept_whole = {p for p in layer.parameters() if not isinstance(p, DTensor) and (p.requires_grad or not p.ndim)}
+        if any(not p.is_floating_point() for p in layer.parameters() if p not in kept_whole):
+            check_takes_codes()
         policy = self.offload or OffloadPolicy()
         # Also of the outermost part: an evaluation has no backward pass that would drop what is gathered.
         fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, ignored_params=kept_whole, offload_policy=policy)
@@ -110,6 +112,27 @@ class Sharding:
         self.shard_layer_(model)
         setattr(model, _PASS, _run)
         register_fsdp_forward_method(model, _PASS)
+
+
+def takes_codes() -> bool:
+    """Whether this torch divides weights that are no floating-point numbers, as those of a quantized base are.
+
+    Before 2.12 it asks for their gradients: https://github.com/pytorch/pytorch/issues/177844.
+    """
+    return torch.torch_version.TorchVersion(torch.__version__) >= "2.12"
+
+
+def check_takes_codes() -> None:
+    """Refuse to divide a quantized base with a torch that cannot.
+
+    Raises:
+        ValueError: naming the version that can.
+    """
+    if not takes_codes():
+        raise ValueError(
+            f"a quantized base cannot be divided among processes by torch {torch.__version__}, whose fully_shard takes "
+            "floating-point weights alone: it needs torch 2.12 or newer. Leave the quantization out, or the dividing"
+        )
 
 
 def _run(function: Callable[[], T]) -> T:
@@ -164,8 +187,14 @@ def gathered_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> I
 
 def recover_(model: nn.Module) -> None:
     """After an exception within a sharded model: drop what is gathered, so that it can be run again."""
-    if isinstance(model, FSDPModule):
+    if not isinstance(model, FSDPModule):
+        return
+    if hasattr(FSDPModule, "reset_iter_state"):
         model.reset_iter_state()
+        return
+    for part in model.modules():  # torch before 2.13
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

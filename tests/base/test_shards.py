@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -12,7 +13,7 @@ from lit_lora import LoRALightningModule, QuantizationConfig, StepConfig
 from lit_lora.base.base_weight import hold_plainly_, num_weights, read_weight
 from lit_lora.base.load import load_base_model
 from lit_lora.base.quantize import quantize_
-from lit_lora.base.shards import held_bytes, is_sharded, shares
+from lit_lora.base.shards import held_bytes, is_sharded, recover_, shares
 from lit_lora.base.streamed import load_sharded_base
 from lit_lora.callbacks._support import checksum
 from lit_lora.data.batches.loaders import prompts_of_rank
@@ -147,3 +148,36 @@ def test_every_rank_predicts_equally_often(num_prompts, world_size):
     assert len({len(share) for share in shares}) == 1
     answered = [entry["reference"] for share in shares for entry in share if not entry.get("filler")]
     assert sorted(answered) == sorted(entry["reference"] for entry in prompts)
+
+
+@pytest.mark.parametrize("source", ["files", "random"])
+def test_a_torch_that_divides_no_codes_is_refused_by_name(stored, monkeypatch, source):
+    monkeypatch.setattr("torch.__version__", "2.11.0+cu130")
+    base = str(stored) if source == "files" else f"random:{stored}"
+    with processes_imagined(2, "cpu") as sharding:
+        assert sharding is not None
+        with pytest.raises(ValueError, match=r"by torch 2\.11\.0\+cu130, .* needs torch 2\.12 or newer"):
+            load_sharded_base(base, sharding, quantization=QuantizationConfig(), device="cpu")
+        whole = load_base_model(base, quantization=QuantizationConfig(), device="cpu").requires_grad_(False)
+        with pytest.raises(ValueError, match=r"needs torch 2\.12 or newer"):
+            sharding.shard_(whole)
+        load_sharded_base(base, sharding, device="cpu")
+
+
+def test_a_divided_model_runs_again_after_an_exception_in_any_torch(stored, monkeypatch):
+    """Before 2.13 there was no ``reset_iter_state``."""
+    ids = torch.arange(12)[None]
+    with torch.no_grad(), processes_imagined(1, "cpu", cpu_offload=True) as sharding:
+        assert sharding is not None
+        model = load_sharded_base(str(stored), sharding, device="cpu").eval()
+        expected = model(ids).logits
+        for old in (False, True):
+            if old:
+                monkeypatch.delattr(FSDPModule, "reset_iter_state")
+            hook = model.model.layers[3].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(ids)
+            hook.remove()
+            recover_(model)
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+            assert torch.equal(model(ids).logits, expected)
