@@ -49,15 +49,15 @@ class Sharding:
 
     mesh: DeviceMesh
     """One-dimensional."""
-    cpu_offload: bool = False
-    """Whether shares lie in the memory of the host, in pages that are pinned, and go to the device to be gathered."""
+    offload: CPUOffloadPolicy | None = None
+    """With it, shares lie in the memory of the host, and go to the device to be gathered."""
 
     def cut_(self, module: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
         """Keep this process's rows of a module's own weights, in place, until :meth:`shard_layer_` of its layer.
 
         Args:
             module: with values on any device; it cannot be called until then.
-            device: where the rows are to be.
+            device: where the rows are to be, but for those that are offloaded.
             dtypes: what to convert parameters to, by their names.
         """
         hold_plainly_(module)
@@ -66,7 +66,7 @@ class Sharding:
             if frozen.is_meta:  # tied to another module's, which is found there
                 continue
             if parameter.ndim:
-                rows = self._rows_of(frozen).to(device, dtype, copy=True)
+                rows = self._rows_of(frozen).to("cpu" if self.offload else device, dtype, copy=True)
                 kept = _cut(torch.empty_like(frozen, dtype=dtype, device="meta"), rows)
             else:
                 kept = nn.Parameter(frozen.to(device, dtype), requires_grad=False)
@@ -87,19 +87,20 @@ class Sharding:
             if hasattr(parameter, _ROWS)
         ]
         kept_whole = {p for p in layer.parameters() if not isinstance(p, DTensor) and (p.requires_grad or not p.ndim)}
-        pinned = self.mesh.device_type != "cpu"  # a CPU is where a step for CUDA is traced without one
-        policy = CPUOffloadPolicy(pin_memory=pinned) if self.cpu_offload else OffloadPolicy()
+        if any(not p.is_floating_point() for p in layer.parameters() if p not in kept_whole):
+            check_takes_codes()
+        policy = self.offload or OffloadPolicy()
         # Also of the outermost part: an evaluation has no backward pass that would drop what is gathered.
         fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, ignored_params=kept_whole, offload_policy=policy)
-        shares = {parameter: self._share(parameter) for _, _, parameter in cut}  # a tied weight has one
+        share_of = {parameter: self._share(parameter) for _, _, parameter in cut}  # a tied weight has one
         for module, name, parameter in cut:
-            module.register_parameter(name, shares[parameter])
+            module.register_parameter(name, share_of[parameter])
 
     def _share(self, cut: nn.Parameter) -> nn.Parameter:
         share: Any = DTensor.from_local(
             getattr(cut, _ROWS), self.mesh, [Shard(0)], run_check=False, shape=cut.shape, stride=cut.stride()
         )
-        if self.cpu_offload:
+        if self.offload:
             share = share.cpu()  # which torch pins before the first pass
         return nn.Parameter(share, requires_grad=False)
 
@@ -111,6 +112,27 @@ class Sharding:
         self.shard_layer_(model)
         setattr(model, _PASS, _run)
         register_fsdp_forward_method(model, _PASS)
+
+
+def takes_codes() -> bool:
+    """Whether this torch divides weights that are no floating-point numbers, as those of a quantized base are.
+
+    Before 2.12 it asks for their gradients: https://github.com/pytorch/pytorch/issues/177844.
+    """
+    return torch.torch_version.TorchVersion(torch.__version__) >= "2.12"
+
+
+def check_takes_codes() -> None:
+    """Refuse to divide a quantized base with a torch that cannot.
+
+    Raises:
+        ValueError: naming the version that can.
+    """
+    if not takes_codes():
+        raise ValueError(
+            f"a quantized base cannot be divided among processes by torch {torch.__version__}, whose fully_shard takes "
+            "floating-point weights alone: it needs torch 2.12 or newer. Leave the quantization out, or the dividing"
+        )
 
 
 def _run(function: Callable[[], T]) -> T:
@@ -165,8 +187,14 @@ def gathered_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> I
 
 def recover_(model: nn.Module) -> None:
     """After an exception within a sharded model: drop what is gathered, so that it can be run again."""
-    if isinstance(model, FSDPModule):
+    if not isinstance(model, FSDPModule):
+        return
+    if hasattr(FSDPModule, "reset_iter_state"):
         model.reset_iter_state()
+        return
+    for part in model.modules():  # torch before 2.13
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -188,6 +216,11 @@ def device_of(weight: Tensor) -> torch.device:
 def device_of_model(model: nn.Module) -> torch.device:
     """Where a model computes, as far as its first weight tells."""
     return device_of(next(model.parameters()))
+
+
+def shares(model: nn.Module) -> list[Tensor]:
+    """This process's shares of what is divided."""
+    return [parameter.to_local() for parameter in model.parameters() if isinstance(parameter, DTensor)]
 
 
 def held_bytes(model: nn.Module) -> int:

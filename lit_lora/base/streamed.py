@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lit_lora.base import base_hash, load, quantize
 from lit_lora.base.filled import fill_
 from lit_lora.base.repeated_layers import repeated_layers
-from lit_lora.base.shards import Sharding
+from lit_lora.base.shards import Sharding, check_takes_codes
 from lit_lora.base.stored import Stored, opened, why_whole
 from lit_lora.config import QuantizationConfig
 
@@ -50,6 +50,8 @@ def load_sharded_base(
         FileNotFoundError: as there.
         ValueError: as there.
     """
+    if quantization is not None:
+        check_takes_codes()
     asked = load.wanted(base, dtype, quantization, device, revision, trust_remote_code)
     if base.startswith(load.RANDOM):
         model = load.random_model(asked, sharding)

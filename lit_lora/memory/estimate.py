@@ -30,6 +30,8 @@ class MemoryEstimate:
     path: ForwardPath
     """How the batch was run, as far as the model's structure tells."""
     notes: tuple[str, ...] = field(default=())
+    host_bytes: int = 0
+    """Of the base in pinned memory of the host, if it is offloaded."""
 
     @property
     def peak_phase(self) -> str:
@@ -54,7 +56,7 @@ class MemoryEstimate:
     def __str__(self) -> str:
         lines = [str(self.settings), f"{'MB':<12}" + "".join(f"{phase:>11}" for phase in self.phases)]
         for category in CATEGORIES:
-            if category == GATHERED and self.settings.devices == 1:
+            if category == GATHERED and self.settings.devices == 1 and not self.settings.cpu_offload:
                 continue
             values = [peak.by_category.get(category, 0) for peak in self.phases.values()]
             lines.append(f"{category:<12}" + "".join(f"{mb(value):>11}" for value in values))
@@ -65,6 +67,8 @@ class MemoryEstimate:
                 f"CUDA: {mb(self.cuda.allocated)} MB allocated in blocks of 512 bytes, {mb(self.cuda.reserved)} MB "
                 "reserved in segments; the CUDA context and cuBLAS's workspace come on top"
             )
+        if self.settings.cpu_offload:
+            lines.append(f"host: {mb(self.host_bytes)} MB of the base in pinned memory, in blocks of powers of two")
         return "\n".join([*lines, f"traced {self.path}", *self.notes])
 
 
@@ -98,7 +102,7 @@ def trace(settings: StepSettings) -> MemoryEstimate:
     traced = trace_step(settings)
     phases = {"load": traced.load, **{phase: traced.tracker.peak(phase) for phase in PHASES[1:]}}
     cuda = replay((event.key, event.num_bytes) for event in traced.tracker.events)
-    return MemoryEstimate(settings, phases, cuda, traced.path, traced.notes)
+    return MemoryEstimate(settings, phases, cuda, traced.path, traced.notes, traced.host_bytes)
 
 
 def mb(num_bytes: int) -> str:

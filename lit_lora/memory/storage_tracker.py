@@ -65,6 +65,7 @@ class StorageTracker(TorchDispatchMode):
         self.events: list[Event] = []
         self.categories: dict[int, str] = {}
         self._live: dict[int, tuple[int, Any]] = {}
+        self._elsewhere: set[int] = set()
         self._gathered: dict[int, int] = {}  # address of a storage that changes its size -> its last size
         self._num_seen = 0
         self._phase = ""
@@ -103,13 +104,13 @@ class StorageTracker(TorchDispatchMode):
         result = func(*args, **kwargs)
         self.add(tree_leaves(result), where)
         if str(func).startswith("fsdp.split_with_sizes_copy"):
-            self._follow(kwargs["out"])
+            self.follow(kwargs["out"])
         for address in list(self._gathered):
             self._compare_size(address, where)
         return result
 
-    def _follow(self, tensors: Iterable[Tensor]) -> None:
-        """These storages are weights in full while a layer runs, and empty between."""
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """These storages, which were seen, are weights in full while a layer runs, and empty between."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._gathered:
@@ -142,6 +143,8 @@ class StorageTracker(TorchDispatchMode):
         if self._live.get(address, (None,))[0] == key:
             del self._live[address]
             num_bytes = self._gathered.pop(address, num_bytes)
+        if key in self._elsewhere:
+            return
         self.events.append(Event(key, -num_bytes, self._phase, ""))
 
     @contextmanager
@@ -167,6 +170,12 @@ class StorageTracker(TorchDispatchMode):
             keys = [self._live[tensor.untyped_storage()._cdata][0] for tensor in tensors]
         for key in keys:
             self.categories[key] = category
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Count these storages no more, as if they had never been made: they lie in another memory."""
+        keys = {self._live[tensor.untyped_storage()._cdata][0] for tensor in tensors}
+        self._elsewhere |= keys
+        self.events = [event for event in self.events if event.key not in keys]
 
     def forget_the_dead(self) -> None:
         """Drop the history of what is gone already: as if only what is alive had ever been made."""

@@ -47,7 +47,11 @@ def suggest(estimate: MemoryEstimate, limit: int | str | None = None) -> list[Su
 
 def _changes(settings: StepSettings) -> Iterator[tuple[str, StepSettings]]:
     devices = 2 * settings.devices
-    yield f"trainer.strategy lora_sharded with trainer.devices {devices}", replace(settings, devices=devices)
+    offloads = settings.cpu_offload
+    name = "lora_sharded_cpu_offload" if offloads else "lora_sharded"
+    yield f"trainer.strategy {name} with trainer.devices {devices}", replace(settings, devices=devices)
+    if settings.device == "cuda" and not offloads:
+        yield "trainer.strategy lora_sharded_cpu_offload", replace(settings, cpu_offload=True)
     if settings.step.recompute is not True:
         yield "model.step.recompute true", replace(settings, step=replace(settings.step, recompute=True))
     if settings.quantization is None:

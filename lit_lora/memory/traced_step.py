@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -26,7 +27,7 @@ from lit_lora.base import base_weight
 from lit_lora.base.architectures import architecture
 from lit_lora.base.load import RANDOM, resolve_base, resolve_dtype
 from lit_lora.base.quantize import is_left_plain, quantize_
-from lit_lora.base.shards import Sharding
+from lit_lora.base.shards import Sharding, gathered_modules, shares
 from lit_lora.base.whole_model import readable
 from lit_lora.build import make_trainable
 from lit_lora.config import LoRAConfig, QuantizationConfig, StepConfig
@@ -65,6 +66,8 @@ class StepSettings:
     trust_remote_code: bool = False
     devices: int = 1
     """Processes that the base is divided among; 1 for a base that each of them has whole."""
+    cpu_offload: bool = False
+    """Whether the base, or a process's share, lies in the memory of the host while it is not computed with."""
 
     def __str__(self) -> str:
         base = "16- or 32-bit base" if self.quantization is None else f"{self.quantization.bits}-bit base"
@@ -72,6 +75,7 @@ class StepSettings:
         recomputed = "all layers" if count is None else f"{count or 'no'} layers"
         tokens = f"{len(self.lengths)} examples of up to {max(self.lengths)} tokens"
         divided = f" divided among {self.devices} devices" if self.devices > 1 else ""
+        divided += " in the memory of the host" if self.cpu_offload else ""
         return f"{self.base} on {self.device}, {base}{divided}, rank {self.lora.r}, {tokens}, {recomputed} recomputed"
 
 
@@ -86,6 +90,8 @@ class TracedStep(NamedTuple):
     """How the batch was run, as far as the model's structure tells."""
     notes: tuple[str, ...]
     """What the trace could not do."""
+    host_bytes: int
+    """Of the base in the memory of the host."""
 
 
 def trace_step(settings: StepSettings) -> TracedStep:
@@ -96,7 +102,12 @@ def trace_step(settings: StepSettings) -> TracedStep:
     """
     if not settings.lengths or min(settings.lengths) < 2:
         raise ValueError(f"examples need at least 2 tokens each, got lengths {settings.lengths}")
-    tracker = StorageTracker()
+    if settings.cpu_offload and settings.device == "cpu":
+        raise ValueError(
+            "cpu_offload keeps the base in the memory of the CPU, and on a CPU it is there anyway: estimate it with "
+            "device cuda"
+        )
+    tracker, host_bytes = StorageTracker(), 0
     device = settings.device if settings.device == "cpu" or torch.cuda.is_available() else "cpu"
     notes = []
     as_on_cuda = device != settings.device
@@ -107,32 +118,35 @@ def trace_step(settings: StepSettings) -> TracedStep:
         )
     purpose = "its step cannot be traced. Run a short fit instead, which reports its peak"
     with (
-        processes_imagined(settings.devices, device) as sharding,
+        processes_imagined(settings.devices, device, cpu_offload=settings.cpu_offload) as sharding,
         without_values(purpose, as_on_cuda=as_on_cuda),
         tracker,
     ):
         model, load_peak = _load(settings, device, tracker)
         if sharding is not None:
-            load_peak = _divide(model, sharding, tracker, load_peak)
+            load_peak, host_bytes = _divide(model, sharding, tracker, load_peak)
         built = make_trainable(
             model, settings.lora, settings.step, packing=settings.packing, valueless=True, adapter=settings.adapter
         )
         path = built.path
         assert path is not None
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if sharding is not None and settings.devices == 1:
+            for module in gathered_modules(model, lambda _: True):
+                tracker.follow(p for p in module.parameters(recurse=False) if p.ndim and not p.requires_grad)
         tracker.claim("adapters", trainable)
         tracker.forget_the_dead()
         tracker.name_modules(model)
         batch = placeholder_batch(settings.lengths, packed=path.packed, device=device, supervised=settings.supervised)
         half = resolve_dtype(settings.dtype, torch.device(settings.device)) in HALF  # else attention needs the lengths
-        recorded = half and settings.device == "cuda" and settings.devices == 1 and not why_not(settings.step, path)
-        recorded = recorded and is_recorded(settings.step, batch)
+        recorded = half and settings.device == "cuda" and settings.devices == 1 and sharding is None
+        recorded = recorded and not why_not(settings.step, path) and is_recorded(settings.step, batch)
         if recorded:
             batch = FixedBatch(shape_for(batch), torch.device(device)).batch
         autocast = torch.autocast(device, getattr(torch, settings.autocast)) if settings.autocast else None
         keeps_gradients = recorded or settings.accumulate_grad_batches > 1
         run_step(model, batch, path, tracker, autocast, keeps_gradients=keeps_gradients)
-    return TracedStep(tracker, load_peak, path, tuple(notes))
+    return TracedStep(tracker, load_peak, path, tuple(notes), host_bytes)
 
 
 def run_step(
@@ -211,27 +225,39 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
 
 
 @contextmanager
-def processes_imagined(count: int, device: str) -> Iterator[Sharding | None]:
-    """This process as the first of so many, of which the others answer at once and with nothing; None for one."""
-    if count == 1:
+def processes_imagined(count: int, device: str, *, cpu_offload: bool = False) -> Iterator[Sharding | None]:
+    """This process as the first of so many, of which the others answer at once and with nothing.
+
+    None for one, if it is not to have its base in the memory of the host.
+    """
+    if count == 1 and not cpu_offload:
         yield None
         return
     if dist.is_initialized():
         raise RuntimeError("a step of several processes is traced in a process of its own, and this one has company")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
-        yield Sharding(init_device_mesh(device, (count,)))
+        # What has no values cannot be pinned.
+        yield Sharding(init_device_mesh(device, (count,)), CPUOffloadPolicy(pin_memory=False) if cpu_offload else None)
     finally:
         dist.destroy_process_group()
 
 
-def _divide(model: PreTrainedModel, sharding: Sharding, tracker: StorageTracker, whole: Peak) -> Peak:
-    """Keep the first process's share; the peak of loading it, where a weight is divided before the next one comes."""
+def _divide(model: PreTrainedModel, sharding: Sharding, tracker: StorageTracker, whole: Peak) -> tuple[Peak, int]:
+    """Keep the first process's share; the peak of loading it, where a weight is divided before the next one comes.
+
+    Of shares in the memory of the host, also their bytes, which torch rounds up to powers of two to pin them.
+    """
     sharding.shard_(model.requires_grad_(False))
+    host_bytes = 0
+    if sharding.offload:
+        offloaded = shares(model)
+        tracker.leave_out(offloaded)
+        host_bytes = sum(1 << (share.nbytes - 1).bit_length() for share in offloaded if share.nbytes)
     tracker.claim("base")
     tracker.forget_the_dead()
     share, at_once = tracker.alive_bytes, whole.by_category[WORKSPACE]
-    return Peak(share + at_once, {"base": share, WORKSPACE: at_once}, whole.where)
+    return Peak(share + at_once, {"base": share, WORKSPACE: at_once}, whole.where), host_bytes
 
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -14,6 +14,7 @@ _MOST_EPOCHS = 10
 OPTIONS = ("--fits", "--device", "--devices", "--lengths", "--suggest", "--help")
 """Beside those of ``fit``."""
 SHARDED = "lora_sharded"
+OFFLOADED = "lora_sharded_cpu_offload"
 
 
 def estimate(arguments: list[str]) -> None:
@@ -39,10 +40,14 @@ def estimate(arguments: list[str]) -> None:
     if not found.path.packed and batches.padded != batches.packed:
         found = trace(step_settings(config, batches.padded, device=options.device))
     print(f"{batches.origin}\n{found}")
-    count, divided = processes(config, options.devices)
-    if count > 1:
-        shared = trace(dataclasses.replace(found.settings, devices=count))
-        print(f"\nof the first of {count} processes, with trainer.strategy {SHARDED}:\n{shared}")
+    count, divided, offloaded = processes(config, options.devices)
+    if count > 1 or offloaded:
+        shared = trace(dataclasses.replace(found.settings, devices=count, cpu_offload=offloaded))
+        first, name = (
+            f"the first of {count} processes" if count > 1 else "one process",
+            OFFLOADED if offloaded else SHARDED,
+        )
+        print(f"\nof {first}, with trainer.strategy {name}:\n{shared}")
         found = shared if divided else found
     if config.model.get("optimizer") is not None:
         print("traced with AdamW: the state of another optimizer is not known")
@@ -65,17 +70,32 @@ def estimate(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def processes(config: Any, devices: int | None) -> tuple[int, bool]:
-    """How many processes a ``fit`` has, as far as its settings tell, and whether they divide the base.
+class Processes(NamedTuple):
+    """What a ``fit`` runs in."""
+
+    num_processes: int
+    divided: bool
+    """Whether they divide the base."""
+    offloaded: bool
+    """Whether their shares lie in the memory of the host."""
+
+
+def processes(config: Any, devices: int | None) -> Processes:
+    """How many processes a ``fit`` has, as far as its settings tell, and how they hold the base.
 
     Args:
         config: the parsed settings of a ``fit``.
         devices: as asked for; None for those of the settings.
     """
-    divided = str(config.trainer.strategy).startswith(SHARDED)
+    strategy = config.trainer.strategy
+    if isinstance(strategy, str):
+        divided, offloaded = strategy in (SHARDED, OFFLOADED), strategy == OFFLOADED
+    else:
+        divided = strategy is not None and strategy.class_path.endswith("LoRAShardedStrategy")
+        offloaded = divided and bool((strategy.get("init_args") or {}).get("cpu_offload"))
     given = config.trainer.devices
     count = int(given) if str(given).isdecimal() else len(given) if isinstance(given, list) else 1
-    return devices or (count * config.trainer.num_nodes if divided else 1), divided
+    return Processes(devices or (count * config.trainer.num_nodes if divided else 1), divided, offloaded)
 
 
 class Batch(NamedTuple):

@@ -19,6 +19,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from lit_lora.base.base_hash import known_hash
 from lit_lora.base.shards import Sharding, is_sharded
@@ -64,7 +65,7 @@ class LoRAShardedStrategy(ModelParallelStrategy):
     @property
     def sharding(self) -> Sharding:
         """Among which processes the base is divided; known once they have found each other."""
-        return Sharding(self.device_mesh["data_parallel"], cpu_offload=self.cpu_offload)
+        return Sharding(self.device_mesh["data_parallel"], CPUOffloadPolicy() if self.cpu_offload else None)
 
     def setup_environment(self) -> None:
         """Let the processes find each other: all of them work on different data.

@@ -5,19 +5,21 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from lit_lora import LoRALightningModule, QuantizationConfig, StepConfig
 from lit_lora.base.base_weight import hold_plainly_, num_weights, read_weight
+from lit_lora.base.load import load_base_model
 from lit_lora.base.quantize import quantize_
-from lit_lora.base.shards import held_bytes, is_sharded
+from lit_lora.base.shards import held_bytes, is_sharded, recover_, shares
 from lit_lora.base.streamed import load_sharded_base
 from lit_lora.callbacks._support import checksum
 from lit_lora.data.batches.loaders import prompts_of_rank
 from lit_lora.memory.storage_tracker import StorageTracker
 from lit_lora.memory.traced_step import processes_imagined
-from lit_lora.training.sharded_strategy import NAME, LoRAShardedStrategy
+from lit_lora.training.sharded_strategy import NAME, OFFLOADED, LoRAShardedStrategy
 from tests.tiny import config, language_model
 
 KINDS = {
@@ -114,6 +116,31 @@ def test_what_a_divided_base_cannot_do_is_refused(stored, monkeypatch, step, mes
             torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("source", ["files", "random"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_whose_shares_lie_on_the_host_computes_as_a_whole_one(stored, kind, source):
+    base, ids = str(stored) if source == "files" else f"random:{stored}", torch.arange(12)[None]
+    with torch.no_grad(), processes_imagined(1, "cpu", cpu_offload=True) as sharding:
+        assert sharding is not None
+        model = load_sharded_base(base, sharding, quantization=KINDS[kind], device="cpu").eval()
+        assert all(isinstance(p, DTensor) for p in model.parameters() if p.ndim)
+        expected = load_base_model(base, quantization=KINDS[kind], device="cpu").eval()
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=0, atol=0)
+        beside = held_bytes(model) - sum(share.nbytes for share in shares(model))
+        assert 0 <= beside <= 1200 * 7 * LAYERS  # tables of codes, scales of scales, scales of rows
+
+
+@pytest.mark.parametrize("strategy", [OFFLOADED, LoRAShardedStrategy(cpu_offload=True)])
+def test_an_offload_to_where_the_base_is_anyway_is_refused(stored, monkeypatch, strategy):
+    """Before processes find each other, and before anything is loaded."""
+    monkeypatch.setattr("lit_lora.module.load_sharded_base", lambda *_, **__: pytest.fail("it was loaded"))
+    trainer = L.Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match="on a CPU it is there anyway: it needs a CUDA device"):
+        trainer.fit(LoRALightningModule(str(stored)), [0])
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.mark.parametrize(("num_prompts", "world_size"), [(7, 2), (8, 2), (1, 3), (5, 4)])
 def test_every_rank_predicts_equally_often(num_prompts, world_size):
     prompts = [{"reference": str(number)} for number in range(num_prompts)]
@@ -121,3 +148,36 @@ def test_every_rank_predicts_equally_often(num_prompts, world_size):
     assert len({len(share) for share in shares}) == 1
     answered = [entry["reference"] for share in shares for entry in share if not entry.get("filler")]
     assert sorted(answered) == sorted(entry["reference"] for entry in prompts)
+
+
+@pytest.mark.parametrize("source", ["files", "random"])
+def test_a_torch_that_divides_no_codes_is_refused_by_name(stored, monkeypatch, source):
+    monkeypatch.setattr("torch.__version__", "2.11.0+cu130")
+    base = str(stored) if source == "files" else f"random:{stored}"
+    with processes_imagined(2, "cpu") as sharding:
+        assert sharding is not None
+        with pytest.raises(ValueError, match=r"by torch 2\.11\.0\+cu130, .* needs torch 2\.12 or newer"):
+            load_sharded_base(base, sharding, quantization=QuantizationConfig(), device="cpu")
+        whole = load_base_model(base, quantization=QuantizationConfig(), device="cpu").requires_grad_(False)
+        with pytest.raises(ValueError, match=r"needs torch 2\.12 or newer"):
+            sharding.shard_(whole)
+        load_sharded_base(base, sharding, device="cpu")
+
+
+def test_a_divided_model_runs_again_after_an_exception_in_any_torch(stored, monkeypatch):
+    """Before 2.13 there was no ``reset_iter_state``."""
+    ids = torch.arange(12)[None]
+    with torch.no_grad(), processes_imagined(1, "cpu", cpu_offload=True) as sharding:
+        assert sharding is not None
+        model = load_sharded_base(str(stored), sharding, device="cpu").eval()
+        expected = model(ids).logits
+        for old in (False, True):
+            if old:
+                monkeypatch.delattr(FSDPModule, "reset_iter_state")
+            hook = model.model.layers[3].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(ids)
+            hook.remove()
+            recover_(model)
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+            assert torch.equal(model(ids).logits, expected)

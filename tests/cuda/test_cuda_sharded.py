@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from lit_lora import LoRAConfig, LoRALightningModule, QuantizationConfig, SFTDataModule, load
-from lit_lora.base.shards import is_sharded
+from lit_lora.base.shards import is_sharded, takes_codes
 from lit_lora.callbacks._support.checksum import checksums, frozen_tensors
 from lit_lora.evaluation.divided import among_processes
 from lit_lora.language_model.generation import complete, turn_end
 from lit_lora.training.sharded_strategy import NAME, OFFLOADED
 from tests.tiny import config, grouped
 from tests.training.sharded_project import run
+from tests.training.test_sharded_verbs import free_ports
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
 ]
 STRATEGIES = [NAME, OFFLOADED]
+QUANTIZED = pytest.mark.skipif(not takes_codes(), reason="fully_shard of this torch takes no integer weights")
 FLOAT32: dict[str, Any] = {"dtype": "float32"}
 CONSTANT: dict[str, Any] = {"lr_schedule": "constant", "warmup_ratio": 0.0}
 """A rate that does not depend on where a run is to end."""
@@ -49,8 +52,8 @@ KINDS: dict[str, tuple[dict[str, Any], float]] = {
         },
         1e-5,
     ),
-    "the head trained, DoRA": (
-        {"lora": {"modules_to_save": ["lm_head"], "use_dora": True}, "module_options": FLOAT32}, 1e-5,
+    "the head trained": (
+        {"lora": {"modules_to_save": ["lm_head"]}, "module_options": FLOAT32}, 1e-5,
     ),
 }  # fmt: skip
 """Settings of a run, and how far its losses may be from those of a whole base: kernels add up in any order."""
@@ -81,14 +84,20 @@ def trained(folder, name, strategy="auto", **settings):
     base = str(folder / stored) if stored else f"random:{folder / 'untied'}"
     place = {"folder": str(folder / f"{name} {strategy}"), "train": str(folder / "train.jsonl")}
     settings = {"max_steps": 6, **settings}
+    gc.collect()  # modules and trainers refer to each other
+    before = torch.cuda.memory_allocated()
     try:
-        return run(**place, base=base, strategy=strategy, accelerator="gpu", **settings)
+        result = run(**place, base=base, strategy=strategy, accelerator="gpu", **settings)
+        result["allocated"] = result["allocated"][0] - before
+        return result
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=QUANTIZED if "quantization" in KINDS[kind][0] else ()) for kind in KINDS]
+)
 def test_losses_are_those_of_a_whole_base(folder, kind):
     settings, rel = KINDS[kind]
     whole = trained(folder, kind, **settings)
@@ -104,17 +113,21 @@ def test_losses_are_those_of_a_whole_base(folder, kind):
         assert found["verdict"][1]
 
 
-@pytest.mark.parametrize("quantization", [None, NF4_DQ, {"bits": 8, "embedding_bits": 8}])
+@pytest.mark.parametrize(
+    "quantization",
+    [None, *(pytest.param(each, marks=QUANTIZED) for each in (NF4_DQ, {"bits": 8, "embedding_bits": 8}))],
+)
 def test_of_an_offloaded_base_the_device_holds_next_to_nothing_between_steps(folder, quantization):
     settings = {"quantization": quantization, "module_options": FLOAT32}
+    trained(folder, f"held {quantization}", NAME, **{**settings, "max_steps": 1})  # what libraries keep for themselves
     kept, offloaded = (trained(folder, f"held {quantization}", strategy, **settings) for strategy in STRATEGIES)
     assert kept["held_on_device"] == pytest.approx(kept["held"], rel=0.01)
     assert offloaded["held"] == pytest.approx(kept["held"], rel=0.01)
-    assert offloaded["held_on_device"] <= 0.03 * kept["held"]  # scales of rows or blocks
-    assert kept["allocated"][0] - offloaded["allocated"][0] >= 0.9 * kept["held"]
+    assert offloaded["held_on_device"] <= 0.1 * kept["held"]  # scales and tables of codes: less of it in a wider model
+    assert kept["allocated"] - offloaded["allocated"] >= 0.9 * kept["held"]
 
 
-@pytest.mark.parametrize("quantization", [None, NF4_DQ])
+@pytest.mark.parametrize("quantization", [None, pytest.param(NF4_DQ, marks=QUANTIZED)])
 @pytest.mark.parametrize("chain", [(OFFLOADED, "auto"), ("auto", OFFLOADED), (NAME, OFFLOADED)])
 def test_a_run_goes_on_under_another_strategy(folder, chain, quantization):
     settings = {"quantization": quantization, "module_options": {**FLOAT32, **CONSTANT}}
@@ -147,7 +160,7 @@ def module_of(folder, *, quantized: bool) -> LoRALightningModule:
     )
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", [False, pytest.param(True, marks=QUANTIZED)])
 def test_it_trains_validates_and_answers_as_a_whole_one(folder, tmp_path, quantized):
     found = {}
     for strategy in ("auto", *STRATEGIES):
@@ -175,14 +188,14 @@ def test_it_trains_validates_and_answers_as_a_whole_one(folder, tmp_path, quanti
         assert found[strategy][2] == whole[2]
 
 
-@pytest.mark.parametrize("quantization", [None, QuantizationConfig(**NF4_DQ)])
+@pytest.mark.parametrize("quantization", [None, pytest.param(QuantizationConfig(**NF4_DQ), marks=QUANTIZED)])
 def test_generate_divides_the_base_among_processes(folder, monkeypatch, quantization):
     for name, value in {
         "RANK": 0,
         "LOCAL_RANK": 0,
         "WORLD_SIZE": 1,
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": 29517,
+        "MASTER_PORT": free_ports(1)[0],
     }.items():
         monkeypatch.setenv(name, str(value))
     options: dict[str, Any] = {
