@@ -44,6 +44,7 @@ from lit_lora.training.new_tokens import hold_new_tokens
 from lit_lora.training.optimization import Optimization
 from lit_lora.training.resume_settings import Difference
 from lit_lora.training.sharded_strategy import LoRAShardedStrategy
+from lit_lora.training.start_source import check_start, start_source
 from lit_lora.training.step_metrics import LossOutput
 from lit_lora.training.token_loss import LOGGED, TokenLossModule
 from lit_lora.training.trainer_settings import check_built, check_monitors
@@ -93,7 +94,7 @@ class LoRALightningModule(TokenLossModule):
         self.adapter = adapter
         self.lora = lora
         self.quantization = quantization
-        self.lora.check_for_training()
+        check_start(lora, quantization)
         self.dtype_name = dtype
         self.revision = revision
         self.trust_remote_code = trust_remote_code
@@ -188,7 +189,7 @@ class LoRALightningModule(TokenLossModule):
             return
         own_base = type(self).load_base is not LoRALightningModule.load_base
         if self._sharding is not None:
-            check_sharded(self.step)
+            check_sharded(self.step, self.lora)
         check_device(self.step, torch.get_default_device())
         start = self._starting_adapter()
         model = self._load_divided() if self._sharding is not None and not own_base else self.load_base()
@@ -199,7 +200,9 @@ class LoRALightningModule(TokenLossModule):
         self.lora = hold(model, self.lora, data)
         own_loss = type(self).compute_loss is not LoRALightningModule.compute_loss
         stored = None if start is None else start.stored
-        built = make_trainable(model, self.lora, self.step, packing=self._packs, own_loss=own_loss, adapter=stored)
+        source = start_source(self.lora, self._trainer, self.base, self._how_to_load) if start is None else None
+        ways: dict[str, Any] = {"packing": self._packs, "own_loss": own_loss, "adapter": stored, "start_from": source}
+        built = make_trainable(model, self.lora, self.step, **ways)
         self.injection_report, self.path, self._compile_clock = built
         if (amount := self.step.activation_budget) is not None:
             if self.path is None:
@@ -349,8 +352,7 @@ class LoRALightningModule(TokenLossModule):
 
     def on_train_start(self) -> None:
         """Continue a resumed run where it was: random state, and the gradients of an unfinished window."""
-        one = isinstance(self.trainer.strategy, SingleDeviceStrategy)
-        if self.path is not None and self.device.type == "cuda" and one:
+        if self.path and self.device.type == "cuda" and isinstance(self.trainer.strategy, SingleDeviceStrategy):
             self._cuda_graphs = graphs_for(self.model, self.step, self.path, self._optimized())  # type: ignore[arg-type]
         self._recorder.start_clock()
         self._point = TrainingPoint(self.trainer.optimizers, self.trainable_parameters())
