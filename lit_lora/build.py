@@ -67,6 +67,8 @@ def check_sharded(step: StepConfig, lora: LoRAConfig) -> None:
     if lora.init_lora_weights in LATER_STARTS:
         start = setting("model.lora.init_lora_weights", lora.init_lora_weights)
         raise ValueError(f"{start} needs a base that is whole, and this one is divided among processes: leave it out")
+    if lora.freeze_A:
+        raise ValueError(f"{setting('model.lora.freeze_A')} does not work on a base that is divided: leave it out")
     if step.activation_budget is not None:
         raise ValueError(
             f"{setting('model.step.recompute', step.activation_budget)} measures a step on a base that is whole: with "

@@ -103,6 +103,10 @@ class LoRAConfig:
     and the base stays as it was, at the cost of twice the rank. Also "eva" (A as the principal components of what comes
     in from the first batches, zero B) and, with quantization, "loftq" (most of what quantization took)."""
 
+    freeze_A: bool = False
+    """Leave A as it starts and train B alone (LoRA-FA, arXiv:2308.03303): half the parameters to optimize. The built-in
+    AdamW then turns the gradient of B to that of the whole weight, as PEFT's LoRA-FA optimizer. For linear layers."""
+
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the adapter's parameters. float32 unless memory forces otherwise: half precision loses small updates. On
     CUDA products are in the base's half precision all the same, with sums and gradients in float32."""

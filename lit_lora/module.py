@@ -20,10 +20,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lit_lora import starting_adapter
+from lit_lora.adapters.fixed_half import fixed_halves, untrained_tensors
 from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.adapters.inject import InjectionReport
 from lit_lora.adapters.module_names import plain_name
-from lit_lora.adapters.subtracted_start import start_tensors
 from lit_lora.base import trained_on
 from lit_lora.base.base_hash import base_hash, forget_base, note_base
 from lit_lora.base.load import load_base_model
@@ -77,7 +77,7 @@ class LoRALightningModule(TokenLossModule):
         Args:
             base: Hub id, folder, GGUF file, a name that ``lit-lora fetch`` knows, or random:ARCHITECTURE.
             adapter: an adapter to start from, by its folder in PEFT's format or its id on the Hub; None for a new one.
-                Of ``lora`` only ``lora_dropout`` and ``adapter_dtype`` then count: the rest comes from the adapter.
+                Of ``lora`` only ``lora_dropout``, ``adapter_dtype`` and ``freeze_A`` count: the rest is the adapter's.
             lora: which layers get adapters, of what rank.
             quantization: how to quantize the frozen base; None for full precision.
             dtype: dtype of the base's weights; auto is float32 on a CPU, bfloat16 on CUDA, float16 before Ampere.
@@ -259,7 +259,7 @@ class LoRALightningModule(TokenLossModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Adapter parameters and a schedule that steps with the optimizer."""
-        return self._optimization.configure(self.trainer, self.trainable_parameters())
+        return self._optimization.configure(self.trainer, self.trainable_parameters(), fixed_halves(self))
 
     @property
     def _optimization(self) -> Optimization:
@@ -293,7 +293,7 @@ class LoRALightningModule(TokenLossModule):
         return {f"{prefix}{name}": tensor if kept else tensor.detach() for name, tensor in self._adapter().items()}
 
     def _adapter(self) -> dict[str, Tensor]:
-        return {**self.trainable_parameters(), **start_tensors(self)}
+        return {**self.trainable_parameters(), **untrained_tensors(self)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load adapters; that the base is not among them is no finding."""

@@ -160,6 +160,7 @@ def put_adapters_(model: nn.Module, plan: InjectionPlan) -> None:
         layer = planned.kind(planned.module, config, r=planned.r, lora_alpha=planned.lora_alpha)
         INITIALIZERS[config.init_lora_weights](layer)
         layer.finish_start()
+        layer.factors()[0].requires_grad_(not config.freeze_A)
         layer.train(planned.module.training)
         replace_module(modules, name, layer)
     for name, parameter in plan.parameters.items():

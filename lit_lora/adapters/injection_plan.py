@@ -229,9 +229,11 @@ def _check_without_peft(model: nn.Module) -> None:
 def _check_start(config: LoRAConfig, adapted: dict[str, PlannedLayer], parameters: Collection[str]) -> None:
     """Refuse a start that a layer cannot have."""
     start = config.init_lora_weights
+    others = [*parameters, *(name for name, layer in adapted.items() if isinstance(layer.module, nn.Embedding))]
+    if config.freeze_A and others:
+        raise ValueError(f"freeze_A is for linear layers, and {some(others)} is none: leave it out")
     if start not in (*OF_THE_WEIGHT, *LATER_STARTS, "orthogonal"):
         return
-    others = [*parameters, *(name for name, layer in adapted.items() if isinstance(layer.module, nn.Embedding))]
     if others:
         raise ValueError(f"init_lora_weights {start!r} is for linear layers, and {some(others)} is none: leave it out")
     for name, layer in adapted.items():

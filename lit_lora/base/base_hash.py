@@ -137,7 +137,7 @@ def _in_memory(model: nn.Module) -> BaseHash:
     tensors = {
         name.replace(".base_layer", "").replace("_orig_mod.", ""): tensor.detach()
         for name, tensor in model.named_parameters()
-        if not tensor.requires_grad and not tensor.is_meta
+        if not tensor.requires_grad and not tensor.is_meta and ".lora_" not in name
     }
 
     def compute() -> str:
