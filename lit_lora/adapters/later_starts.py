@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,12 +70,16 @@ class EVA(InputStart):
         """The components with the most variance first; the largest entry of each is positive, as in PEFT."""
         if self.count <= layer.r:
             raise ValueError(f"rank {layer.r} needs more than {layer.r} tokens that are learned, got {self.count}")
-        _, vectors = torch.linalg.eigh(self.scatter.double())
-        components = vectors.T.flip(0)[: layer.r]
+        components = self._components[: layer.r]
         signs = components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
         lora_A, lora_B = layer.factors()
         lora_A.copy_(components * signs)
         lora_B.zero_()
+
+    @cached_property
+    def _components(self) -> Tensor:
+        _, vectors = torch.linalg.eigh(self.scatter)
+        return vectors.T.flip(0)
 
 
 class CorDA(InputStart):
@@ -94,19 +99,24 @@ class CorDA(InputStart):
 
     def start(self, layer: StartedLinear) -> None:
         """The largest singular values of ``W C``, with ``C`` taken out again on the right."""
+        damped, inverse = self._damped
+        U, S, Vh = torch.linalg.svd(layer.whole_weight() @ damped, full_matrices=False)
+        root = (S[: layer.r] / layer.scaling).sqrt()
+        layer.start_as(root[:, None] * (Vh[: layer.r] @ inverse), U[:, : layer.r] * root)
+
+    @cached_property
+    def _damped(self) -> tuple[Tensor, Tensor]:
+        """``C`` and its inverse."""
         products, damping = self.products / self.count, 0.01
         unit = torch.eye(len(products), device=products.device)
         while True:  # until the inverse is one, as the paper's code and PEFT
             damped = products + unit * (products.diagonal().mean() * damping)
             inverse = torch.linalg.inv(damped)
             if torch.dist(damped @ inverse, unit) < 0.05:
-                break
+                return damped, inverse
             damping *= 2
             if damping > 1e6:
                 raise ValueError("the inputs are so unlike in size that their products have no inverse")
-        U, S, Vh = torch.linalg.svd(layer.whole_weight() @ damped, full_matrices=False)
-        root = (S[: layer.r] / layer.scaling).sqrt()
-        layer.start_as(root[:, None] * (Vh[: layer.r] @ inverse), U[:, : layer.r] * root)
 
 
 OF_INPUTS: dict[bool | str, type[InputStart]] = {"eva": EVA, "corda": CorDA}
@@ -197,14 +207,22 @@ def _taken(
 ) -> dict[str, InputStart]:
     """What the inputs of these layers of the base come to."""
     taken: dict[str, InputStart] = {}
+    owners: set[str] = set()  # of those that share an input (query, key and value), the first one
     counted: list[Tensor | None] = [None]
+    last: list[Any] = [None, None]
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x, mask = args[0].detach(), counted[0]
+            x, mask = args[0], counted[0]
+            if x is last[0] and name not in taken:
+                taken[name] = last[1]
+            if name in taken and name not in owners:
+                return
             rows = x[mask] if mask is not None and x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
             if len(rows):
+                owners.add(name)
                 taken.setdefault(name, kind()).take(rows.float())
+                last[:] = x, taken[name]
 
         return note
 

@@ -125,6 +125,23 @@ def test_eva_is_the_principal_components_of_all_learned_tokens_of_several_batche
     assert all(len(layer.base_layer._forward_pre_hooks) == 0 for _, layer in lora_layers(model))
 
 
+@pytest.mark.parametrize("start", OF_INPUTS)
+def test_layers_that_share_an_input_start_as_each_for_itself(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for held in (later_starts.HELD_BYTES, 1):
+        monkeypatch.setattr(later_starts, "HELD_BYTES", held)
+        model = language_model()
+        inject_lora(model, LoRAConfig(**SETTINGS, init_lora_weights=start), start_from=batches(3))
+        found.append({name: [half.detach() for half in layer.factors()] for name, layer in lora_layers(model)})
+    together, alone = found
+    assert len(together) == 14
+    for name, halves in together.items():
+        for got, wanted in zip(halves, alone[name], strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    q, k = (together[f"model.layers.0.self_attn.{kind}_proj"][0] for kind in "qk")
+    assert torch.equal(q, k) == (start == "eva")
+
+
 @pytest.mark.parametrize("scale", [1, 2])
 @pytest.mark.parametrize("dora", [False, True])
 def test_loftq_brings_the_quantized_weight_nearer_to_the_one_before(scale: int, dora: bool) -> None:
