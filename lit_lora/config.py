@@ -24,6 +24,8 @@ OF_THE_WEIGHT = ("pissa", "pissa_niter_4", "pissa_niter_16", "olora", "corda")
 LATER_STARTS = ("eva", "corda", "loftq")
 """Ways to start A and B that need more than the layer: batches, or what the weight was before it was quantized."""
 
+Start = Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "corda", "eva", "loftq"]
+
 Combination = Literal[
     "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune",
     "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
@@ -90,12 +92,7 @@ class LoRAConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases of the base to train along: none, all, or those of adapted layers (lora_only)."""
 
-    init_lora_weights: (
-        bool
-        | Literal[
-            "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "corda", "eva", "loftq"
-        ]
-    ) = True
+    init_lora_weights: bool | Start = True
     """How A and B start: true (Kaiming-uniform A, zero B), "gaussian" (normal A, zero B), or false (both random, for
     tests). Linear layers also "orthogonal" (neither is zero, and their product is; even rank), "pissa" (the largest
     singular values of the weight; with _niter_4 or _niter_16 a faster estimate of them), "olora" (the beginning of its
