@@ -15,8 +15,9 @@ from torch import nn
 
 from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.adapters.inject import InjectionReport, inject_lora
+from lit_lora.adapters.later_starts import StartFrom
 from lit_lora.adapters.layers import lora_layers
-from lit_lora.config import LoRAConfig, StepConfig
+from lit_lora.config import LATER_STARTS, LoRAConfig, StepConfig
 from lit_lora.interchange.stored_adapter import StoredAdapter, inject_stored
 from lit_lora.kernels.cuda_way import HALF, computes_half, takes_cuda_way
 from lit_lora.language_model.forward import ForwardPath
@@ -53,7 +54,7 @@ def check_device(step: StepConfig, device: torch.device) -> None:
         liger_kernels.check_available(device)
 
 
-def check_sharded(step: StepConfig) -> None:
+def check_sharded(step: StepConfig, lora: LoRAConfig) -> None:
     """Refuse what a base that is divided among processes cannot do, before anything is loaded.
 
     Raises:
@@ -63,6 +64,11 @@ def check_sharded(step: StepConfig) -> None:
         raise ValueError(
             f"{setting('model.step.compile_layers')} does not work on a base that is divided: leave it out"
         )
+    if lora.init_lora_weights in LATER_STARTS:
+        start = setting("model.lora.init_lora_weights", lora.init_lora_weights)
+        raise ValueError(f"{start} needs a base that is whole, and this one is divided among processes: leave it out")
+    if lora.freeze_A:
+        raise ValueError(f"{setting('model.lora.freeze_A')} does not work on a base that is divided: leave it out")
     if step.activation_budget is not None:
         raise ValueError(
             f"{setting('model.step.recompute', step.activation_budget)} measures a step on a base that is whole: with "
@@ -79,6 +85,7 @@ def make_trainable(
     own_loss: bool = False,
     valueless: bool = False,
     adapter: StoredAdapter | None = None,
+    start_from: StartFrom | None = None,
 ) -> Built:
     """Inject adapters, freeze everything else, and let the model compute as ``step`` says; it is in training mode then.
 
@@ -90,6 +97,7 @@ def make_trainable(
         own_loss: whether its loss is another than that of next tokens; then nothing is tried.
         valueless: whether its tensors have no values, so that nothing can be tried, compiled or measured.
         adapter: to start from, with ``lora`` as its configuration; None for a new one.
+        start_from: what a new one starts from, as :func:`lit_lora.adapters.inject.inject_lora` takes it.
 
     Raises:
         ValueError: if layers to adapt are not there, the model cannot be trained on next tokens, or ``step`` asks for
@@ -97,7 +105,12 @@ def make_trainable(
     """
     if step.liger and not valueless:
         rank_zero_info(f"Liger kernels: {', '.join(liger_kernels.apply(model))}")
-    report = inject_lora(model, lora) if adapter is None else inject_stored(model, adapter, lora, valueless=valueless)
+    if valueless and lora.init_lora_weights in LATER_STARTS:
+        start_from = ()
+    if adapter is None:
+        report = inject_lora(model, lora, start_from=start_from)
+    else:
+        report = inject_stored(model, adapter, lora, valueless=valueless)
     if not step.fused_lora:
         for _, layer in lora_layers(model):
             layer.has_fast_path = False

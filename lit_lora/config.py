@@ -18,8 +18,13 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-OF_THE_WEIGHT = ("pissa", "pissa_niter_4", "pissa_niter_16", "olora")
+OF_THE_WEIGHT = ("pissa", "pissa_niter_4", "pissa_niter_16", "olora", "corda")
 """Ways to start A and B as a part of the weight."""
+
+LATER_STARTS = ("eva", "corda", "loftq")
+"""Ways to start A and B that need more than the layer: batches, or what the weight was before it was quantized."""
+
+Start = Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "corda", "eva", "loftq"]
 
 Combination = Literal[
     "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune",
@@ -87,13 +92,17 @@ class LoRAConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases of the base to train along: none, all, or those of adapted layers (lora_only)."""
 
-    init_lora_weights: bool | Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"] = (
-        True
-    )
+    init_lora_weights: bool | Start = True
     """How A and B start: true (Kaiming-uniform A, zero B), "gaussian" (normal A, zero B), or false (both random, for
     tests). Linear layers also "orthogonal" (neither is zero, and their product is; even rank), "pissa" (the largest
-    singular values of the weight; with _niter_4 or _niter_16 a faster estimate of them) and "olora" (the beginning of
-    its QR); what these two start as is taken off again, and the base stays as it was, at the cost of twice the rank."""
+    singular values of the weight; with _niter_4 or _niter_16 a faster estimate of them), "olora" (the beginning of its
+    QR) and "corda" (what of the weight acts most on the first batches); what these three start as is taken off again,
+    and the base stays as it was, at the cost of twice the rank. Also "eva" (A as the principal components of what comes
+    in from the first batches, zero B) and, with quantization, "loftq" (most of what quantization took)."""
+
+    freeze_A: bool = False
+    """Leave A as it starts and train B alone (LoRA-FA, arXiv:2308.03303): half the parameters to optimize. The built-in
+    AdamW then turns the gradient of B to that of the whole weight, as PEFT's LoRA-FA optimizer. For linear layers."""
 
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the adapter's parameters. float32 unless memory forces otherwise: half precision loses small updates. On

@@ -20,10 +20,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lit_lora import starting_adapter
+from lit_lora.adapters.fixed_half import fixed_halves, untrained_tensors
 from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.adapters.inject import InjectionReport
 from lit_lora.adapters.module_names import plain_name
-from lit_lora.adapters.subtracted_start import start_tensors
 from lit_lora.base import trained_on
 from lit_lora.base.base_hash import base_hash, forget_base, note_base
 from lit_lora.base.load import load_base_model
@@ -44,6 +44,7 @@ from lit_lora.training.new_tokens import hold_new_tokens
 from lit_lora.training.optimization import Optimization
 from lit_lora.training.resume_settings import Difference
 from lit_lora.training.sharded_strategy import LoRAShardedStrategy
+from lit_lora.training.start_source import check_start, start_source
 from lit_lora.training.step_metrics import LossOutput
 from lit_lora.training.token_loss import LOGGED, TokenLossModule
 from lit_lora.training.trainer_settings import check_built, check_monitors
@@ -76,7 +77,7 @@ class LoRALightningModule(TokenLossModule):
         Args:
             base: Hub id, folder, GGUF file, a name that ``lit-lora fetch`` knows, or random:ARCHITECTURE.
             adapter: an adapter to start from, by its folder in PEFT's format or its id on the Hub; None for a new one.
-                Of ``lora`` only ``lora_dropout`` and ``adapter_dtype`` then count: the rest comes from the adapter.
+                Of ``lora`` only ``lora_dropout``, ``adapter_dtype`` and ``freeze_A`` count: the rest is the adapter's.
             lora: which layers get adapters, of what rank.
             quantization: how to quantize the frozen base; None for full precision.
             dtype: dtype of the base's weights; auto is float32 on a CPU, bfloat16 on CUDA, float16 before Ampere.
@@ -93,7 +94,7 @@ class LoRALightningModule(TokenLossModule):
         self.adapter = adapter
         self.lora = lora
         self.quantization = quantization
-        self.lora.check_for_training()
+        check_start(lora, quantization)
         self.dtype_name = dtype
         self.revision = revision
         self.trust_remote_code = trust_remote_code
@@ -188,7 +189,7 @@ class LoRALightningModule(TokenLossModule):
             return
         own_base = type(self).load_base is not LoRALightningModule.load_base
         if self._sharding is not None:
-            check_sharded(self.step)
+            check_sharded(self.step, self.lora)
         check_device(self.step, torch.get_default_device())
         start = self._starting_adapter()
         model = self._load_divided() if self._sharding is not None and not own_base else self.load_base()
@@ -199,7 +200,9 @@ class LoRALightningModule(TokenLossModule):
         self.lora = hold(model, self.lora, data)
         own_loss = type(self).compute_loss is not LoRALightningModule.compute_loss
         stored = None if start is None else start.stored
-        built = make_trainable(model, self.lora, self.step, packing=self._packs, own_loss=own_loss, adapter=stored)
+        source = start_source(self.lora, self._trainer, self.base, self._how_to_load) if start is None else None
+        ways: dict[str, Any] = {"packing": self._packs, "own_loss": own_loss, "adapter": stored, "start_from": source}
+        built = make_trainable(model, self.lora, self.step, **ways)
         self.injection_report, self.path, self._compile_clock = built
         if (amount := self.step.activation_budget) is not None:
             if self.path is None:
@@ -256,7 +259,7 @@ class LoRALightningModule(TokenLossModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Adapter parameters and a schedule that steps with the optimizer."""
-        return self._optimization.configure(self.trainer, self.trainable_parameters())
+        return self._optimization.configure(self.trainer, self.trainable_parameters(), fixed_halves(self))
 
     @property
     def _optimization(self) -> Optimization:
@@ -290,7 +293,7 @@ class LoRALightningModule(TokenLossModule):
         return {f"{prefix}{name}": tensor if kept else tensor.detach() for name, tensor in self._adapter().items()}
 
     def _adapter(self) -> dict[str, Tensor]:
-        return {**self.trainable_parameters(), **start_tensors(self)}
+        return {**self.trainable_parameters(), **untrained_tensors(self)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load adapters; that the base is not among them is no finding."""
@@ -349,8 +352,7 @@ class LoRALightningModule(TokenLossModule):
 
     def on_train_start(self) -> None:
         """Continue a resumed run where it was: random state, and the gradients of an unfinished window."""
-        one = isinstance(self.trainer.strategy, SingleDeviceStrategy)
-        if self.path is not None and self.device.type == "cuda" and one:
+        if self.path and self.device.type == "cuda" and isinstance(self.trainer.strategy, SingleDeviceStrategy):
             self._cuda_graphs = graphs_for(self.model, self.step, self.path, self._optimized())  # type: ignore[arg-type]
         self._recorder.start_clock()
         self._point = TrainingPoint(self.trainer.optimizers, self.trainable_parameters())

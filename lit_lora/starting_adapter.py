@@ -28,7 +28,7 @@ from lit_lora.training import training_record, training_state
 from lit_lora.training.new_tokens import AddsTokens, hold_new_tokens
 from lit_lora.wording import setting
 
-OF_TRAINING = ("lora_dropout", "adapter_dtype")
+OF_TRAINING = ("lora_dropout", "adapter_dtype", "freeze_A")
 """Fields of ``LoRAConfig`` that say how an adapter is trained, not what it is."""
 
 _READING: ContextVar[str | None] = ContextVar("_READING", default=None)

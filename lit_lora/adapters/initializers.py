@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_lora.adapters.layers import LoRALayer, LoRALinear
 from lit_lora.adapters.subtracted_start import StartedLinear
-from lit_lora.base import shards
+from lit_lora.config import LATER_STARTS
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def olora(layer: LoRALayer) -> None:
 
 
 def _weight_to_start_as(layer: StartedLinear) -> Tensor | None:
-    return None if layer.is_valueless else shards.whole(layer.read_base()).float()
+    return None if layer.is_valueless else layer.whole_weight()
 
 
 @torch.no_grad()
@@ -90,6 +90,7 @@ INITIALIZERS: dict[bool | str, Callable[[LoRALayer], None]] = {
     "pissa_niter_4": partial(pissa, num_iterations=4),
     "pissa_niter_16": partial(pissa, num_iterations=16),
     "olora": olora,
+    **dict.fromkeys(LATER_STARTS, kaiming),  # until later_starts.py fills them
     False: random,
 }
 """``LoRAConfig.init_lora_weights`` -> function that fills the layer's A and B."""

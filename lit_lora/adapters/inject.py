@@ -14,6 +14,7 @@ from torch import nn
 from lit_lora.adapters.direct_reads import call_adapted_layers
 from lit_lora.adapters.initializers import INITIALIZERS
 from lit_lora.adapters.injection_plan import InjectionPlan, plan_injection
+from lit_lora.adapters.later_starts import StartFrom, check_start_from, start_later_
 from lit_lora.adapters.layers import TrainableCopy
 from lit_lora.adapters.matching import layer_indices, ranges, some
 from lit_lora.adapters.module_names import named_modules, plain_name, replace_module
@@ -86,7 +87,9 @@ class InjectionReport:
         return "\n".join(lines)
 
 
-def inject_lora(model: nn.Module, config: LoRAConfig, *, name: str | None = None) -> InjectionReport:
+def inject_lora(
+    model: nn.Module, config: LoRAConfig, *, name: str | None = None, start_from: StartFrom | None = None
+) -> InjectionReport:
     """Wrap the layers that the configuration names, in place, and freeze everything else.
 
     Args:
@@ -95,18 +98,26 @@ def inject_lora(model: nn.Module, config: LoRAConfig, *, name: str | None = None
             as PEFT does for such tasks, unless ``exclude_modules`` names it.
         name: what the adapter is called among several; where the model has adapters, it lies beside them, for
             ``set_adapter``. None for one alone, which is called "default".
+        start_from: what a start of ``config`` is made of. For "eva" and "corda" batches of the training data, each a
+            dictionary that the model takes; for "loftq" a function from a layer's name to its weight before it was
+            quantized, ``(out, in)``. None for the other starts.
 
     Returns:
         What was adapted.
 
     Raises:
         ValueError: if an entry of the configuration matches nothing, a matched layer cannot be adapted, nothing would
-            be trainable, or the model has adapters already. The model is then unchanged.
+            be trainable, or the model has adapters already. The model is then unchanged, but for what ``start_from``
+            turned out not to serve.
     """
+    check_start_from(config, start_from)
     with named(model, name):
         plan = plan_injection(model, config)
         config.check_for_training()
-        return apply_plan(model, plan)
+        report = apply_plan(model, plan)
+        if start_from is not None:
+            start_later_(model, config, start_from)
+        return report
 
 
 def apply_plan(model: nn.Module, plan: InjectionPlan) -> InjectionReport:
@@ -149,6 +160,7 @@ def put_adapters_(model: nn.Module, plan: InjectionPlan) -> None:
         layer = planned.kind(planned.module, config, r=planned.r, lora_alpha=planned.lora_alpha)
         INITIALIZERS[config.init_lora_weights](layer)
         layer.finish_start()
+        layer.factors()[0].requires_grad_(not config.freeze_A)
         layer.train(planned.module.training)
         replace_module(modules, name, layer)
     for name, parameter in plan.parameters.items():

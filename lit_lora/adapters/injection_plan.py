@@ -23,7 +23,7 @@ from lit_lora.adapters.task_heads import as_pretrained
 from lit_lora.adapters.trainable_tokens import DELTA, token_modules
 from lit_lora.adapters.trained_biases import biases_to_train
 from lit_lora.base import base_weight
-from lit_lora.config import OF_THE_WEIGHT, LoRAConfig
+from lit_lora.config import LATER_STARTS, OF_THE_WEIGHT, LoRAConfig
 
 
 @dataclass(frozen=True)
@@ -229,14 +229,16 @@ def _check_without_peft(model: nn.Module) -> None:
 def _check_start(config: LoRAConfig, adapted: dict[str, PlannedLayer], parameters: Collection[str]) -> None:
     """Refuse a start that a layer cannot have."""
     start = config.init_lora_weights
-    if start not in (*OF_THE_WEIGHT, "orthogonal"):
-        return
     others = [*parameters, *(name for name, layer in adapted.items() if isinstance(layer.module, nn.Embedding))]
+    if config.freeze_A and others:
+        raise ValueError(f"freeze_A is for linear layers, and {some(others)} is none: leave it out")
+    if start not in (*OF_THE_WEIGHT, *LATER_STARTS, "orthogonal"):
+        return
     if others:
         raise ValueError(f"init_lora_weights {start!r} is for linear layers, and {some(others)} is none: leave it out")
     for name, layer in adapted.items():
         most = min(base_weight.linear_shape(layer.module))
-        if layer.started and layer.r > most:
+        if start != "orthogonal" and layer.r > most:
             raise ValueError(
                 f"init_lora_weights {start!r} takes r parts of a weight: {name} has {most}, r is {layer.r}"
             )

@@ -1,4 +1,4 @@
-"""An adapter that starts as a part of the weight: PiSSA, OLoRA. The base stays as it was.
+"""An adapter that starts as a part of the weight: PiSSA, OLoRA, CorDA. The base stays as it was.
 
 These methods train ``W - s B0 A0 + s B A``, with ``B0 A0`` a part of ``W`` that A and B start as. PEFT puts the first
 two terms in the place of the base. Here the base is what it was, bit for bit, and the start is taken off in the
@@ -23,6 +23,7 @@ from lit_lora.adapters.functional import add_lora
 from lit_lora.adapters.layers import LoRALinear
 from lit_lora.adapters.lora_layer import scaled_product
 from lit_lora.adapters.module_names import plain_name
+from lit_lora.base import shards
 from lit_lora.config import LoRAConfig
 from lit_lora.kernels.cuda_way import has_no_values
 
@@ -67,6 +68,10 @@ class StartedLinear(LoRALinear):
         for weight, start, value in zip(self.factors(), self.starts(), (lora_A, lora_B), strict=True):
             weight.copy_(value)
             start.copy_(weight)
+
+    def whole_weight(self) -> Tensor:
+        """What it is a part of, float32 ``(O, I)``, divided or not."""
+        return shards.whole(self.read_base()).float()
 
     @property
     def is_valueless(self) -> bool:

@@ -134,10 +134,14 @@ def hash_recipe(**recipe: Any) -> BaseHash:
 
 
 def _in_memory(model: nn.Module) -> BaseHash:
+    names = {name for name, _ in model.named_parameters()}
     tensors = {
         name.replace(".base_layer", "").replace("_orig_mod.", ""): tensor.detach()
         for name, tensor in model.named_parameters()
-        if not tensor.requires_grad and not tensor.is_meta
+        if not tensor.requires_grad
+        and not tensor.is_meta
+        and ".lora_" not in name
+        and name.replace(".base_layer.", ".copy.") not in names - {name}  # a trained copy stands for it
     }
 
     def compute() -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lit_lora.config import LoRAConfig
 
 METADATA_KEY = "lit_lora_sha256"
-_WITHOUT_EFFECT = ("lora_dropout", "init_lora_weights")
+_WITHOUT_EFFECT = ("lora_dropout", "init_lora_weights", "freeze_A")
 """Fields that a loaded adapter computes the same without."""
 
 _LATER = ("target_parameters", "trainable_token_indices", "use_dora", "bias", "ensure_weight_tying")

@@ -37,9 +37,9 @@ def hold_new_tokens(model: Any, lora: LoRAConfig, data: Any) -> LoRAConfig:
     Returns:
         ``lora`` with the rows of the new tokens: in the embedding, and in a head of its own.
     """
-    if as_pretrained(model) is None:
-        return lora
     adds = data.tokenizer and data.new_tokens.pieces if isinstance(data, AddsTokens) else {}
+    if as_pretrained(model) is None or not (adds or lora.trainable_token_indices):  # images have no tokens at all
+        return lora
     modules = named_modules(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     name_of = {id(module): name for name, module in modules.items()}

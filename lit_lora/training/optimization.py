@@ -14,8 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_lora.adapters.fixed_half import FixedHalf
 from lit_lora.config import OptimizationConfig
 from lit_lora.training import optimizer_trial, resume_settings, schedule
+from lit_lora.training.lora_fa import LoRAFA
 from lit_lora.training.resume_settings import Difference
 from lit_lora.training.training_point import has_two_points
 
@@ -76,14 +78,17 @@ class Optimization:
             )
         return [schedule.StepOnPlateau(scheduler.monitor)]
 
-    def configure(self, trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    def configure(
+        self, trainer: Trainer, parameters: Mapping[str, nn.Parameter], fixed: Sequence[FixedHalf] = ()
+    ) -> dict[str, Any]:
         """What ``configure_optimizers`` returns.
 
         Args:
             trainer: says how many steps there are.
             parameters: all that train, by name.
+            fixed: layers of which B alone is trained.
         """
-        built = self._optimizer(list(parameters.values()), learns_faster(parameters))
+        built = self._optimizer(list(parameters.values()), learns_faster(parameters), fixed)
         if getattr(built, "_step_supports_amp_scaling", False):
             # Left to unscale gradients itself, a fused optimizer would do so after they are logged; and Lightning then
             # refuses to clip them, without a loss scaler too (https://github.com/Lightning-AI/pytorch-lightning/issues/21435).
@@ -102,7 +107,12 @@ class Optimization:
             schedule.check_length(own, schedule.num_steps(trainer))
         return {"optimizer": built, "lr_scheduler": {"scheduler": own, "interval": "step"}}
 
-    def _optimizer(self, parameters: list[nn.Parameter], faster: Sequence[nn.Parameter] = ()) -> Optimizer:
+    def _optimizer(
+        self,
+        parameters: list[nn.Parameter],
+        faster: Sequence[nn.Parameter] = (),
+        fixed: Sequence[FixedHalf] = (),
+    ) -> Optimizer:
         if self.optimizer is not None:
             return self.optimizer(parameters)
         config = self.config
@@ -111,12 +121,9 @@ class Optimization:
             known = {id(parameter) for parameter in faster}
             groups = [{"params": [parameter for parameter in parameters if id(parameter) not in known]}]
             groups.append({"params": list(faster), "lr": config.learning_rate * config.lora_plus_ratio})
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        groups = [group for group in groups if group["params"]]
+        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+        return LoRAFA(groups, fixed, **options) if fixed else torch.optim.AdamW(groups, **options)
 
 
 def learns_faster(parameters: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:

@@ -32,7 +32,7 @@ NO_EFFECT = frozenset(
 )
 """Settings of the module whose difference by itself changes nothing."""
 
-REFUSED = ("quantization", "lora.adapter_dtype")
+REFUSED = ("quantization", "lora.adapter_dtype", "lora.freeze_A")
 """Settings of the module with which there is no going on when they differ; also what lies below them."""
 
 TRAINER = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,24 @@ def test_a_model_that_was_not_loaded_here_is_known_by_its_frozen_tensors():
     assert value(model) == first
     model.model.norm.weight.data.view(torch.int32)[3] ^= 1
     assert value(model) != first
+
+
+def test_what_is_trained_in_the_place_of_a_tensor_does_not_make_it_another_base():
+    """Such as the head of a classifier, which starts at random; nor does an A that stays as it started."""
+
+    def of(config: LoRAConfig, change: str) -> str:
+        model = language_model("Llama")
+        model.get_parameter(change).data.add_(1)
+        torch.manual_seed(hash(change))
+        inject_lora(model, config)
+        return value(model)
+
+    in_full = LoRAConfig(r=4, modules_to_save=["lm_head"], freeze_A=True)
+    assert of(in_full, "lm_head.weight") == of(replace(in_full, r=2), "lm_head.weight")
+    head = language_model("Llama").lm_head.weight
+    assert head is not language_model("Llama").model.embed_tokens.weight
+    unchanged = language_model("Llama")
+    inject_lora(unchanged, in_full)
+    assert of(in_full, "lm_head.weight") == value(unchanged)
+    assert of(in_full, "model.norm.weight") != value(unchanged)
+    assert of(LoRAConfig(r=4), "lm_head.weight") != of(LoRAConfig(r=4), "model.norm.weight")

@@ -29,6 +29,7 @@ from lit_lora.adapters.layers import LoRALinear, lora_layers
 from lit_lora.adapters.subtracted_start import start_tensors, started_layers
 from lit_lora.base.quantize import quantize_
 from lit_lora.callbacks import ConvergenceAssertion, TrainingCheckpoint
+from lit_lora.config import LATER_STARTS
 from lit_lora.interchange.adapter_state import adapter_state_dict
 from lit_lora.interchange.peft_folder import read_tensors
 from lit_lora.training.optimization import learns_faster
@@ -59,7 +60,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def test_every_start_has_a_row() -> None:
-    assert {*OF_PEFT, False} == INITIALIZERS.keys()
+    assert {*OF_PEFT, False, *LATER_STARTS} == INITIALIZERS.keys()
 
 
 @pytest.mark.parametrize("start", OF_PEFT)

@@ -246,11 +246,20 @@ def two_adapters(given: dict[str, Any]) -> None:
     assert lit_lora.active_adapters(given["base"]) == ["requests"]
 
 
+def kinds_of_modules(given: dict[str, Any]) -> None:
+    """``test_other_models.py`` trains each."""
+    kinds = [
+        kind for kind in given.values() if isinstance(kind, type) and issubclass(kind, given["LoRALightningModule"])
+    ]
+    assert len(kinds) == 6
+
+
 AFTER: dict[str, Callable[[dict[str, Any]], None]] = {
     "README.md": adapted,
     "docs/adapters.md": two_adapters,
     "docs/callbacks.md": watched,
     "docs/memory.md": estimated,
+    "docs/other_models.md": kinds_of_modules,
     "docs/python.md": proved_nothing_wrong,
 }
 """A block that runs without doing its work would pass: what each page's Python has to leave behind."""
