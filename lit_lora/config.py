@@ -4,8 +4,8 @@ What is adapted (``LoRAConfig``), how the base is held (``QuantizationConfig``),
 (``OptimizationConfig``), and at what cost (``StepConfig``).
 
 Field names of adapters are PEFT's, so that a config reads the same in ``adapter_config.json``, in YAML and in Python.
-Left out on purpose: fields of PEFT that change the function and that lit_lora does not implement (``lora_bias``,
-``layer_replication``, ...). Reading an adapter that uses one of them is an error, see ``interchange/peft_format.py``.
+Left out on purpose: fields of PEFT that change the function and that lit_lora does not implement
+(``layer_replication``, ...). Reading an adapter that uses one of them is an error, see ``interchange/peft_format.py``.
 """
 
 from __future__ import annotations
@@ -87,6 +87,10 @@ class LoRAConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases of the base to train along: none, all, or those of adapted layers (lora_only)."""
 
+    lora_bias: bool = False
+    """Give B of each adapted layer a bias, which is scaled as the product is. Merging adds it to the bias of the layer,
+    which has to have one for that."""
+
     init_lora_weights: bool | Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"] = (
         True
     )
@@ -129,11 +133,24 @@ class LoRAConfig:
             )
         if self.target_parameters and self.use_dora:
             raise ValueError("use_dora does not work with target_parameters, in PEFT either: set one of them")
+        if self.lora_bias:
+            self._check_lora_bias()
         for name, ids in self.rows_to_train("the embedding").items():
             if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
                 raise ValueError(f"trainable_token_indices must be different ids from 0 on, got {ids} for {name}")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform: set both or neither")
+
+    def _check_lora_bias(self) -> None:
+        """What PEFT refuses beside it: an adapter has to be read by it."""
+        beside = {
+            f"init_lora_weights {self.init_lora_weights!r}": not isinstance(self.init_lora_weights, bool),
+            "use_dora": self.use_dora,
+            "target_parameters": bool(self.target_parameters),
+        }
+        for what, is_set in beside.items():
+            if is_set:
+                raise ValueError(f"lora_bias does not work with {what}, in PEFT either: set one of them")
 
     def rows_to_train(self, embedding: str) -> dict[str, list[int]]:
         """Module -> ids of ``trainable_token_indices``; a list is for the one named ``embedding``."""

@@ -6,6 +6,7 @@ So an error leaves the model as it was. What matches what: ``matching.py``; what
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
@@ -36,6 +37,8 @@ class PlannedLayer:
     dora: bool = False
     started: bool = False
     """Whether it starts as a part of the weight."""
+    bias: bool = False
+    """Whether the adapter has one."""
 
     @property
     def kind(self) -> type[LoRALayer]:
@@ -56,6 +59,8 @@ class PlannedLayer:
             }
         num_out, num_in = base_weight.linear_shape(self.module)
         lengths = {f"{name}.{MAGNITUDE}": (num_out,)} if self.dora else {}
+        if self.bias:
+            lengths[f"{name}.lora_B.bias"] = (num_out,)
         return lengths | {f"{name}.lora_A.weight": (self.r, num_in), f"{name}.lora_B.weight": (num_out, self.r)}
 
 
@@ -156,10 +161,13 @@ def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fa
             found.alphas.get(name, config.lora_alpha),
             config.use_dora,
             config.init_lora_weights in OF_THE_WEIGHT,
+            config.lora_bias,
         )
         for name in found.adapted
     }
     _check_start(config, adapted, found.parameters)
+    if config.lora_bias:
+        _check_bias(adapted, from_file)
     saved = {name: modules[name] for name in found.saved}
     config = replace(config, modules_to_save=found.saved or None)
     parameters = _planned_parameters(modules, found, config)
@@ -240,6 +248,21 @@ def _check_start(config: LoRAConfig, adapted: dict[str, PlannedLayer], parameter
             raise ValueError(
                 f"init_lora_weights {start!r} takes r parts of a weight: {name} has {most}, r is {layer.r}"
             )
+
+
+def _check_bias(adapted: dict[str, PlannedLayer], from_file: bool) -> None:
+    embeddings = [name for name, layer in adapted.items() if isinstance(layer.module, nn.Embedding)]
+    if embeddings:
+        raise ValueError(
+            f"lora_bias is not for embeddings, in PEFT either, and {some(embeddings)} is one: leave it out"
+        )
+    without = [name for name, layer in adapted.items() if getattr(layer.module, "bias", None) is None]
+    if without and not from_file:
+        warnings.warn(
+            f"lora_bias: {some(without)} has no bias of its own, so that this adapter cannot be merged",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _check_served(refused: dict[str, str]) -> None:

@@ -42,6 +42,9 @@ class LoRALayer(nn.Module, ABC):
     original_weight: tuple[nn.Parameter] | None
     """While the adapter is folded into the base weight: the weight before. A tuple, to not register it."""
 
+    original_bias: tuple[nn.Parameter] | None
+    """The same of the base's bias, where the adapter has one of its own."""
+
     def __init__(self, base_layer: nn.Module, config: LoRAConfig, *, r: int, lora_alpha: float) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -50,7 +53,7 @@ class LoRALayer(nn.Module, ABC):
         self.lora_alpha = lora_alpha
         self.scaling = config.scaling(r, lora_alpha)
         self.enabled = True
-        self.original_weight = None
+        self.original_weight = self.original_bias = None
 
     @abstractmethod
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -73,6 +76,17 @@ class LoRALayer(nn.Module, ABC):
         """What merging puts in the place of the base weight: summed in the wider dtype, rounded to that of the base."""
         weight = self.read_base()
         return (weight + self.delta_weight()).to(weight.dtype)
+
+    @property
+    def added_bias(self) -> nn.Parameter | None:
+        """A bias that the adapter has of its own, before it is scaled."""
+        return None
+
+    def merged_bias(self) -> Tensor | None:
+        """What merging puts in the place of the base's bias; None where that stays."""
+        if self.added_bias is None:
+            return None
+        return (self.base_layer.bias + self.added_bias.detach() * self.scaling).to(self.base_layer.bias.dtype)
 
     def finish_start(self) -> None:
         """Fill what follows from base, A and B."""
@@ -145,10 +159,14 @@ class LoRALayer(nn.Module, ABC):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling:g}"
 
 
-def bare_linear(num_in: int, num_out: int, *, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+def bare_linear(
+    num_in: int, num_out: int, *, device: torch.device, dtype: torch.dtype, bias: bool = False
+) -> nn.Linear:
     """A linear layer with an unset weight: building it draws no random numbers."""
-    linear = nn.Linear(num_in, num_out, bias=False, device="meta", dtype=dtype)
+    linear = nn.Linear(num_in, num_out, bias=bias, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(torch.empty(num_out, num_in, device=device, dtype=dtype))
+    if bias:
+        linear.bias = nn.Parameter(torch.empty(num_out, device=device, dtype=dtype))
     return linear
 
 

@@ -72,6 +72,9 @@ def trained_biases(model: Any) -> dict[str, nn.Parameter]:
     if not noted:
         return {}
     own = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if (kept := getattr(module, "original_bias", None)) is not None:  # another stands there while it is merged
+            own[f"{plain_name(name)}.base_layer.bias"] = kept[0]
     return {name: own[name] for name in noted}
 
 

@@ -54,4 +54,6 @@ def hotswap_adapter(model: nn.Module, folder_or_hub_id: str | Path) -> None:
         if ratio != 1:
             key = places[named[id(layer)].data_ptr()]
             values[key] = values[key] * ratio
+            if layer.added_bias is not None:
+                values[f"{key.removesuffix('weight')}bias"] *= ratio
     load_adapter_state_dict(model, {name: values[name] for name in own})

@@ -41,6 +41,7 @@ def check_plain(folder: Path, target: str) -> None:
     found = {
         "DoRA (use_dora)": config.use_dora,
         f"trained biases (bias {config.bias!r})": config.bias != "none",
+        "biases of its own (lora_bias)": config.lora_bias,
         f"modules trained in full ({', '.join(config.modules_to_save or [])})": bool(config.modules_to_save),
         "rows of an embedding (trainable_token_indices)": config.trainable_token_indices is not None,
         "adapted parameters such as experts (target_parameters)": bool(config.target_parameters),

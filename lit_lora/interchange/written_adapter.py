@@ -28,7 +28,7 @@ def config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> LoR
         config: as it was injected.
         portable: without what tools do not know.
     """
-    if portable and (config.use_dora or config.bias != "none"):
+    if portable and (config.use_dora or config.bias != "none" or config.lora_bias):
         what = "what DoRA adds is no product of two small matrices" if config.use_dora else "other tools refuse biases"
         raise ValueError(
             f"this adapter has no portable form: {what}. "
