@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from lit_lora.adapters.direct_reads import direct_reads
-from lit_lora.adapters.dora import MAGNITUDE, DoRAEmbedding, DoRALinear
-from lit_lora.adapters.layers import LoRAEmbedding, LoRALayer, LoRALinear, adapter_modules
+from lit_lora.adapters.layer_kinds import wrapper_for
+from lit_lora.adapters.layers import LoRALayer, LoRALinear, adapter_modules
 from lit_lora.adapters.matching import Matched, match_modules, some
 from lit_lora.adapters.module_names import named_modules, plain_name, shared_modules
 from lit_lora.adapters.parameters import factor_sizes, nested_name
@@ -34,34 +34,14 @@ class PlannedLayer:
     module: nn.Module
     r: int
     lora_alpha: float
-    dora: bool = False
-    started: bool = False
-    """Whether it starts as a part of the weight."""
-    bias: bool = False
-    """Whether the adapter has one."""
-
-    @property
-    def kind(self) -> type[LoRALayer]:
-        """Of what takes its place."""
-        if isinstance(self.module, nn.Embedding):
-            return DoRAEmbedding if self.dora else LoRAEmbedding
-        if self.started:
-            return StartedLinear
-        return DoRALinear if self.dora else LoRALinear
+    kind: type[LoRALayer]
+    """Of what takes its place."""
+    config: LoRAConfig
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """The adapter's tensors, by their names in the model."""
-        if isinstance(self.module, nn.Embedding):
-            lengths = {f"{name}.{MAGNITUDE}": (self.module.embedding_dim,)} if self.dora else {}
-            return lengths | {
-                f"{name}.lora_embedding_A": (self.r, self.module.num_embeddings),
-                f"{name}.lora_embedding_B": (self.module.embedding_dim, self.r),
-            }
-        num_out, num_in = base_weight.linear_shape(self.module)
-        lengths = {f"{name}.{MAGNITUDE}": (num_out,)} if self.dora else {}
-        if self.bias:
-            lengths[f"{name}.lora_B.bias"] = (num_out,)
-        return lengths | {f"{name}.lora_A.weight": (self.r, num_in), f"{name}.lora_B.weight": (num_out, self.r)}
+        shapes = self.kind.tensor_shapes(self.module, self.config, self.r)
+        return {f"{name}.{tensor}": shape for tensor, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -159,15 +139,15 @@ def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fa
             modules[name],
             found.ranks.get(name, config.r),
             found.alphas.get(name, config.lora_alpha),
-            config.use_dora,
-            config.init_lora_weights in OF_THE_WEIGHT,
-            config.lora_bias,
+            wrapper_for(modules[name], config),
+            config,
         )
         for name in found.adapted
     }
     _check_start(config, adapted, found.parameters)
-    if config.lora_bias:
-        _check_bias(adapted, from_file)
+    _check_served({n: why for n, a in adapted.items() if (why := a.kind.refusal(a.module, config, a.r)) is not None})
+    if config.lora_bias and not from_file:
+        _warn_of_biases(adapted)
     saved = {name: modules[name] for name in found.saved}
     config = replace(config, modules_to_save=found.saved or None)
     parameters = _planned_parameters(modules, found, config)
@@ -239,25 +219,20 @@ def _check_start(config: LoRAConfig, adapted: dict[str, PlannedLayer], parameter
     start = config.init_lora_weights
     if start not in (*OF_THE_WEIGHT, "orthogonal"):
         return
-    others = [*parameters, *(name for name, layer in adapted.items() if isinstance(layer.module, nn.Embedding))]
+    others = [*parameters, *(name for name, layer in adapted.items() if not issubclass(layer.kind, LoRALinear))]
     if others:
         raise ValueError(f"init_lora_weights {start!r} is for linear layers, and {some(others)} is none: leave it out")
     for name, layer in adapted.items():
         most = min(base_weight.linear_shape(layer.module))
-        if layer.started and layer.r > most:
+        if issubclass(layer.kind, StartedLinear) and layer.r > most:
             raise ValueError(
                 f"init_lora_weights {start!r} takes r parts of a weight: {name} has {most}, r is {layer.r}"
             )
 
 
-def _check_bias(adapted: dict[str, PlannedLayer], from_file: bool) -> None:
-    embeddings = [name for name, layer in adapted.items() if isinstance(layer.module, nn.Embedding)]
-    if embeddings:
-        raise ValueError(
-            f"lora_bias is not for embeddings, in PEFT either, and {some(embeddings)} is one: leave it out"
-        )
+def _warn_of_biases(adapted: dict[str, PlannedLayer]) -> None:
     without = [name for name, layer in adapted.items() if getattr(layer.module, "bias", None) is None]
-    if without and not from_file:
+    if without:
         warnings.warn(
             f"lora_bias: {some(without)} has no bias of its own, so that this adapter cannot be merged",
             UserWarning,

@@ -2,7 +2,7 @@
 
 Parameters are named as PEFT names them on disk. A wrapper answers for ``weight`` and ``bias`` of what it wraps, because
 models read them (tied heads, dtype checks) and transformers assigns them (``tie_weights``). One adapter at a time:
-several are the matter of ``named_adapters.py``. Convolutions are left out.
+several are the matter of ``named_adapters.py``. Convolutions: ``convolution.py``.
 """
 
 from __future__ import annotations
@@ -44,6 +44,13 @@ class LoRALinear(LoRALayer):
         self.is_transposed = base_weight.is_conv1d(base_layer)
         self.may_be_quantized = base_weight.may_be_quantized(base_layer)
         self.shared_input: SharedInput | None = None
+
+    @classmethod
+    def tensor_shapes(cls, base_layer: nn.Module, config: LoRAConfig, r: int) -> dict[str, tuple[int, ...]]:
+        """A ``(r, in)`` and B ``(out, r)``."""
+        num_out, num_in = base_weight.linear_shape(base_layer)
+        bias: dict[str, tuple[int, ...]] = {"lora_B.bias": (num_out,)} if config.lora_bias else {}
+        return bias | {"lora_A.weight": (r, num_in), "lora_B.weight": (num_out, r)}
 
     def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
         """``(..., in)`` to ``(..., out)``, in the dtype that the base layer returns.
@@ -170,6 +177,19 @@ class LoRAEmbedding(LoRALayer):
         device, dtype = base_layer.weight.device, getattr(torch, config.adapter_dtype)
         self.lora_embedding_A = nn.Parameter(torch.empty(r, self.num_embeddings, device=device, dtype=dtype))
         self.lora_embedding_B = nn.Parameter(torch.empty(self.embedding_dim, r, device=device, dtype=dtype))
+
+    @classmethod
+    def tensor_shapes(cls, base_layer: Any, config: LoRAConfig, r: int) -> dict[str, tuple[int, ...]]:
+        """A ``(r, vocab)`` and B ``(dim, r)``."""
+        return {
+            "lora_embedding_A": (r, base_layer.num_embeddings),
+            "lora_embedding_B": (base_layer.embedding_dim, r),
+        }
+
+    @classmethod
+    def refusal(cls, base_layer: nn.Module, config: LoRAConfig, r: int) -> str | None:
+        """Of a bias."""
+        return "lora_bias is not for embeddings, in PEFT either" if config.lora_bias else None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids ``(...)`` to embeddings ``(..., dim)``, in the dtype that the base layer returns."""

@@ -33,6 +33,12 @@ class LoRALayer(nn.Module, ABC):
     has_fast_path: bool = False
     """Whether base and adapter may be computed by one function; to be switched off."""
 
+    is_portable: ClassVar[bool] = True
+    """Whether A and B are two matrices that other tools put on a linear layer."""
+
+    sees_rows: ClassVar[bool] = True
+    """Whether it can be called with some rows of a batch."""
+
     base_layer: Any
     """The frozen layer."""
 
@@ -51,9 +57,24 @@ class LoRALayer(nn.Module, ABC):
         self.config = config
         self.r = r
         self.lora_alpha = lora_alpha
-        self.scaling = config.scaling(r, lora_alpha)
+        self.scaling = self.scale(config, r, lora_alpha)
         self.enabled = True
         self.original_weight = self.original_bias = None
+
+    @classmethod
+    def scale(cls, config: LoRAConfig, r: int, lora_alpha: float) -> float:
+        """Factor on ``B @ A``."""
+        return config.scaling(r, lora_alpha)
+
+    @classmethod
+    def tensor_shapes(cls, base_layer: nn.Module, config: LoRAConfig, r: int) -> dict[str, tuple[int, ...]]:
+        """What an adapter around this layer consists of, by names below the layer's."""
+        raise NotImplementedError
+
+    @classmethod
+    def refusal(cls, base_layer: nn.Module, config: LoRAConfig, r: int) -> str | None:
+        """Why this layer can have no such adapter; None if it can."""
+        return None
 
     @abstractmethod
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -87,6 +108,13 @@ class LoRALayer(nn.Module, ABC):
         if self.added_bias is None:
             return None
         return (self.base_layer.bias + self.added_bias.detach() * self.scaling).to(self.base_layer.bias.dtype)
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why there is no weight that stands for base and adapter; None if there is."""
+        if self.added_bias is not None and self.base_layer.bias is None:
+            return "its adapter has a bias (lora_bias), and the layer has none to add it to"
+        return None
 
     def finish_start(self) -> None:
         """Fill what follows from base, A and B."""

@@ -128,11 +128,8 @@ def _check_mergeable(layers: dict[str, LoRALayer]) -> None:
             "merge there"
         )
     for name, layer in layers.items():
-        if layer.added_bias is not None and layer.bias is None:
-            raise ValueError(
-                f"cannot merge into {name}: its adapter has a bias (lora_bias), and the layer has none to add it to. "
-                "Serve the adapter beside the base"
-            )
+        if layer.unmergeable is not None:
+            raise ValueError(f"cannot merge into {name}: {layer.unmergeable}. Serve the adapter beside the base")
         owner, held = layer.held
         if held not in dict(owner.named_parameters(recurse=False)):
             raise ValueError(

@@ -50,7 +50,7 @@ def hotswap_adapter(model: nn.Module, folder_or_hub_id: str | Path) -> None:
     named = {id(layer): layer.factors()[1] for layer in layers.values()}
     places = {tensor.data_ptr(): name for name, tensor in own.items()}
     for name, layer in layers.items():
-        ratio = stored.config.scaling(layer.r, alphas.get(name, stored.config.lora_alpha)) / layer.scaling
+        ratio = layer.scale(stored.config, layer.r, alphas.get(name, stored.config.lora_alpha)) / layer.scaling
         if ratio != 1:
             key = places[named[id(layer)].data_ptr()]
             values[key] = values[key] * ratio

@@ -38,6 +38,16 @@ def config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> LoR
             )
         )
     layers = dict(targeted_layers(model))
+    other = next((name for name, layer in layers.items() if not layer.is_portable), None)
+    if portable and other is not None:
+        raise ValueError(
+            f"this adapter has no portable form: {other} is a {type(layers[other].base_layer).__name__}, and other "
+            "tools put A and B on linear layers. "
+            + in_words_of(
+                python="Write it with portable=False for PEFT, or merge it",
+                command_line="Write it with --portable false for PEFT, or merge it with lit-lora merge",
+            )
+        )
     modules = {name: layer for name, layer in layers.items() if not isinstance(layer, LoRAParameter)}
     resolved = isinstance(config.target_modules, str) or config.layers_to_transform is not None
     resolved = resolved or bool(config.exclude_modules) or config.ensure_weight_tying
