@@ -145,7 +145,8 @@ def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fa
         for name in found.adapted
     }
     _check_start(config, adapted, found.parameters)
-    _check_served({n: why for n, a in adapted.items() if (why := a.kind.refusal(a.module, config, a.r)) is not None})
+    checked = replace(config, lora_dropout=0.0) if from_file else config  # which only training knows of
+    _check_served({n: why for n, a in adapted.items() if (why := a.kind.refusal(a.module, checked, a.r)) is not None})
     if config.lora_bias and not from_file:
         _warn_of_biases(adapted)
     saved = {name: modules[name] for name in found.saved}

@@ -10,6 +10,7 @@ from torch import nn
 from lit_lora.adapters.convolution import DoRAConv, LoRAConv, is_convolution
 from lit_lora.adapters.dora import DoRAEmbedding, DoRALinear
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALayer, LoRALinear
+from lit_lora.adapters.packed_attention import LoRAAttention, is_packed_attention
 from lit_lora.adapters.subtracted_start import StartedLinear
 from lit_lora.base import base_weight
 from lit_lora.config import OF_THE_WEIGHT, LoRAConfig
@@ -32,6 +33,7 @@ class LayerKind(NamedTuple):
 KINDS = (
     LayerKind("nn.Embedding", lambda module: isinstance(module, nn.Embedding), LoRAEmbedding, DoRAEmbedding),
     LayerKind("nn.Conv1d, nn.Conv2d, nn.Conv3d", is_convolution, LoRAConv, DoRAConv),
+    LayerKind("nn.MultiheadAttention", is_packed_attention, LoRAAttention),
     LayerKind(
         "nn.Linear, Conv1D of transformers, and Linear4bit and Linear8bitLt of bitsandbytes",
         base_weight.is_linear_like,
