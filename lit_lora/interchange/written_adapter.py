@@ -38,11 +38,12 @@ def config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> LoR
             )
         )
     layers = dict(targeted_layers(model))
-    other = next((name for name, layer in layers.items() if not layer.is_portable), None)
-    if portable and other is not None:
+    others = [
+        f"{name} is a {type(layer.base_layer).__name__}" for name, layer in lora_layers(model) if not layer.is_portable
+    ]
+    if portable and others:
         raise ValueError(
-            f"this adapter has no portable form: {other} is a {type(layers[other].base_layer).__name__}, and other "
-            "tools put A and B on linear layers. "
+            f"this adapter has no portable form: {others[0]}, and other tools put A and B on linear layers. "
             + in_words_of(
                 python="Write it with portable=False for PEFT, or merge it",
                 command_line="Write it with --portable false for PEFT, or merge it with lit-lora merge",
