@@ -155,7 +155,9 @@ def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fa
     of_rows = {name: modules[name] for name in (*tokens, *tied)}
     coverage = found.coverage | {f"{name} (rows)": len(ids) for name, ids in tokens.items()}
     wrapped = dict.fromkeys((*found.adapted, *tokens, *tied), 1) | {owner: owners.count(owner) for owner in owners}
-    biases = biases_to_train(modules, config.bias, adapted=found.adapted, wrapped=wrapped, saved=found.saved)
+    biases = biases_to_train(
+        modules, config.bias, adapted=found.adapted, wrapped=wrapped, saved=found.saved, from_file=from_file
+    )
     coverage |= {"biases": len(biases)} if biases else {}
     return InjectionPlan(config, adapted, parameters, saved, tokens, tied, coverage, of_rows, biases, found.problems)
 

@@ -77,8 +77,7 @@ class LoRAAttention(LoRALayer):
     @classmethod
     def refusal(cls, base_layer: nn.Module, config: LoRAConfig, r: int) -> str | None:
         """Of widths that differ, and of what PEFT's adapter leaves out."""
-        base: Any = base_layer
-        if not base._qkv_same_embed_dim:
+        if cast(Any, base_layer).in_proj_weight is None:
             return "its keys or values have a width of their own, for which PEFT has no adapter"
         beside = {
             "lora_dropout": (config.lora_dropout, "its adapter is added to the weight, where no input is dropped"),
