@@ -36,8 +36,8 @@ class LoRALayer(nn.Module, ABC):
     is_portable: ClassVar[bool] = True
     """Whether A and B are two matrices that other tools put on a linear layer."""
 
-    sees_rows: ClassVar[bool] = True
-    """Whether it can be called with some rows of a batch."""
+    not_by_rows: ClassVar[str | None] = None
+    """Why it cannot be called with some rows of a batch; None if it can."""
 
     base_layer: Any
     """The frozen layer."""

@@ -112,11 +112,8 @@ def mixed_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[No
             if adapter.biases.held:
                 raise ValueError(f"adapter {name!r} trains biases, which belong to all rows of a batch")
             for slot in adapter.slots:
-                if not slot.wrapper.sees_rows:
-                    raise ValueError(
-                        f"adapter {name!r} changes {slot.attribute}, which sees all rows together (as experts do), or "
-                        "takes several inputs"
-                    )
+                if (why := getattr(slot.wrapper, "not_by_rows", None)) is not None:
+                    raise ValueError(f"adapter {name!r} changes {slot.attribute}, {why}")
                 slot.follow()
                 placed.setdefault(slot.place, []).append((name, slot))
         for slots in placed.values():

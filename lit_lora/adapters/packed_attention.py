@@ -35,7 +35,7 @@ class LoRAOutput(LoRALinear):
     """The adapter on the output, whose weight is read by the attention."""
 
     is_portable = False
-    sees_rows = False
+    not_by_rows = "which takes several inputs"
 
     @classmethod
     def scale(cls, config: LoRAConfig, r: int, lora_alpha: float) -> float:
@@ -53,7 +53,7 @@ class LoRAAttention(LoRALayer):
 
     tensor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     is_portable = False
-    sees_rows = False
+    not_by_rows = "which takes several inputs"
 
     def __init__(self, base_layer: nn.Module, config: LoRAConfig, *, r: int, lora_alpha: float) -> None:
         super().__init__(base_layer, config, r=r, lora_alpha=lora_alpha)

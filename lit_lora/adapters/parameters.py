@@ -41,7 +41,7 @@ class LoRAParameter(LoRALayer):
     tensor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
 
     has_fast_path = True
-    sees_rows = False
+    not_by_rows = "whose experts see tokens of all rows together"
 
     def __init__(
         self,
