@@ -9,7 +9,7 @@ TORCH = $(shell grep '^torch==' constraints.txt)
 RUN = runs/quickstart
 
 .DEFAULT_GOAL = help
-.PHONY: help setup model quickstart tiers test unit lint faults sweep consumers check wheel clean
+.PHONY: help setup model quickstart tiers test unit lint faults sweep conformance consumers check wheel clean
 
 help:  ## this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -53,6 +53,9 @@ faults: setup  ## kill, starve and feed nonsense to real runs (about 7 minutes);
 
 sweep: setup  ## compare every architecture of transformers with its own loss (minutes); writes docs/architectures.md
 	$(BIN)/python -m pytest --sweep -m sweep tests/sweep
+
+conformance: setup  ## compare adapters with PEFT on 21 architectures (a minute); writes docs/conformance.md
+	$(BIN)/python -m pytest --sweep -m sweep tests/conformance
 
 # Its wheels are for other machines: it is built here. CMake and Ninja come with its build.
 consumers: model  ## read what was exported with llama.cpp, built from source (many minutes the first time)

@@ -4,19 +4,18 @@ What is adapted (``LoRAConfig``), how the base is held (``QuantizationConfig``),
 (``OptimizationConfig``), and at what cost (``StepConfig``).
 
 Field names of adapters are PEFT's, so that a config reads the same in ``adapter_config.json``, in YAML and in Python.
-Left out on purpose: fields of PEFT that change the function and that lit_lora does not implement (``lora_bias``,
-``layer_replication``, ...). Reading an adapter that uses one of them is an error, see ``interchange/peft_format.py``.
+Left out on purpose: fields of PEFT that change the function and that lit_lora does not implement
+(``layer_replication``, ...). Reading an adapter that uses one of them is an error, see ``interchange/peft_format.py``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal
+
+from lit_lora.files.plain_fields import convert_fields
 
 OF_THE_WEIGHT = ("pissa", "pissa_niter_4", "pissa_niter_16", "olora", "corda")
 """Ways to start A and B as a part of the weight."""
@@ -92,6 +91,10 @@ class LoRAConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases of the base to train along: none, all, or those of adapted layers (lora_only)."""
 
+    lora_bias: bool = False
+    """Give B of each adapted layer a bias, which is scaled as the product is. Merging adds it to the bias of the layer,
+    which has to have one for that."""
+
     init_lora_weights: bool | Start = True
     """How A and B start: true (Kaiming-uniform A, zero B), "gaussian" (normal A, zero B), or false (both random, for
     tests). Linear layers also "orthogonal" (neither is zero, and their product is; even rank), "pissa" (the largest
@@ -109,7 +112,7 @@ class LoRAConfig:
     CUDA products are in the base's half precision all the same, with sums and gradients in float32."""
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
+        convert_fields(self)
         if self.r < 1:
             raise ValueError(f"r must be at least 1, got {self.r}")
         if not 0 <= self.lora_dropout < 1:
@@ -138,11 +141,24 @@ class LoRAConfig:
             )
         if self.target_parameters and self.use_dora:
             raise ValueError("use_dora does not work with target_parameters, in PEFT either: set one of them")
+        if self.lora_bias:
+            self._check_lora_bias()
         for name, ids in self.rows_to_train("the embedding").items():
             if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
                 raise ValueError(f"trainable_token_indices must be different ids from 0 on, got {ids} for {name}")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform: set both or neither")
+
+    def _check_lora_bias(self) -> None:
+        """What PEFT refuses beside it: an adapter has to be read by it."""
+        beside = {
+            f"init_lora_weights {self.init_lora_weights!r}": not isinstance(self.init_lora_weights, bool),
+            "use_dora": self.use_dora,
+            "target_parameters": bool(self.target_parameters),
+        }
+        for what, is_set in beside.items():
+            if is_set:
+                raise ValueError(f"lora_bias does not work with {what}, in PEFT either: set one of them")
 
     def rows_to_train(self, embedding: str) -> dict[str, list[int]]:
         """Module -> ids of ``trainable_token_indices``; a list is for the one named ``embedding``."""
@@ -192,7 +208,7 @@ class QuantizationConfig:
     """Also keep the embedding and the output head in 8 bits: with a large vocabulary they are half of a small model."""
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
+        convert_fields(self)
         if not 32 <= self.block_size <= 4096 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two from 32 to 4096, got {self.block_size}")
         if self.bits == 8 and (self.quant_type != "nf4" or not self.double_quant or self.block_size != 64):
@@ -220,7 +236,7 @@ class OptimizationConfig:
     recommends about 16 at a lower rate; an embedding's B learns at the rest's). With the built-in AdamW."""
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
+        convert_fields(self)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.weight_decay < 0:
@@ -268,10 +284,11 @@ class StepConfig:
     """In half precision, one kernel for each norm, rotary position and SwiGLU (a few rows at a time on a CPU), and
     layers with the same input computed together; under ``compile_layers`` the compiler sees to that."""
 
-    cuda_graphs: bool = True
+    cuda_graphs: bool | Literal["auto"] = "auto"
     """On one GPU, record forward and backward pass as CUDA graphs: what the host launched kernel by kernel is launched
-    at once. Packed batches are rounded up to few shapes, by an eighth at most, with tokens that count nothing. Not with
-    compiled layers, dropout in recomputed ones, or padded batches."""
+    at once. Packed batches are rounded up to few shapes, by an eighth at most, with tokens that count nothing. "auto"
+    does where no layer is recomputed, since graphs take memory; true, with those too. Not with compiled layers, dropout
+    in recomputed ones, or padded batches."""
 
     compile_layers: bool = False
     """Run each decoder layer through torch.compile, for longer runs on CUDA. No gain on a CPU, nor for a 135M model on
@@ -281,7 +298,7 @@ class StepConfig:
     """Liger's kernels for norms, rotary positions and gated MLPs; CUDA only."""
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
+        convert_fields(self)
         if isinstance(self.recompute, str):
             if self.recompute != "auto":
                 parse_bytes(self.recompute)
@@ -308,71 +325,6 @@ class StepConfig:
         if isinstance(self.recompute, str):
             return 0
         return None if self.recompute is True else int(self.recompute)
-
-
-def _convert_fields(config: LoRAConfig | QuantizationConfig | OptimizationConfig | StepConfig) -> None:
-    """Give every field the plain type of its annotation, so that what is set can also be written to a file.
-
-    Sets and tuples become lists, numbers of numpy plain ones, ``torch.bfloat16`` its name. Whatever else is not of the
-    type is refused: a bool is no integer, a string no number and no list.
-    """
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        try:
-            object.__setattr__(config, name, _converted(value, hint))  # frozen for everyone else
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{name} must be {_described(hint)}, got {repr(value)[:80]}") from error
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    """``value`` as ``hint``; TypeError if it is something else, OverflowError if it is not finite."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        for part in parts:
-            try:
-                return _converted(value, part)
-            except TypeError:
-                continue
-    elif origin is Literal:
-        if isinstance(parts[0], str):
-            value = str(value).removeprefix("torch.")
-        for known in parts:
-            if value == known and isinstance(value, bool) == isinstance(known, bool):
-                return known
-    elif origin is list and isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
-        items = [_converted(item, parts[0]) for item in value]
-        return sorted(items) if isinstance(value, Set) else items  # a set's own order differs from run to run
-    elif origin is dict and isinstance(value, Mapping):
-        return {_converted(key, parts[0]): _converted(item, parts[1]) for key, item in value.items()}
-    elif hint is str and isinstance(value, str) and value:
-        return str(value)
-    elif hint in (bool, NoneType) and isinstance(value, hint):
-        return value
-    elif hint in (int, float) and not isinstance(value, bool):
-        if isinstance(value, Integral):
-            float(value)  # one that has no float has no place in a formula
-            return int(value)
-        if hint is float and isinstance(value, Real):
-            if not math.isfinite(value):
-                raise OverflowError(f"{value} is not finite")
-            return float(value)
-    raise TypeError(f"{value!r} is not {_described(hint)}")
-
-
-_WORDS = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false", NoneType: "null"}
-_PLURALS = {int: "integers", float: "finite numbers", str: "names", list[int]: "lists of integers"}
-
-
-def _described(hint: Any) -> str:
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        several = len(parts) > 1 and isinstance(parts[0], str)
-        return f"one of {', '.join(parts)}" if several else " or ".join(map(str, parts))
-    if origin is list:
-        return f"a list of {_PLURALS[parts[0]]}"
-    if origin is dict:
-        return f"a mapping of {_PLURALS[parts[0]]} to {_PLURALS[parts[1]]}"
-    return " or ".join(map(_described, parts)) if parts else _WORDS[hint]
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

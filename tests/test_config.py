@@ -92,6 +92,7 @@ REFUSED: dict[tuple[Any, str], list[Any]] = {
     (LoRAConfig, "ensure_weight_tying"): ["true", 1, None],
     (LoRAConfig, "use_dora"): ["true", 1, None, np.bool_(True)],
     (LoRAConfig, "freeze_A"): ["true", 1, None],
+    (LoRAConfig, "lora_bias"): ["true", 1, None],
     (LoRAConfig, "init_lora_weights"): ["mica", 1, None, "", np.bool_(True), torch.float32],
     (LoRAConfig, "adapter_dtype"): ["half", "int8", torch.float64, torch.int8, None, 32],
     (QuantizationConfig, "bits"): ["4", 5, True, None, [4]],

@@ -34,6 +34,12 @@ class DoRALinear(LoRALinear):
             torch.empty(self.out_features, device=lora_B.device, dtype=lora_B.dtype)
         )
 
+    @classmethod
+    def tensor_shapes(cls, base_layer: nn.Module, config: LoRAConfig, r: int) -> dict[str, tuple[int, ...]]:
+        """Those of LoRA, and the lengths ``(out,)``."""
+        lengths = {MAGNITUDE: (base_weight.linear_shape(base_layer)[0],)}
+        return super().tensor_shapes(base_layer, config, r) | lengths
+
     def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
         """``(..., in)`` to ``(..., out)``; with ``up``, the input is ``silu(x) * up``."""
         if up is not None:
@@ -103,6 +109,11 @@ class DoRAEmbedding(LoRAEmbedding):
         super().__init__(base_layer, config, r=r, lora_alpha=lora_alpha)
         lora_B = self.lora_embedding_B
         self.lora_magnitude_vector = nn.Parameter(torch.empty(len(lora_B), device=lora_B.device, dtype=lora_B.dtype))
+
+    @classmethod
+    def tensor_shapes(cls, base_layer: Any, config: LoRAConfig, r: int) -> dict[str, tuple[int, ...]]:
+        """Those of LoRA, and the lengths ``(dim,)``."""
+        return super().tensor_shapes(base_layer, config, r) | {MAGNITUDE: (base_layer.embedding_dim,)}
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids ``(...)`` to embeddings ``(..., dim)``."""

@@ -51,14 +51,20 @@ def lora_linear_reference(
 
 
 def add_lora(
-    base_out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
+    base_out: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The adapter's output on top of the base layer's, the adapter computed in its own dtype (as PEFT does)."""
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(lora_A.dtype)
     if dropout:
         x = F.dropout(x, dropout)
-    return (base_out + F.linear(F.linear(x, lora_A), lora_B) * scaling).to(base_out.dtype)
+    return (base_out + F.linear(F.linear(x, lora_A), lora_B, bias) * scaling).to(base_out.dtype)
 
 
 def lora_linear(

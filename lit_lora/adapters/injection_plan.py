@@ -6,19 +6,19 @@ So an error leaves the model as it was. What matches what: ``matching.py``; what
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from lit_lora.adapters.direct_reads import direct_reads
-from lit_lora.adapters.dora import MAGNITUDE, DoRAEmbedding, DoRALinear
-from lit_lora.adapters.layers import LoRAEmbedding, LoRALayer, LoRALinear, adapter_modules
+from lit_lora.adapters.layer_kinds import wrapper_for
+from lit_lora.adapters.layers import LoRALayer, LoRALinear, adapter_modules
 from lit_lora.adapters.matching import Matched, match_modules, some
 from lit_lora.adapters.module_names import named_modules, plain_name, shared_modules
 from lit_lora.adapters.parameters import factor_sizes, nested_name
 from lit_lora.adapters.peft_limits import refused_by_peft
-from lit_lora.adapters.subtracted_start import StartedLinear
 from lit_lora.adapters.task_heads import as_pretrained
 from lit_lora.adapters.trainable_tokens import DELTA, token_modules
 from lit_lora.adapters.trained_biases import biases_to_train
@@ -33,30 +33,14 @@ class PlannedLayer:
     module: nn.Module
     r: int
     lora_alpha: float
-    dora: bool = False
-    started: bool = False
-    """Whether it starts as a part of the weight."""
-
-    @property
-    def kind(self) -> type[LoRALayer]:
-        """Of what takes its place."""
-        if isinstance(self.module, nn.Embedding):
-            return DoRAEmbedding if self.dora else LoRAEmbedding
-        if self.started:
-            return StartedLinear
-        return DoRALinear if self.dora else LoRALinear
+    kind: type[LoRALayer]
+    """Of what takes its place."""
+    config: LoRAConfig
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """The adapter's tensors, by their names in the model."""
-        if isinstance(self.module, nn.Embedding):
-            lengths = {f"{name}.{MAGNITUDE}": (self.module.embedding_dim,)} if self.dora else {}
-            return lengths | {
-                f"{name}.lora_embedding_A": (self.r, self.module.num_embeddings),
-                f"{name}.lora_embedding_B": (self.module.embedding_dim, self.r),
-            }
-        num_out, num_in = base_weight.linear_shape(self.module)
-        lengths = {f"{name}.{MAGNITUDE}": (num_out,)} if self.dora else {}
-        return lengths | {f"{name}.lora_A.weight": (self.r, num_in), f"{name}.lora_B.weight": (num_out, self.r)}
+        shapes = self.kind.tensor_shapes(self.module, self.config, self.r)
+        return {f"{name}.{tensor}": shape for tensor, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -154,19 +138,25 @@ def plan_injection(model: nn.Module, config: LoRAConfig, *, from_file: bool = Fa
             modules[name],
             found.ranks.get(name, config.r),
             found.alphas.get(name, config.lora_alpha),
-            config.use_dora,
-            config.init_lora_weights in OF_THE_WEIGHT,
+            wrapper_for(modules[name], config),
+            config,
         )
         for name in found.adapted
     }
     _check_start(config, adapted, found.parameters)
+    checked = replace(config, lora_dropout=0.0) if from_file else config  # which only training knows of
+    _check_served({n: why for n, a in adapted.items() if (why := a.kind.refusal(a.module, checked, a.r)) is not None})
+    if config.lora_bias and not from_file:
+        _warn_of_biases(adapted)
     saved = {name: modules[name] for name in found.saved}
     config = replace(config, modules_to_save=found.saved or None)
     parameters = _planned_parameters(modules, found, config)
     of_rows = {name: modules[name] for name in (*tokens, *tied)}
     coverage = found.coverage | {f"{name} (rows)": len(ids) for name, ids in tokens.items()}
     wrapped = dict.fromkeys((*found.adapted, *tokens, *tied), 1) | {owner: owners.count(owner) for owner in owners}
-    biases = biases_to_train(modules, config.bias, adapted=found.adapted, wrapped=wrapped, saved=found.saved)
+    biases = biases_to_train(
+        modules, config.bias, adapted=found.adapted, wrapped=wrapped, saved=found.saved, from_file=from_file
+    )
     coverage |= {"biases": len(biases)} if biases else {}
     return InjectionPlan(config, adapted, parameters, saved, tokens, tied, coverage, of_rows, biases, found.problems)
 
@@ -229,7 +219,7 @@ def _check_without_peft(model: nn.Module) -> None:
 def _check_start(config: LoRAConfig, adapted: dict[str, PlannedLayer], parameters: Collection[str]) -> None:
     """Refuse a start that a layer cannot have."""
     start = config.init_lora_weights
-    others = [*parameters, *(name for name, layer in adapted.items() if isinstance(layer.module, nn.Embedding))]
+    others = [*parameters, *(name for name, layer in adapted.items() if not issubclass(layer.kind, LoRALinear))]
     if config.freeze_A and others:
         raise ValueError(f"freeze_A is for linear layers, and {some(others)} is none: leave it out")
     if start not in (*OF_THE_WEIGHT, *LATER_STARTS, "orthogonal"):
@@ -242,6 +232,16 @@ def _check_start(config: LoRAConfig, adapted: dict[str, PlannedLayer], parameter
             raise ValueError(
                 f"init_lora_weights {start!r} takes r parts of a weight: {name} has {most}, r is {layer.r}"
             )
+
+
+def _warn_of_biases(adapted: dict[str, PlannedLayer]) -> None:
+    without = [name for name, layer in adapted.items() if getattr(layer.module, "bias", None) is None]
+    if without:
+        warnings.warn(
+            f"lora_bias: {some(without)} has no bias of its own, so that this adapter cannot be merged",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _check_served(refused: dict[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 Parameters are named as PEFT names them on disk. A wrapper answers for ``weight`` and ``bias`` of what it wraps, because
 models read them (tied heads, dtype checks) and transformers assigns them (``tie_weights``). One adapter at a time:
-several are the matter of ``named_adapters.py``. Convolutions are left out.
+several are the matter of ``named_adapters.py``. Convolutions: ``convolution.py``.
 """
 
 from __future__ import annotations
@@ -38,12 +38,19 @@ class LoRALinear(LoRALayer):
         self.out_features, self.in_features = base_weight.linear_shape(base_layer)
         device, dtype = shards.device_of(self.base_layer.weight), getattr(torch, config.adapter_dtype)
         self.lora_A = bare_linear(self.in_features, r, device=device, dtype=dtype)
-        self.lora_B = bare_linear(r, self.out_features, device=device, dtype=dtype)
+        self.lora_B = bare_linear(r, self.out_features, device=device, dtype=dtype, bias=config.lora_bias)
         # Looked up once: forwards should cost nothing, and torch.compile should see no lookups.
         self.has_fast_path = base_weight.is_known_product(base_layer)
         self.is_transposed = base_weight.is_conv1d(base_layer)
         self.may_be_quantized = base_weight.may_be_quantized(base_layer)
         self.shared_input: SharedInput | None = None
+
+    @classmethod
+    def tensor_shapes(cls, base_layer: nn.Module, config: LoRAConfig, r: int) -> dict[str, tuple[int, ...]]:
+        """A ``(r, in)`` and B ``(out, r)``."""
+        num_out, num_in = base_weight.linear_shape(base_layer)
+        bias: dict[str, tuple[int, ...]] = {"lora_B.bias": (num_out,)} if config.lora_bias else {}
+        return bias | {"lora_A.weight": (r, num_in), "lora_B.weight": (num_out, r)}
 
     def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
         """``(..., in)`` to ``(..., out)``, in the dtype that the base layer returns.
@@ -64,7 +71,7 @@ class LoRALinear(LoRALayer):
             return self.base_layer(x)
         if not fast:
             lora_A, lora_B = self.computed_factors()
-            return add_lora(self.base_layer(x), x, lora_A, lora_B, self.scaling, dropout)
+            return add_lora(self.base_layer(x), x, lora_A, lora_B, self.scaling, dropout, self.added_bias)
         return lora_linear(x, *self.operands(), up)
 
     def operands(self) -> Adapted:
@@ -72,7 +79,20 @@ class LoRALinear(LoRALayer):
         base: Tensor | nn.Module = self.base_layer
         if not (self.may_be_quantized and base_weight.is_quantized(self.base_layer)):
             base = self.base_layer.weight if not self.is_transposed else self.base_layer.weight.t()
-        return Adapted(base, self.base_layer.bias, *self.computed_factors(), self.scaling)
+        return Adapted(base, self._bias(), *self.computed_factors(), self.scaling)
+
+    def _bias(self) -> Tensor | None:
+        """That of the base and that of the adapter."""
+        bias: Tensor | None = self.base_layer.bias
+        if self.added_bias is None:
+            return bias
+        added = self.added_bias * self.scaling
+        return added if bias is None else bias + added
+
+    @property
+    def added_bias(self) -> nn.Parameter | None:
+        """That of B."""
+        return self.lora_B.bias
 
     def computed_factors(self) -> tuple[Tensor, Tensor]:
         """What is multiplied: A and B, and what a kind of layer adds to them."""
@@ -102,12 +122,15 @@ class LoRALinear(LoRALayer):
     def start(self, fill: Callable[[Tensor], Any]) -> None:
         """Fill A, and B with zeros."""
         fill(self.lora_A.weight)
-        nn.init.zeros_(self.lora_B.weight)
+        for parameter in self.lora_B.parameters():
+            nn.init.zeros_(parameter)
 
     def start_at_random(self) -> None:
-        """Kaiming-uniform A and B."""
+        """Kaiming-uniform A and B, and a bias as torch begins one."""
         for half in self.factors():
             nn.init.kaiming_uniform_(half, a=math.sqrt(5))
+        if self.added_bias is not None:
+            nn.init.uniform_(self.added_bias, -1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
 
     @property
     def starts_nonzero(self) -> nn.Parameter:
@@ -154,6 +177,19 @@ class LoRAEmbedding(LoRALayer):
         device, dtype = shards.device_of(base_layer.weight), getattr(torch, config.adapter_dtype)
         self.lora_embedding_A = nn.Parameter(torch.empty(r, self.num_embeddings, device=device, dtype=dtype))
         self.lora_embedding_B = nn.Parameter(torch.empty(self.embedding_dim, r, device=device, dtype=dtype))
+
+    @classmethod
+    def tensor_shapes(cls, base_layer: Any, config: LoRAConfig, r: int) -> dict[str, tuple[int, ...]]:
+        """A ``(r, vocab)`` and B ``(dim, r)``."""
+        return {
+            "lora_embedding_A": (r, base_layer.num_embeddings),
+            "lora_embedding_B": (base_layer.embedding_dim, r),
+        }
+
+    @classmethod
+    def refusal(cls, base_layer: nn.Module, config: LoRAConfig, r: int) -> str | None:
+        """Of a bias."""
+        return "lora_bias is not for embeddings, in PEFT either" if config.lora_bias else None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids ``(...)`` to embeddings ``(..., dim)``, in the dtype that the base layer returns."""

@@ -33,6 +33,12 @@ class LoRALayer(nn.Module, ABC):
     has_fast_path: bool = False
     """Whether base and adapter may be computed by one function; to be switched off."""
 
+    is_portable: ClassVar[bool] = True
+    """Whether A and B are two matrices that other tools put on a linear layer."""
+
+    not_by_rows: ClassVar[str | None] = None
+    """Why it cannot be called with some rows of a batch; None if it can."""
+
     base_layer: Any
     """The frozen layer."""
 
@@ -42,15 +48,33 @@ class LoRALayer(nn.Module, ABC):
     original_weight: tuple[nn.Parameter] | None
     """While the adapter is folded into the base weight: the weight before. A tuple, to not register it."""
 
+    original_bias: tuple[nn.Parameter] | None
+    """The same of the base's bias, where the adapter has one of its own."""
+
     def __init__(self, base_layer: nn.Module, config: LoRAConfig, *, r: int, lora_alpha: float) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.config = config
         self.r = r
         self.lora_alpha = lora_alpha
-        self.scaling = config.scaling(r, lora_alpha)
+        self.scaling = self.scale(config, r, lora_alpha)
         self.enabled = True
-        self.original_weight = None
+        self.original_weight = self.original_bias = None
+
+    @classmethod
+    def scale(cls, config: LoRAConfig, r: int, lora_alpha: float) -> float:
+        """Factor on ``B @ A``."""
+        return config.scaling(r, lora_alpha)
+
+    @classmethod
+    def tensor_shapes(cls, base_layer: nn.Module, config: LoRAConfig, r: int) -> dict[str, tuple[int, ...]]:
+        """What an adapter around this layer consists of, by names below the layer's."""
+        raise NotImplementedError
+
+    @classmethod
+    def refusal(cls, base_layer: nn.Module, config: LoRAConfig, r: int) -> str | None:
+        """Why this layer can have no such adapter; None if it can."""
+        return None
 
     @abstractmethod
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -73,6 +97,24 @@ class LoRALayer(nn.Module, ABC):
         """What merging puts in the place of the base weight: summed in the wider dtype, rounded to that of the base."""
         weight = self.read_base()
         return (weight + self.delta_weight()).to(weight.dtype)
+
+    @property
+    def added_bias(self) -> nn.Parameter | None:
+        """A bias that the adapter has of its own, before it is scaled."""
+        return None
+
+    def merged_bias(self) -> Tensor | None:
+        """What merging puts in the place of the base's bias; None where that stays."""
+        if self.added_bias is None:
+            return None
+        return (self.base_layer.bias + self.added_bias.detach() * self.scaling).to(self.base_layer.bias.dtype)
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why there is no weight that stands for base and adapter; None if there is."""
+        if self.added_bias is not None and self.base_layer.bias is None:
+            return "its adapter has a bias (lora_bias), and the layer has none to add it to"
+        return None
 
     def finish_start(self) -> None:
         """Fill what follows from base, A and B."""
@@ -145,10 +187,14 @@ class LoRALayer(nn.Module, ABC):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling:g}"
 
 
-def bare_linear(num_in: int, num_out: int, *, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+def bare_linear(
+    num_in: int, num_out: int, *, device: torch.device, dtype: torch.dtype, bias: bool = False
+) -> nn.Linear:
     """A linear layer with an unset weight: building it draws no random numbers."""
-    linear = nn.Linear(num_in, num_out, bias=False, device="meta", dtype=dtype)
+    linear = nn.Linear(num_in, num_out, bias=bias, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(torch.empty(num_out, num_in, device=device, dtype=dtype))
+    if bias:
+        linear.bias = nn.Parameter(torch.empty(num_out, device=device, dtype=dtype))
     return linear
 
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 from torch import nn
 
 from lit_lora.adapters.expressions import find, shown
+from lit_lora.adapters.layer_kinds import KINDS, kind_of
 from lit_lora.adapters.module_names import by_end, endings, is_inside, named_modules, ranges, some, unmatched
 from lit_lora.adapters.target_parameters import experts_of, match_parameters
 from lit_lora.adapters.task_heads import as_pretrained, task_heads
@@ -272,17 +273,13 @@ def _name_the_list(names: Iterable[str]) -> str:
 
 
 def _check_adaptable(modules: dict[str, nn.Module], names: Iterable[str]) -> None:
-    refused = {
-        name: type(modules[name]).__name__
-        for name in names
-        if not base_weight.is_linear_like(modules[name]) and not isinstance(modules[name], nn.Embedding)
-    }
+    refused = {name: type(modules[name]).__name__ for name in names if kind_of(modules[name]) is None}
     if refused:
         name, kind = next(iter(refused.items()))
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise ValueError(
-            f"target_modules matches {name}{more} of type {kind}, which cannot be adapted; nn.Linear, nn.Embedding, "
-            "Conv1D of transformers, and Linear4bit and Linear8bitLt of bitsandbytes can"
+            f"target_modules matches {name}{more} of type {kind}, which cannot be adapted; "
+            f"{', '.join(known.names for known in KINDS)} can"
         )
 
 

@@ -128,6 +128,8 @@ def _check_mergeable(layers: dict[str, LoRALayer]) -> None:
             "merge there"
         )
     for name, layer in layers.items():
+        if layer.unmergeable is not None:
+            raise ValueError(f"cannot merge into {name}: {layer.unmergeable}. Serve the adapter beside the base")
         owner, held = layer.held
         if held not in dict(owner.named_parameters(recurse=False)):
             raise ValueError(
@@ -174,6 +176,8 @@ def _check_finite(layers: dict[str, LoRALayer], copies: dict[str, TrainableCopy]
             "the base holds": torch.isfinite(layer.base_parameter).all(),
             "the sum of base and adapter overflows to": torch.isfinite(layer.merged_weight()).all(),
         }
+        if (bias := layer.merged_bias()) is not None:
+            parts["the sum of both biases is"] = torch.isfinite(bias).all()
         for what, finite in parts.items():
             if not finite:
                 raise ValueError(f"{what} NaN or infinity in {name}: it is not merged")
@@ -184,20 +188,26 @@ def _check_finite(layers: dict[str, LoRALayer], copies: dict[str, TrainableCopy]
 
 def _merge_layer(layer: LoRALayer) -> None:
     """Give the base layer ``W + delta``; the wrapper keeps the old weight."""
-    merged = layer.merged_weight()
+    merged, bias = layer.merged_weight(), layer.merged_bias()
     layer.original_weight = (cast(nn.Parameter, layer.base_parameter),)
     layer.write_base(merged)
+    if bias is not None:
+        layer.original_bias = (layer.base_layer.bias,)
+        layer.base_layer.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def _restore(layer: LoRALayer) -> None:
     """Take a merge back."""
-    if layer.original_weight is not None:
-        (original,) = layer.original_weight
-        device, (owner, held) = layer.base_parameter.device, layer.held
+    owner, held = layer.held
+    for place, name, kept in ((owner, held, layer.original_weight), (layer.base_layer, "bias", layer.original_bias)):
+        if kept is None:
+            continue
+        (original,) = kept
+        device = getattr(place, name).device
         # The model may have moved since; the tuple did not move along.
-        moved = original if original.device == device else nn.Parameter(original.to(device), requires_grad=False)
-        setattr(owner, held, moved)
-        layer.original_weight = None
+        moved = nn.Parameter(original.to(device), requires_grad=original.requires_grad)
+        setattr(place, name, original if original.device == device else moved)
+    layer.original_weight = layer.original_bias = None
 
 
 def _plain_copy(wrapper: TrainableCopy, made: dict[int, nn.Parameter]) -> nn.Module:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.adapters.named_adapters import adapters_of, check_names, put_in, take_out
-from lit_lora.adapters.parameters import LoRAParameter
 
 
 class _Rows:
@@ -113,10 +112,8 @@ def mixed_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[No
             if adapter.biases.held:
                 raise ValueError(f"adapter {name!r} trains biases, which belong to all rows of a batch")
             for slot in adapter.slots:
-                if isinstance(slot.wrapper, LoRAParameter):
-                    raise ValueError(
-                        f"adapter {name!r} changes {slot.attribute}, whose experts see tokens of all rows together"
-                    )
+                if (why := getattr(slot.wrapper, "not_by_rows", None)) is not None:
+                    raise ValueError(f"adapter {name!r} changes {slot.attribute}, {why}")
                 slot.follow()
                 placed.setdefault(slot.place, []).append((name, slot))
         for slots in placed.values():

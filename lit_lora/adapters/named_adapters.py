@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from lit_lora.adapters.convolution import LoRAConv
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALayer, LoRALinear, TrainableCopy, adapter_modules
 from lit_lora.adapters.module_names import some, uncompiled
 from lit_lora.adapters.subtracted_start import StartedLinear
@@ -30,7 +31,7 @@ DEFAULT = "default"
 
 _KEY = "lit_lora_named_adapters"
 _WRAPPERS = (LoRALayer, TrainableCopy, TrainableTokens)
-_SUMS = (LoRALinear, LoRAEmbedding, StartedLinear)
+_SUMS = (LoRALinear, LoRAEmbedding, LoRAConv, StartedLinear)
 """What adds to the output of whatever it stands around."""
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lit_lora.adapters.factored_weight import FactoredWeight
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.adapters.lora_layer import LoRALayer, bare_linear
+from lit_lora.adapters.packed_attention import LoRAOutput
 from lit_lora.base.shards import device_of
 from lit_lora.config import LoRAConfig
 
@@ -41,6 +42,7 @@ class LoRAParameter(LoRALayer):
     tensor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
 
     has_fast_path = True
+    not_by_rows = "whose experts see tokens of all rows together"
 
     def __init__(
         self,
@@ -195,7 +197,12 @@ def nested_name(module_name: str, depth: int) -> str:
 
 
 def target_name(name: str, layer: LoRALayer) -> str:
-    """What a configuration calls what is adapted: the layer by its name, a parameter by the name that it had."""
+    """What a configuration calls what is adapted: the layer by its name, a parameter by the name that it had.
+
+    An attention and its output are one.
+    """
+    if isinstance(layer, LoRAOutput):
+        return name.removesuffix(".base_layer.out_proj")
     if not isinstance(layer, LoRAParameter):
         return name
     while name.endswith(".base_layer"):

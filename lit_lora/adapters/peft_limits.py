@@ -13,7 +13,7 @@ from torch import nn
 from lit_lora.adapters.task_heads import as_pretrained
 
 _MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
-"""PEFT refuses ``out_proj`` of these, since fused kernels read its weight (``tuners_utils``, 0.21)."""
+"""PEFT refuses ``out_proj`` and ``conv1d`` of these, whose weights fused kernels read (``tuners_utils``, 0.21)."""
 
 _TAKEN_FOR_EXPERTS = {
     "mixtral": {"gate", "w1", "w2", "w3"},
@@ -38,7 +38,7 @@ def refused_by_peft(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     taken = _TAKEN_FOR_EXPERTS.get({"mixtral": "mixtral", **layouts}.get(kind, ""), set())
     for name in names:
         end = name.rpartition(".")[2]
-        if kind in _MAMBA and end == "out_proj":
+        if kind in _MAMBA and end in ("out_proj", "conv1d"):
             refused[name] = f"PEFT loads no adapter for it in {kind} models, whose fused kernels read its weight"
         elif end in taken:
             refused[name] = f"PEFT takes its name for that of the fused experts of {kind} models"

@@ -26,6 +26,7 @@ def biases_to_train(
     adapted: Collection[str],
     wrapped: Mapping[str, int],
     saved: Collection[str],
+    from_file: bool = False,
 ) -> dict[str, nn.Parameter]:
     """Name that each will have in the model -> the bias.
 
@@ -35,6 +36,7 @@ def biases_to_train(
         adapted: layers that get an adapter.
         wrapped: module -> how many wrappers will stand around it.
         saved: modules that are trained in full.
+        from_file: whether PEFT may have written so, which takes a setting without effect.
 
     Raises:
         ValueError: if there is none.
@@ -47,7 +49,7 @@ def biases_to_train(
         if bias is None or name in saved or is_inside(name, saved) or (which == "lora_only" and name not in adapted):
             continue
         found[".".join([name, *["base_layer"] * wrapped.get(name, 0), "bias"]).lstrip(".")] = bias
-    if not found:
+    if not found and not from_file:
         layers = "adapted layer" if which == "lora_only" else "layer"
         raise ValueError(f"bias {which!r} has no effect: no {layers} of the model has a bias")
     return found
@@ -72,6 +74,9 @@ def trained_biases(model: Any) -> dict[str, nn.Parameter]:
     if not noted:
         return {}
     own = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if (kept := getattr(module, "original_bias", None)) is not None:  # another stands there while it is merged
+            own[f"{plain_name(name)}.base_layer.bias"] = kept[0]
     return {name: own[name] for name in noted}
 
 

@@ -160,7 +160,7 @@ SYNONYMS: dict[str, Meaning] = {
     "corda_config": f"CorDA is not there yet: {_VARIANT}",
     "lora_ga_config": f"LoRA-GA is not there yet: {_VARIANT}",
     "loraplus_lr_ratio": _to("model.optimization.lora_plus_ratio"),
-    "lora_bias": "adapters have no bias of their own; model.lora.bias trains those of the base",
+    "lora_bias": _to("model.lora.lora_bias"),
     "bias": _to("model.lora.bias"),
     "fan_in_fan_out": "how a layer holds its weight is seen from the layer",
     "target_parameters": _to("model.lora.target_parameters"),

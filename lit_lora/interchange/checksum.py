@@ -23,7 +23,7 @@ METADATA_KEY = "lit_lora_sha256"
 _WITHOUT_EFFECT = ("lora_dropout", "init_lora_weights", "freeze_A")
 """Fields that a loaded adapter computes the same without."""
 
-_LATER = ("target_parameters", "trainable_token_indices", "use_dora", "bias", "ensure_weight_tying")
+_LATER = ("target_parameters", "trainable_token_indices", "use_dora", "bias", "lora_bias", "ensure_weight_tying")
 """Fields that adapters of earlier versions were written without: they count where they are set."""
 _UNSET = (None, False, "none")
 

@@ -65,5 +65,9 @@ def compress_adapter(
         read.stored.config, r=highest, lora_alpha=highest, use_rslora=False,
         rank_pattern=differing, alpha_pattern=dict(differing),
     )  # fmt: skip
-    folder = write_factors(output, layers, config, [read], read.others)
+    others = dict(read.others)
+    for name, factors in read.layers.items():
+        if (bias := others.get(f"{name}.lora_B.bias")) is not None:
+            others[f"{name}.lora_B.bias"] = bias * factors.scaling  # which is 1 from here on
+    folder = write_factors(output, layers, config, [read], others)
     return Compressed(folder, ranks, errors, (lost / whole) ** 0.5 if whole else 0.0)

@@ -45,13 +45,15 @@ def hotswap_adapter(model: nn.Module, folder_or_hub_id: str | Path) -> None:
     if any(ids not in wanted.values() for ids in rows.values()):
         raise ValueError(f"{stored.source} trains other rows than {active[0]!r}: {wanted}, there {rows}")
     values = stored_values(stored)
-    layers = dict(targeted_layers(model))
-    alphas = resolve_pattern("alpha_pattern", stored.config.alpha_pattern, layers)
-    named = {id(layer): layer.factors()[1] for layer in layers.values()}
+    layers = list(targeted_layers(model))
+    alphas = resolve_pattern("alpha_pattern", stored.config.alpha_pattern, dict(layers))
+    named = {id(layer): layer.factors()[1] for _, layer in layers}
     places = {tensor.data_ptr(): name for name, tensor in own.items()}
-    for name, layer in layers.items():
-        ratio = stored.config.scaling(layer.r, alphas.get(name, stored.config.lora_alpha)) / layer.scaling
+    for name, layer in layers:
+        ratio = layer.scale(stored.config, layer.r, alphas.get(name, stored.config.lora_alpha)) / layer.scaling
         if ratio != 1:
             key = places[named[id(layer)].data_ptr()]
             values[key] = values[key] * ratio
+            if layer.added_bias is not None:
+                values[f"{key.removesuffix('weight')}bias"] *= ratio
     load_adapter_state_dict(model, {name: values[name] for name in own})

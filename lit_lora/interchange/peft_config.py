@@ -73,7 +73,7 @@ def to_peft_config(
         "layers_pattern": config.layers_pattern,
         "layers_to_transform": config.layers_to_transform,
         "lora_alpha": config.lora_alpha,
-        "lora_bias": False,
+        "lora_bias": config.lora_bias,
         "lora_dropout": config.lora_dropout,
         "modules_to_save": config.modules_to_save,
         "peft_type": "LORA",

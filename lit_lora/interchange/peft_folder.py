@@ -149,7 +149,7 @@ def adapted_in(header: Iterable[StoredTensor]) -> list[str]:
 def _name_in_model(key: str) -> str:
     """Name on disk -> name in the model; other trainers leave the adapter's name in (``lora_A.default.weight``)."""
     name = plain_name(key).removeprefix(PREFIX)
-    name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", name)
+    name = re.sub(r"\.(lora_[AB])\.[^.]+\.(weight|bias)$", r".\1.\2", name)
     name = re.sub(r"\.(lora_embedding_[AB])\.[^.]+$", r".\1", name)
     name = re.sub(r"\.lora_magnitude_vector\.[^.]+(\.weight)?$", ".lora_magnitude_vector", name)
     name = re.sub(r"\.(token_adapter\.trainable_tokens_delta)\.[^.]+$", r".\1", name)

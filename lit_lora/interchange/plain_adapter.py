@@ -41,12 +41,13 @@ def check_plain(folder: Path, target: str) -> None:
     found = {
         "DoRA (use_dora)": config.use_dora,
         f"trained biases (bias {config.bias!r})": config.bias != "none",
+        "biases of its own (lora_bias)": config.lora_bias,
         f"modules trained in full ({', '.join(config.modules_to_save or [])})": bool(config.modules_to_save),
         "rows of an embedding (trainable_token_indices)": config.trainable_token_indices is not None,
         "adapted parameters such as experts (target_parameters)": bool(config.target_parameters),
     }
-    names = [tensor.name for tensor in stored.header.values()]
-    others = [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    halves = (".lora_A.weight", ".lora_B.weight")
+    others = [t.name for t in stored.header.values() if not t.name.endswith(halves) or len(t.shape) != 2]
     found[f"the tensor {next(iter(others), '')}"] = bool(others)
     present = [what for what, is_there in found.items() if is_there]
     if present:

@@ -6,8 +6,9 @@ unexpected or misshapen raises, before the model is touched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lit_lora.adapters.inject import InjectionReport, apply_plan
 from lit_lora.adapters.injection_plan import InjectionPlan, plan_injection
 from lit_lora.adapters.layers import adapter_modules
+from lit_lora.adapters.matching import resolve_pattern
 from lit_lora.adapters.module_names import plain_name
 from lit_lora.adapters.named_adapters import named
 from lit_lora.adapters.trained_biases import trained_biases
@@ -65,10 +67,32 @@ def read_adapter(folder_or_hub_id: str | Path) -> StoredAdapter:
         if isinstance(content, dict) and content.get("target_modules") is None:
             # PEFT then has a choice of its own for some architectures; the tensors say which it was.
             content = {**content, "target_modules": adapted_in(header.values())}
-        config = from_peft_config(content)
+        config = _with_ranks_of(from_peft_config(content), header.values())
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     return StoredAdapter(str(folder), config, header, folder)
+
+
+def _with_ranks_of(config: LoRAConfig, header: Iterable[StoredTensor]) -> LoRAConfig:
+    """Ranks by the tensors, where several patterns match a layer.
+
+    The first one counts, and PEFT sorts them when it writes, so that its own adapter no longer fits its file. A rank
+    that is none of the matching patterns' is left to be refused.
+    """
+    if len(config.rank_pattern) < 2 or config.target_parameters:
+        return config
+    header = list(header)
+    ends = (".lora_A.weight", ".lora_embedding_A")
+    stored = {t.name.removesuffix(end): t.shape[0] for t in header for end in ends if t.name.endswith(end) and t.shape}
+    read = resolve_pattern("rank_pattern", config.rank_pattern, stored)
+    differing = [name for name, r in read.items() if stored[name] != r]
+    matching: dict[str, set[int]] = {name: set() for name in differing}
+    for pattern, r in config.rank_pattern.items():
+        for name in resolve_pattern("rank_pattern", {pattern: r}, differing):
+            matching[name].add(r)
+    if not differing or any(stored[name] not in ranks for name, ranks in matching.items()):
+        return config
+    return replace(config, rank_pattern={re.escape(name): r for name, r in stored.items() if r != config.r})
 
 
 def load_adapter(

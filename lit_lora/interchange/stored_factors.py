@@ -81,6 +81,11 @@ def read_factors(folder_or_hub_id: str | Path) -> AdapterFactors:
         lora_A, lora_B = state.pop(f"{layer}.{end}"), state.pop(f"{layer}.{_ENDS[end]}", None)
         if lora_B is None:
             raise ValueError(f"{stored.source} holds A of {layer} and no B: take an undamaged copy")
+        if lora_A.ndim != 2 or ".base_layer." in layer:
+            raise ValueError(
+                f"{stored.source} adapts {layer}, which is no linear layer and no embedding: only adapters of these "
+                "can be worked on without their base"
+            )
         scaling = stored.config.scaling(len(lora_A), alphas.get(layer, stored.config.lora_alpha))
         layers[layer] = Factors(lora_A, lora_B, scaling, end)
     if not layers:

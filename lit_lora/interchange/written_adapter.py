@@ -28,7 +28,7 @@ def config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> LoR
         config: as it was injected.
         portable: without what tools do not know.
     """
-    if portable and (config.use_dora or config.bias != "none"):
+    if portable and (config.use_dora or config.bias != "none" or config.lora_bias):
         what = "what DoRA adds is no product of two small matrices" if config.use_dora else "other tools refuse biases"
         raise ValueError(
             f"this adapter has no portable form: {what}. "
@@ -38,6 +38,17 @@ def config_to_write(model: nn.Module, config: LoRAConfig, portable: bool) -> LoR
             )
         )
     layers = dict(targeted_layers(model))
+    others = [
+        f"{name} is a {type(layer.base_layer).__name__}" for name, layer in lora_layers(model) if not layer.is_portable
+    ]
+    if portable and others:
+        raise ValueError(
+            f"this adapter has no portable form: {others[0]}, and other tools put A and B on linear layers. "
+            + in_words_of(
+                python="Write it with portable=False for PEFT, or merge it",
+                command_line="Write it with --portable false for PEFT, or merge it with lit-lora merge",
+            )
+        )
     modules = {name: layer for name, layer in layers.items() if not isinstance(layer, LoRAParameter)}
     resolved = isinstance(config.target_modules, str) or config.layers_to_transform is not None
     resolved = resolved or bool(config.exclude_modules) or config.ensure_weight_tying

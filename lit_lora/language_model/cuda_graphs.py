@@ -48,6 +48,8 @@ def why_not(step: StepConfig, path: ForwardPath) -> str:
         return "not for padded batches"
     if not path.direct_head:
         return "not for a loss from the model's own logits"
+    if step.recompute and step.cuda_graphs == "auto":
+        return "they take memory, and recomputed layers save it; model.step.cuda_graphs true records these, too"
     return "not with compiled layers" if step.compile_layers else ""
 
 

@@ -29,6 +29,8 @@ KINDS = {
     "MLP alone": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
     "DoRA, MLP alone": {"target_modules": ["gate_proj", "up_proj", "down_proj"], "use_dora": True},
     "biases": {"bias": "all"},
+    "biases of its own": {"target_modules": ["q_proj", "k_proj", "v_proj"], "lora_bias": True},
+    "biases of its own, dropout": {"target_modules": ["q_proj"], "lora_bias": True, "lora_dropout": 0.1},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "DoRA, embedding": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     "whole head": {"modules_to_save": ["lm_head"]},

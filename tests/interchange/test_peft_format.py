@@ -182,7 +182,7 @@ def test_another_base_model_is_refused(folder):
     ("changes", "message"),
     [
         ({"bias": "some"}, "bias must be one of none, all, lora_only"),
-        ({"lora_bias": True}, "lora_bias=True"),
+        ({"lora_bias": True}, "lora_bias is not for embeddings"),
         ({"target_parameters": "experts.gate_up_proj"}, "target_parameters must be a list"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"trainable_token_indices": [1]}, "trainable_token_indices: model.embed_tokens is adapted"),

@@ -19,7 +19,10 @@ PATH = ForwardPath(packed=True, direct_head=True, reason="")
     [
         (StepConfig(), PATH, ""),
         (StepConfig(cuda_graphs=False), PATH, "switched off"),
-        (StepConfig(recompute=True), PATH, ""),
+        (StepConfig(recompute=True), PATH, "memory"),
+        (StepConfig(recompute=2), PATH, "memory"),
+        (StepConfig(recompute="4GiB"), PATH, "memory"),
+        (StepConfig(recompute=True, cuda_graphs=True), PATH, ""),
         (StepConfig(compile_layers=True), PATH, "compiled"),
         (StepConfig(), ForwardPath(packed=False, direct_head=True, reason="x"), "padded"),
         (StepConfig(), ForwardPath(packed=True, direct_head=False, reason="x"), "logits"),

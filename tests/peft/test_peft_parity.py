@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor:UserWarning"),  # its own lora_B.bias
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`"),
 ]
 
@@ -121,6 +122,24 @@ CASES = {
         {"target_modules": ["c_attn"], "bias": "all", "modules_to_save": ["ln_f"], "fan_in_fan_out": True},
         kind="GPT2",
         model=GPT2,
+        num_adapted=2,
+    ),
+    "biases of LoRA's own": Case(
+        {"target_modules": ["q_proj", "k_proj", "v_proj"], "lora_bias": True, "use_rslora": True, "bias": "lora_only"},
+        kind="Qwen2",
+        num_adapted=6,
+    ),
+    "biases of LoRA's own, Conv1D": Case(
+        {"target_modules": ["c_attn", "c_fc"], "lora_bias": True, "fan_in_fan_out": True},
+        kind="GPT2",
+        model=GPT2,
+        num_adapted=4,
+    ),
+    "biases of LoRA's own, NF4": Case(
+        {"target_modules": ["q_proj"], "lora_bias": True},
+        kind="Qwen2",
+        model={"hidden_size": 64},
+        quantization=QuantizationConfig(),
         num_adapted=2,
     ),
     "biases, DoRA and 4 bits": Case(
@@ -330,14 +349,11 @@ def test_entries_that_peft_ignored_do_not_stop_loading(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor:UserWarning")
 def test_what_is_not_implemented_raises(options, named, tmp_path):
-    # lora_bias needs a layer that has a bias
     model = peft.get_peft_model(language_model("Qwen2"), peft.LoraConfig(r=4, target_modules=["q_proj"], **options))
     model.save_pretrained(tmp_path)
     target = language_model("Qwen2")
