@@ -15,7 +15,7 @@ from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lit_lora.base.whole_model import is_panic
+from lit_lora.base.whose_error import is_panic
 from lit_lora.data.chats.conversation import BadRow, Conversation
 from lit_lora.data.chats.stopped_clock import CLOCK, stopped_clock
 from lit_lora.files.compute_limit import LimitExceeded, compute_limit
