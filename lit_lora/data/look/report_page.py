@@ -47,8 +47,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 <h2>Sources</h2>
 <table>
 <tr><th>source<th>format<th class="n">rows<th class="n">examples<th class="n">tokens<th class="n">supervised</tr>
-{% for source in sources %}
-<tr><td>{{ source.name }}{{ ", " if source.share }}{{ source.share }}<td>{{ source.format }}
+{% for source in sources + validation %}
+<tr><td>{{ source.name }}{{ ", for validation" if loop.index > sources | length }}
+{{- ", " if source.share }}{{ source.share }}<td>{{ source.format }}
 <td class="n">{{ source.num_rows | grouped }}{{ "" if source.is_whole else " of more" }}
 <td class="n">{{ source.num_examples | grouped }}<td class="n">{{ source.num_tokens | grouped }}
 {% if source.epoch_share is not none %} ({{ source.epoch_share | share(1) }} of an epoch's){% endif %}
@@ -56,7 +57,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 <td class="n">{{ source.num_supervised | grouped }} ({{ source.num_supervised | share(source.num_tokens) }})</tr>
 {% endfor %}
 </table>
-{% for source in sources %}
+{% if num_set_aside %}<p>{{ num_set_aside | grouped }} of these examples are set aside for validation.</p>{% endif %}
+{% for source in sources + validation %}
 {% if source.pairs %}
 <p>{{ source.name }}: {{ source.pairs.num_pairs | grouped }} preference pairs;
 {{ source.pairs.num_prompt_tokens | grouped }} tokens of shared prompts,
@@ -71,7 +73,7 @@ the chosen answer is the longer one in {{ source.pairs.num_chosen_longer | share
 <h2 class="bad">{{ num_problems | grouped }} {{ "row" if num_problems == 1 else "rows" }} cannot be used</h2>
 <table>
 <tr><th class="n">rows<th>problem<th>lines</tr>
-{% for source in sources %}{% for kind in source.problems %}
+{% for source in sources + validation %}{% for kind in source.problems %}
 <tr><td class="n">{{ kind.count | grouped }}<td>{{ kind.message }}
 <td>{% for file, lines in kind.lines.items() %}{{ file }}: {{ lines | join(", ") }}<br>{% endfor %}</tr>
 {% endfor %}{% endfor %}
