@@ -40,7 +40,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 <p>Tokenizer: {{ tokenizer }}, {{ template }}.
 {% if ends %}Answers end with
 {% for token, count in ends.items() %}<code>{{ token }}</code> ({{ count | grouped }}){{ ", " if not loop.last }}
-{% endfor %}; they are supervised.{% endif %}
+{%- endfor %}; they are supervised.{% endif %}
 {% if num_open %}{{ num_open | grouped }} stretches that are supervised end without such a token.{% endif %}</p>
 {% for warning in warnings %}<p class="bad">Warning: {{ warning }}</p>
 {% endfor %}
@@ -66,7 +66,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 the chosen answer is the longer one in {{ source.pairs.num_chosen_longer | share(source.pairs.num_pairs) }}.</p>
 {% endif %}
 {% if source.notes %}<ul>
-{% for note, count in source.notes.items() %}<li>{{ count | grouped }} &times; {{ note }}</li>
+{% for note, count in source.notes.items() %}<li>{{ source.name }}: {{ count | grouped }} &times; {{ note }}</li>
 {% endfor %}</ul>{% endif %}
 {% endfor %}
 {% if num_problems %}
