@@ -4,10 +4,11 @@
 
 Writes rows of a conversation of about 200 tokens each, then, each in a process of its own: ``datasets.map`` over them
 with two workers, which tokenizes with the same template and tokenizer; ``SFTDataModule`` to its first batch, without
-and with a cache; and an epoch's plan and 20,000
-batches of prepared data of ten times as many rows. Memory is what all processes of each
-hold together, sampled ten times a second: pages that several share are counted once (PSS), files that the system keeps
-in memory for its own convenience are not. Writes ``results/data_size.md``.
+and with a cache; and, over ten times as many rows in the cache, a split, a mixture and 20,000 packed batches of the
+second epoch. A million rows need 11 GB of disk, most of it for ten million prepared ones (``--prepared_scale 0.5``
+makes those half as long). Memory is what all processes of each hold together, sampled ten times a second: pages that
+several share are counted once (PSS), files that the system keeps in memory for its own convenience are not. Writes
+``results/data_size.md``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,17 +71,18 @@ print("SECONDS", time.monotonic() - begun, len(data.train_data), data.train_data
 """
 
 PREPARED = """
-import sys, time
-import numpy as np
+import json, sys
+from dataclasses import asdict
 from pathlib import Path
-from lit_lora.data.prepared.array_file import InMemory, write_arrays
-from lit_lora.data.prepared.dataset import DatasetStatistics, TokenizedDataset
-path, rows, phase = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+import numpy as np
+from lit_lora.data.prepared.array_file import write_arrays
+from lit_lora.data.prepared.dataset import DatasetStatistics
+path, rows, scale = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 
 class Rows:  # a segment of a hundred thousand
     def __init__(self, seed):
         self.random = np.random.default_rng(seed)
-        self.lengths = self.random.integers(100, 300, 100_000, dtype=np.int32)
+        self.lengths = self.random.integers(100 * scale, 300 * scale, 100_000, dtype=np.int32)
         self.tokens = int(self.lengths.sum())
     def shapes(self):
         n, t = (100_000,), (self.tokens,)
@@ -89,33 +93,41 @@ class Rows:  # a segment of a hundred thousand
         dtype, shape = self.shapes()[name]
         if name == "lengths":
             return self.lengths
+        if name == "supervised":
+            return self.lengths - 1
         values = np.ones(shape, dtype)
         if name == "mask":  # nothing predicts a first token
             values[self.lengths.cumsum() - self.lengths] = False
         return values
 
-if phase == "write":
-    import json
-    from dataclasses import asdict
-    statistics = json.dumps(asdict(DatasetStatistics("prepared", "messages", rows, 0, 0, 0, 0)))
-    with path.open("wb") as file:
-        write_arrays(file, [Rows(seed) for seed in range(rows // 100_000)], {"statistics": statistics})
-    sys.exit()
-from lit_lora.data.batches.packing import collate_packed
-from lit_lora.data.batches.sampler import BatchSettings, ResumableBatchSampler
-begun = time.monotonic()
-data = TokenizedDataset.load(path)
-loaded = time.monotonic() - begun
-digest = data.digest()
-sampler = ResumableBatchSampler(data.lengths, BatchSettings(batch_size=None, max_tokens=2048))
-sampler.set_epoch(1)
-batches = iter(sampler)
-collate_packed([data[i] for i in next(batches)])
-print("SECONDS", time.monotonic() - begun, loaded, len(sampler))
-begun = time.monotonic()
-for _ in range(20_000):
-    collate_packed([data[i] for i in next(batches)])
+statistics = json.dumps(asdict(DatasetStatistics("prepared", "messages", rows, 0, 0, 0, 0)))
+with path.open("wb") as file:
+    write_arrays(file, [Rows(seed) for seed in range(rows // 100_000)], {"statistics": statistics})
+print("SECONDS", 0)
 """
+"""What an earlier start would have left in the cache: a hundred thousand rows at a time, of lengths drawn at random."""
+
+ALL_OF_IT = """
+import sys, time
+begun = time.monotonic()
+from lit_lora import SFTDataModule
+from lit_lora.data.rows.data_source import DataSource
+path, base, cache, rows = sys.argv[1:]
+data = SFTDataModule([DataSource(path, epochs=0.5)], tokenizer=base, cache_dir=cache, max_tokens_per_batch=2048,
+                     validation_fraction=0.01)
+data.prepare_data()
+data.setup("fit")
+assert len(data.train_data) == int(rows) * 99 // 100, len(data.train_data)
+loader = data.train_dataloader()
+next(iter(loader))
+seconds = time.monotonic() - begun
+loader.batch_sampler.set_epoch(1)
+batches = iter(loader)
+for _ in zip(range(20_000), batches):
+    pass
+print("SECONDS", seconds, len(loader))
+"""
+"""A split, a mixture, packing, shuffling, and the second epoch, whose plan is made to have as many batches."""
 
 
 def write_rows(path: Path, rows: int) -> None:
@@ -133,8 +145,23 @@ def write_rows(path: Path, rows: int) -> None:
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
-def measure(code: str, *arguments: str) -> tuple[list[float], float, float]:
-    """Run a script; what it printed after SECONDS, and the most memory of all its processes, PSS and RSS in GiB."""
+def prepare(folder: Path, base: str, rows: int, scale: float) -> None:
+    """A cache that has many rows for a file of one: as if the file had them."""
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"prompt": "1 + 1?", "completion": "2"}\n')
+    measure(OURS, str(folder / "rows.jsonl"), base, str(folder), "1")
+    (cached,) = folder.glob("*.safetensors")
+    measure(PREPARED, str(cached), str(rows), str(scale))
+
+
+def measure(code: str, *arguments: str) -> tuple[list[float], float, float, float]:
+    """Run a script.
+
+    Returns:
+        What it printed after SECONDS, the processor time of all its processes, and the most memory that they held
+        together, PSS and RSS in GiB.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
     most = [0.0, 0.0]
 
@@ -157,13 +184,16 @@ def measure(code: str, *arguments: str) -> tuple[list[float], float, float]:
     if process.returncode:
         raise SystemExit(f"the script ended with {process.returncode}:\n{output}")
     numbers = [line.split()[1:] for line in output.splitlines() if line.startswith("SECONDS")]
-    return [float(number) for number in (numbers[0] if numbers else [])], most[0], most[1]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return [float(number) for number in (numbers[0] if numbers else [])], cpu, most[0], most[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--prepared_rows", type=int, help="ten times as many by default")
+    parser.add_argument("--prepared_scale", type=float, default=1.0, help="of their lengths; 1 for 200 tokens a row")
     parser.add_argument("--base", default="smollm2-135m-instruct", help="whose tokenizer and template")
     parser.add_argument("--folder", help="where to work; a temporary one by default")
     parser.add_argument("--only", nargs="*", help="names of rows")
@@ -176,9 +206,9 @@ def main() -> None:
         write_rows(data, args.rows)
         size = data.stat().st_size / 2**20
         print(f"{args.rows:,} rows, {size:,.0f} MiB", flush=True)
-        prepared = folder / "prepared.safetensors"
         ours = (OURS, str(data), args.base, str(cache), str(WORKERS))
         rows = args.prepared_rows or 10 * args.rows
+        many = folder / "many"
         runs = {
             f"`datasets.map`, {WORKERS} workers: whole conversations": (
                 MAP, str(data), args.base, str(folder / "map"), "whole"
@@ -188,27 +218,31 @@ def main() -> None:
             ),
             f"`SFTDataModule` to the first batch, {WORKERS} workers": ours,
             "the same, tokens in the cache": ours,
-            f"{rows:,} prepared rows: to the first batch of the second epoch": (
-                PREPARED, str(prepared), str(rows), "read"
+            f"{rows:,} prepared rows of {200 * args.prepared_scale:.0f} tokens, a hundredth set aside and half of the "
+            "rest in an epoch: to the first batch; memory through up to 20,000 batches of the second epoch": (
+                ALL_OF_IT, str(many / "rows.jsonl"), args.base, str(many), str(rows)
             ),
         }  # fmt: skip
         for what, (code, *arguments) in runs.items():
             if args.only and not any(part in what for part in args.only):
                 continue
-            if code is PREPARED:
+            if code is MAP:
+                shutil.rmtree(folder / "map", ignore_errors=True)  # of the one before, as large as the data
+            if code is ALL_OF_IT:
                 data.unlink()
-                measure(PREPARED, str(prepared), str(rows), "write")
-            (seconds, *_), pss, rss = measure(code, *arguments)
-            table.append(f"| {what} | {seconds:,.1f} | {pss:.2f} | {rss:.2f} |")
+                for used in (cache, folder / "map", folder / "map2"):
+                    shutil.rmtree(used, ignore_errors=True)
+                prepare(many, args.base, rows, args.prepared_scale)
+            (seconds, *_), cpu, pss, rss = measure(code, *arguments)
+            table.append(f"| {what} | {seconds:,.1f} | {cpu:,.1f} | {pss:.2f} | {rss:.2f} |")
             print(table[-1], flush=True)
     command = " ".join(["python -m benchmarks.data_size", *sys.argv[1:]])
     text = (
         f"# Large data\n\n`{command}`\n\n{machine(WORKERS)}. {args.note}\n\n{args.rows:,} rows of a conversation of "
         f"about 200 tokens, {size:,.0f} MiB of JSON lines. One run each. Of `datasets.map` only the time of `map` "
         "itself counts, not that of reading the JSON.\n\n"
-        "| | s | memory, GiB (PSS) | RSS, shared pages counted for each process |\n|---|---|---|---|\n"
-        + "\n".join(table)
-        + "\n"
+        "| | s | processor s | memory, GiB (PSS) | RSS, shared pages counted for each process |\n"
+        "|---|---|---|---|---|\n" + "\n".join(table) + "\n"
     )
     (RESULTS / "data_size.md").write_text(text)
     print(text)

@@ -58,6 +58,13 @@ class TrainingMetrics:
         return [step.loss for step in self.steps if step.num_target_tokens]
 
     @property
+    def validation_losses(self) -> dict[str, list[float]]:
+        """The first and the last loss on validation data, or the only one: under "" over all of it, then by source."""
+        ends = [*self.validation[:1], *self.validation[1:][-1:]]
+        names = [name for name in (ends[-1] if ends else {}) if name == "val_loss" or name.startswith("val_loss/")]
+        return {name.partition("/")[2]: [end[name] for end in ends if name in end] for name in sorted(names)}
+
+    @property
     def num_tokens(self) -> int:
         """Real tokens trained on."""
         return sum(step.num_tokens for step in self.steps)

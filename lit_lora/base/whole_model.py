@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from lit_lora.base.whose_error import is_panic
 from lit_lora.wording import setting
 
 T = TypeVar("T")
@@ -99,11 +100,6 @@ def readable(location: str, load: Callable[[], T]) -> T:
                 "load_base and compute_loss of LoRALightningModule"
             ) from error
         raise ValueError(f"cannot load {location}: {type(error).__name__}: {reason}") from error
-
-
-def is_panic(error: BaseException) -> bool:
-    """Whether it comes from the Rust code of tokenizers or safetensors, whose own failures are no ``Exception``."""
-    return type(error).__name__ == "PanicException"
 
 
 def _check_index(folder: Path) -> None:

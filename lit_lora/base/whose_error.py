@@ -34,6 +34,11 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line}"
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether it comes from the Rust code of tokenizers or safetensors, whose own failures are no ``Exception``."""
+    return type(error).__name__ == "PanicException"
+
+
 def _caller(error: BaseException) -> traceback.FrameSummary | None:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name not in _INTERCEPTORS]
     return next((frame for frame in reversed(frames) if _TORCH not in Path(frame.filename).parents), None)

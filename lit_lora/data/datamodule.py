@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_lora.data.batches.evaluation_batches import OrderedBatchSampler, plan_in_order
 from lit_lora.data.batches.fingerprint import check_fingerprint, fingerprint_of
-from lit_lora.data.batches.limits import check_limits, check_own_sampler
+from lit_lora.data.batches.limits import check_limits, check_own_sampler, check_settings
 from lit_lora.data.batches.loaders import PromptDataset, batch_loader, generator_of, only, prompts_of_rank
 from lit_lora.data.batches.mixture import Mixture
 from lit_lora.data.batches.resume import check_not_resumed, rank_batches_consumed
@@ -30,6 +30,7 @@ from lit_lora.data.new_tokens import NewTokens
 from lit_lora.data.prepared.dataset import Examples, lines_of, tokenizer_digest
 from lit_lora.data.prepared.prepare import SourceSettings, remove_abandoned_parts
 from lit_lora.data.rows.data_source import Given
+from lit_lora.data.run_date import date_of_run
 from lit_lora.data.source_data import source_data
 from lit_lora.data.untrained_tokens import warn_of_untrained_tokens
 from lit_lora.files.atomic import remove_partial_files
@@ -76,6 +77,8 @@ class SFTDataModule(pl.LightningDataModule):
         ignore_columns: columns, and keys of a turn, that are known not to be used.
         tokenize_workers: processes that tokenize; by default one for each core (16 at most) where the data is large,
             else only the run's own.
+        template_date: the day, as YYYY-MM-DD, that a chat template is told which writes today's date; by default that
+            on which the run began, also where it is resumed.
     """
 
     def __init__(
@@ -105,16 +108,10 @@ class SFTDataModule(pl.LightningDataModule):
         long_rows: Literal["truncate", "drop", "split"] = "truncate",
         ignore_columns: list[str] | None = None,
         tokenize_workers: int | None = None,
+        template_date: str | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
-        if validation is not None and validation_fraction:
-            raise ValueError("validation_fraction has no effect beside a validation file: set one of them")
-        if tokenize_workers is not None and tokenize_workers < 1:
-            raise ValueError(f"tokenize_workers must be at least 1, got {tokenize_workers}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, got {num_workers}")
+        check_settings(validation_fraction, validation is not None, tokenize_workers, num_workers)
         if batch_size is None and max_tokens_per_batch is None:
             batch_size = DEFAULT_BATCH_SIZE
         self.validation_fraction = validation_fraction
@@ -129,19 +126,19 @@ class SFTDataModule(pl.LightningDataModule):
             reasoning=reasoning,
             long_rows=long_rows,
             ignore_columns=list(ignore_columns or []),
+            template_date=template_date,
         )
         self.batch_settings = BatchSettings(
             batch_size=batch_size, max_tokens=max_tokens_per_batch, padded=not packing, shuffle=shuffle, seed=seed
         )
+        self._given_date = template_date
         self.packing = packing
         self.num_workers = num_workers
         self.cache_dir = cache_folder("tokenized") if cache_dir is None else Path(cache_dir).expanduser()
-        unlimited, options = replace(self.source_settings, limit=None), (self.cache_dir, tokenize_workers)
+        rest, options = replace(self.source_settings, limit=None), (self.cache_dir, tokenize_workers)
         self._train = source_data("data.train", train, self.source_settings, *options, mixed=True)
-        self._validation = (
-            None if validation is None else source_data("data.validation", validation, unlimited, *options)
-        )
-        self._test = None if test is None else source_data("data.test", test, unlimited, *options)
+        self._validation = None if validation is None else source_data("data.validation", validation, rest, *options)
+        self._test = None if test is None else source_data("data.test", test, rest, *options)
         self.train_data: Examples | None = None
         self.validation_data: Examples | None = None
         self.test_data: Examples | None = None
@@ -208,6 +205,10 @@ class SFTDataModule(pl.LightningDataModule):
         if self.trainer is not None:
             check_own_sampler(self.trainer)
         self._train_sampler, self._loaded_state = None, None
+        date = date_of_run(self._given_date, self.tokenizer, self.trainer)
+        self.source_settings = replace(self.source_settings, template_date=date)
+        for data in filter(None, (self._train, self._validation, self._test)):
+            data.set_date(date)
         if self.validation_fraction:
             train, self.validation_data = self._train.split(
                 self.tokenizer, self.validation_fraction, self.batch_settings.seed

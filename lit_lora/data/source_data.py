@@ -54,6 +54,12 @@ class SourceData:
             entries.append(given | {"path": described(source.path)})
         return entries[0]["path"] if len(entries) == 1 and entries[0].keys() == {"path", "name"} else entries
 
+    def set_date(self, date: str | None) -> None:
+        """What a chat template that writes the date is told, see ``SFTDataModule``."""
+        if date != self._settings.template_date:
+            self._settings = replace(self._settings, template_date=date)
+            self._datasets = []
+
     def settings_of(self, source: DataSource) -> SourceSettings:
         """How a source is read."""
         own = {name: getattr(source, name) for name in ("format", "columns", "limit")}
@@ -122,7 +128,7 @@ class SourceData:
                     candidates = [one for one in candidates if _gives(one, ids, tokenizer, settings)]
                 of_source.setdefault(id(candidates[0]), candidates[0])  # of a row that was split once
             found += of_source.values()
-        return prompts_of(found, tokenizer, " and ".join(map(str, self.names)))
+        return prompts_of(found, tokenizer, " and ".join(map(str, self.names)), self._settings.template_date)
 
     def readable(self, source: DataSource) -> Any:
         """A source as readers take it; rows in memory are written down for that."""

@@ -118,12 +118,11 @@ def _numbers(run: RunFiles) -> dict[str, str]:
     found["steps"] = f"{metrics.steps[-1].step:,}" if metrics.steps else "none"
     if losses := metrics.losses:
         found["training loss"] = f"{losses[0]:.3f} → {losses[-1]:.3f}"
-    if metrics.validation:
-        first, last = metrics.validation[0], metrics.validation[-1]
-        start = f"{first['val_loss']:.3f} → " if len(metrics.validation) > 1 else ""
-        found["validation loss"] = f"{start}{last['val_loss']:.3f}"
-        if "val_token_accuracy" in last:
-            found["token accuracy"] = f"{last['val_token_accuracy']:.1%}"
+    for source, losses in metrics.validation_losses.items():
+        name = f"validation loss on {source}" if source else "validation loss"
+        found[name] = " → ".join(f"{loss:.3f}" for loss in losses)
+    if metrics.validation and "val_token_accuracy" in metrics.validation[-1]:
+        found["token accuracy"] = f"{metrics.validation[-1]['val_token_accuracy']:.1%}"
     if shift := run.forgetting:
         found["loss on general text"] = f"{shift['base_loss']:.3f} → {shift['loss']:.3f}"
         found["KL to the base"] = f"{shift['kl']:.4f}"

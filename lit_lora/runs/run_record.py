@@ -254,10 +254,12 @@ def _measured(module: LoRALightningModule) -> dict[str, Any]:
     if steps := [step for step in metrics.steps if step.num_target_tokens]:
         first, last = steps[0], steps[-1]
         lines.append(f"  {'loss':<16}{first.loss:.3f} -> {last.loss:.3f} in {len(metrics.steps)} steps")
-    for entry in metrics.validation[-1:]:
-        start = f"{metrics.validation[0]['val_loss']:.3f} -> " if len(metrics.validation) > 1 else ""
-        accuracy = f", token accuracy {entry['val_token_accuracy']:.1%}" if "val_token_accuracy" in entry else ""
-        lines.append(f"  {'validation':<16}{start}{entry['val_loss']:.3f}{accuracy}")
+    for source, losses in metrics.validation_losses.items():
+        entry = metrics.validation[-1]
+        is_whole = not source and "val_token_accuracy" in entry
+        accuracy = f", token accuracy {entry['val_token_accuracy']:.1%}" if is_whole else ""
+        name = f"  on {source} " if source else "validation"
+        lines.append(f"  {name:<16}{' -> '.join(f'{loss:.3f}' for loss in losses)}{accuracy}")
     speed = [f"  {'speed':<16}{metrics.tokens_per_s:,.0f} tokens/s"] if len(metrics.steps) > 1 else []
     assert module.model is not None
     base = base_hash(module.model).value

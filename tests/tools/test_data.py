@@ -124,6 +124,34 @@ def test_several_sources_of_a_config_are_looked_at(capsys) -> None:
     ]
 
 
+def test_validation_data_are_looked_at(capsys) -> None:
+    Path("held.jsonl").write_text('{"prompt": "a", "completion": "b", "id": 1}\n{"prompt": "only"}\n')
+    out = shown(capsys, "my.jsonl", *MODEL, "--validation", "held.jsonl", "--html", "page.html")
+    assert "for validation: held.jsonl (prompt_completion): looked at all 2 rows\n  1 example, " in out
+    assert "1 times: column 'id' is not used" in out
+    assert "1 row cannot be used" in out
+    assert "held.jsonl:2" in out
+    assert "training refuses data with rows that cannot be used" in out
+    assert (
+        inspect_data("my.jsonl", "random:tiny.json", tokenizer="bytes").lengths
+        == inspect_data("my.jsonl", "random:tiny.json", tokenizer="bytes", validation="held.jsonl").lengths
+    )
+    page = Path("page.html").read_text()
+    assert "held.jsonl, for validation" in page
+    assert "no field &#39;completion&#39;" in page
+
+
+@pytest.mark.parametrize(
+    ("fraction", "told"),
+    [
+        ("0.1", "set aside for validation: 3 of these 30 examples"),
+        ("0.01", "training refuses to set 0 of the 30 examples of my.jsonl aside"),
+    ],
+)
+def test_what_is_set_aside_for_validation_is_told(capsys, fraction, told) -> None:
+    assert told in shown(capsys, "my.jsonl", *MODEL, "--validation_fraction", fraction)
+
+
 def test_files_are_written(capsys) -> None:
     main(["data", "my.jsonl", *MODEL, "--json", "new/found.json", "--html=page.html"])
     assert capsys.readouterr().err == "wrote new/found.json\nwrote page.html\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,18 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_on_several_sources_of_yaml_logs_their_losses(config) -> None:
+@pytest.mark.report
+def test_a_run_on_several_sources_of_yaml_logs_their_losses(config, capsys) -> None:
     main(["fit", "--config", str(config)])
     run = config.parent / "run"
-    (first, *_) = TrainingMetrics.load(run / "metrics.jsonl").validation
+    metrics = TrainingMetrics.load(run / "metrics.jsonl")
+    first, last = metrics.validation[0], metrics.validation[-1]
+    verdict, page = capsys.readouterr().out, (run / "report.html").read_text()
+    for source in ("own", "replay"):
+        losses = first[f"val_loss/{source}"], last[f"val_loss/{source}"]
+        assert re.search(rf"^    on {source} +{losses[0]:.3f} -> {losses[1]:.3f}$", verdict, re.MULTILINE)
+        assert f"validation loss on {source}" in page
+        assert f"{losses[0]:.3f} → {losses[1]:.3f}" in page
     assert {"val_loss", "val_loss/own", "val_loss/replay"} <= first.keys()
     low, high = sorted((first["val_loss/own"], first["val_loss/replay"]))
     assert low <= first["val_loss"] <= high

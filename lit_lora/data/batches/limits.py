@@ -1,6 +1,7 @@
-"""Trainer settings that only data can show to be impossible, found before a model is loaded.
+"""Settings that make no sense, and those of the Trainer that only data can show to be impossible.
 
-Lightning finds them when it makes its loaders: after the model is loaded, and the validation set gone through once.
+They are found before a model is loaded. Lightning finds those of the Trainer when it makes its loaders: after the model
+is loaded, and the validation set gone through once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,24 @@ from collections.abc import Callable
 from typing import Any
 
 from lit_lora.wording import setting
+
+
+def check_settings(
+    validation_fraction: float, has_validation: bool, tokenize_workers: int | None, num_workers: int
+) -> None:
+    """Check numbers that make no sense, before anything is read.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
+    if has_validation and validation_fraction:
+        raise ValueError("validation_fraction has no effect beside a validation file: set one of them")
+    if tokenize_workers is not None and tokenize_workers < 1:
+        raise ValueError(f"tokenize_workers must be at least 1, got {tokenize_workers}")
+    if num_workers < 0:
+        raise ValueError(f"num_workers must not be negative, got {num_workers}")
 
 
 def check_limits(trainer: Any, count_train: Callable[[], int], count_validation: Callable[[], int]) -> None:

@@ -79,13 +79,16 @@ class PromptDataset(Dataset):
         return self.prompts[index]
 
 
-def prompts_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, source: str) -> list[dict[str, Any]]:
+def prompts_of(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, source: str, date: str | None
+) -> list[dict[str, Any]]:
     """What :class:`PromptDataset` holds: of each conversation the last answer is asked for, as a model writes it.
 
     Args:
         examples: conversations.
         tokenizer: with the layout of prompts.
         source: where they are from, for the error.
+        date: what a chat template that writes the date is told.
 
     Raises:
         ValueError: for plain text.
@@ -96,7 +99,7 @@ def prompts_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
         if isinstance(content, str):
             raise ValueError(f"{source} holds plain text, which has no prompts to answer: use a format with prompts")
         last = max(number for number, turn in enumerate(content) if turn["role"] == "assistant")
-        ids = torch.tensor([format_prompt(tokenizer, content[:last], example.tools, example.options)])
+        ids = torch.tensor([format_prompt(tokenizer, content[:last], example.tools, example.options, date=date)])
         reference = last_answer(tokenizer, example._replace(content=content[: last + 1]))
         prompts.append({"prompt_ids": ids, "reference": reference, "example_ids": torch.tensor([index])})
     return prompts

@@ -34,7 +34,7 @@ def data_state(checkpoint: Mapping[str, Any], trainer: Trainer) -> Mapping[str, 
     Raises:
         ValueError: if there is a position, and these data know none.
     """
-    found = _positions(checkpoint)
+    found = positions_in(checkpoint)
     datamodule = trainer.datamodule  # type: ignore[attr-defined]  # public, set outside of the class
     if isinstance(datamodule, KnowsPosition):
         return found.get(_key(datamodule), next(iter(found.values()), None))
@@ -47,7 +47,8 @@ def data_state(checkpoint: Mapping[str, Any], trainer: Trainer) -> Mapping[str, 
     return None
 
 
-def _positions(checkpoint: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def positions_in(checkpoint: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The positions in data that a checkpoint holds, by the name of the data module's class."""
     return {
         name: state for name, state in checkpoint.items() if isinstance(state, Mapping) and "micro_batches" in state
     }

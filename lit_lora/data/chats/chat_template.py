@@ -15,8 +15,9 @@ from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lit_lora.base.whole_model import is_panic
+from lit_lora.base.whose_error import is_panic
 from lit_lora.data.chats.conversation import BadRow, Conversation
+from lit_lora.data.chats.stopped_clock import CLOCK, stopped_clock
 from lit_lora.files.compute_limit import LimitExceeded, compute_limit
 from lit_lora.wording import in_words_of
 
@@ -45,10 +46,12 @@ class ChatTemplate:
 
     Args:
         tokenizer: as used for training.
+        date: what a template that asks for the time is told, as YYYY-MM-DD; the time itself without one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
         self.tokenizer = tokenizer
+        self.date = date
         self.built_in = chat_template(tokenizer)
         """None where the tokenizer has its own."""
 
@@ -63,6 +66,16 @@ class ChatTemplate:
     def source(self, tools: Sequence[Any] | None = None) -> str:
         """Its program; a tokenizer may have one of its own for conversations with tools."""
         return self.built_in or self.tokenizer.get_chat_template(None, list(tools) if tools else None)
+
+    def writes_date(self, tools: Sequence[Any] | None = None) -> bool:
+        """Whether it asks for the time, and is told :attr:`date`."""
+        return self.date is not None and CLOCK in self.words(tools)
+
+    def _program(self, tools: Sequence[Any] | None) -> str | None:
+        """What is rendered with; None for the tokenizer's own as it is."""
+        if self.date is None or not self.writes_date(tools):
+            return self.built_in
+        return stopped_clock(self.date) + self.source(tools)
 
     def words(self, tools: Sequence[Any] | None = None) -> frozenset[str]:
         """The names and strings in its program: what is not among them, it cannot look at."""
@@ -91,7 +104,7 @@ class ChatTemplate:
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,  # type: ignore[arg-type]
-                chat_template=self.built_in,
+                chat_template=self._program(tools),
                 tokenize=False,
                 add_generation_prompt=generation,
                 **(options or {}),
@@ -115,7 +128,7 @@ class ChatTemplate:
             _, spans = cast(Any, render_jinja_template)(
                 [messages],
                 tools=tools,
-                chat_template=self.source(tools),
+                chat_template=self._program(tools) or self.source(tools),
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **(options or {})},
             )

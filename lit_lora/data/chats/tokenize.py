@@ -51,6 +51,7 @@ def format_prompt(
     options: dict[str, Any] | None = None,
     *,
     reasoning: Reasoning = "keep",
+    date: str | None = None,
 ) -> list[int]:
     """Token ids of ``messages`` and of the start of an answer, as in training.
 
@@ -60,11 +61,12 @@ def format_prompt(
         tools: JSON schemas of the tools that the assistant may call.
         options: further variables of the template.
         reasoning: "drop" leaves that of earlier answers out.
+        date: see :class:`~lit_lora.data.chats.chat_template.ChatTemplate`.
 
     Raises:
         ValueError: if the template refuses the messages.
     """
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, date)
     example = Example(0, messages, list(tools) if tools else None, options)
     with template.limit([messages]):
         try:
@@ -129,6 +131,7 @@ def encode_examples(
     reasoning: Reasoning = "keep",
     long_rows: LongRows = "truncate",
     ignore: Collection[str] = (),
+    date: str | None = None,
 ) -> list[Encoded]:
     """Tokenize a batch of examples and mark what is supervised: any examples of a source, in any process.
 
@@ -147,6 +150,7 @@ def encode_examples(
         long_rows: examples over ``max_length``: cut off their end (so some may keep no supervised token), leave them
             out, or make several of them.
         ignore: keys of turns that are known not to be used.
+        date: see :class:`~lit_lora.data.chats.chat_template.ChatTemplate`.
 
     Raises:
         ValueError: if the tokenizer has no end-of-sequence token.
@@ -157,6 +161,7 @@ def encode_examples(
         "train_on_turns": train_on_turns,
         "reasoning": reasoning,
         "ignore": ignore,
+        "date": date,
     }
     encoded: list[Encoded] = []
     for example, texts in zip(examples, _tokenized(tokenizer, examples, problems, **options), strict=True):
@@ -173,10 +178,15 @@ def encode_examples(
 
 
 def _tokenized(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], problems: Problems, **options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    problems: Problems,
+    *,
+    date: str | None,
+    **options: Any,
 ) -> list[list[Encoded]]:
     """Of each example what it becomes, however long."""
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, date)
     read: list[list[LearnedText]] = []
     with template.limit([example.content for example in examples]):
         reader: ChatReader | None = None
@@ -188,6 +198,8 @@ def _tokenized(
                     texts = reader.read(example)
                 except BadRow as error:
                     problems.add(example.line, f"{template.name} cannot render it: {error}")
+                if template.writes_date(example.tools):
+                    problems.note(f"the chat template writes the date: it is {date} for all of a run")
             read.append(texts)
     tokens = iter(_tokenize(tokenizer, [learned.text for texts in read for learned in texts]))
     return [

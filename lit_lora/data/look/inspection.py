@@ -91,6 +91,13 @@ def inspect_data(
     data = SourceData(sources_of(train, "data.train"), module.source_settings, module.cache_dir, None)
     look = _Look(tokenizer, module.source_settings, num_shown=examples, progress=progress or (lambda *_: None))
     sources = _with_epoch_shares([look.at(data, source, rows) for source in data.sources], data.sources)
+    set_aside = [round(one.num_examples * module.validation_fraction) for one in sources]
+    validation: tuple[LookedAt, ...] = ()
+    if settings.get("validation") is not None:
+        beside = _Look(tokenizer, look.settings, num_shown=0, progress=look.progress)
+        unlimited = replace(module.source_settings, limit=None)
+        held_out = SourceData(sources_of(settings["validation"], "data.validation"), unlimited, module.cache_dir, None)
+        validation = tuple(beside.at(held_out, source, rows) for source in held_out.sources)
     lengths, context = look.lengths(), getattr(config, "max_position_embeddings", None)
     return DataReport(
         model={"base": model}
@@ -99,6 +106,8 @@ def inspect_data(
         tokenizer=str(name or model),
         template="its own chat template" if tokenizer.chat_template else "the built-in chat template of Alpaca",
         sources=sources,
+        validation=validation,
+        num_set_aside=sum(set_aside),
         lengths=_lengths(lengths) if len(lengths) else None,
         cuts=look.cuts() if len(lengths) else (),
         ends={str(tokenizer.convert_ids_to_tokens(token)): count for token, count in look.ends.most_common()},
@@ -106,7 +115,10 @@ def inspect_data(
         examples=tuple(look.shown),
         settings=({"train": data.plain()} if all(isinstance(s.path, str) for s in data.sources) else {}) | given,
         suggested=(*look.to_train_on_pairs, *(suggest(lengths, context=context) if len(lengths) else ())),
-        warnings=tuple(_warnings(look, sources, config.vocab_size, context)),
+        warnings=(
+            *_warnings(look, [*sources, *validation], config.vocab_size, context),
+            *(_no_split(sources, set_aside) if module.validation_fraction else ()),
+        ),
     )
 
 
@@ -306,6 +318,16 @@ def _lengths(lengths: NDArray[np.int64]) -> Lengths:
     counts = np.histogram(lengths, [*edges, stops[-1]])[0].tolist()
     bins = tuple(Bin(start, stop - 1, count) for start, stop, count in zip(edges, stops, counts, strict=True))
     return Lengths(shortest, float(lengths.mean()), median, most, nearly_all, longest, bins)
+
+
+def _no_split(sources: Sequence[LookedAt], set_aside: Sequence[int]) -> Iterator[str]:
+    """Where ``validation_fraction`` leaves nothing on one side, of sources that were looked at as a whole."""
+    for one, count in zip(sources, set_aside, strict=True):
+        if one.is_whole and one.num_examples and not 0 < count < one.num_examples:
+            yield (
+                f"training refuses to set {count:,} of the {one.num_examples:,} examples of {one.name} aside: both "
+                "parts need at least one"
+            )
 
 
 def _warnings(look: _Look, sources: Iterable[LookedAt], vocab_size: int, context: int | None) -> Iterator[str]:

@@ -27,6 +27,10 @@ class DataReport:
     template: str
     """Which chat template writes the conversations."""
     sources: tuple[LookedAt, ...]
+    validation: tuple[LookedAt, ...]
+    """Sources of ``data.validation``: of these only the rows are counted, what follows is of the training data."""
+    num_set_aside: int
+    """Examples of the training data that ``data.validation_fraction`` takes, of those that were looked at."""
     lengths: Lengths | None
     """None where no row can be used."""
     cuts: tuple[Cut, ...]
@@ -43,7 +47,7 @@ class DataReport:
     @property
     def num_problems(self) -> int:
         """Rows that cannot be used."""
-        return sum(kind.count for source in self.sources for kind in source.problems)
+        return sum(kind.count for source in (*self.sources, *self.validation) for kind in source.problems)
 
     def to_dict(self) -> dict[str, Any]:
         """As a file holds it: plain types."""
@@ -75,13 +79,19 @@ class DataReport:
         lines: list[str] = []
         for source in self.sources:
             lines += _source_lines(source)
+        if self.num_set_aside:
+            whole = sum(source.num_examples for source in self.sources)
+            lines.append(f"set aside for validation: {self.num_set_aside:,} of these {whole:,} examples")
+        for source in self.validation:
+            first, *more = _source_lines(source)
+            lines += [f"for validation: {first}", *more]
         if len(self.sources) > 1:
             lines += ["", f"{bold}tokens by source{plain}", *_by_source(self.sources)]
         lines += [f"tokenizer: {self.tokenizer}, {self.template}", *self._end_lines()]
         lines += [f"{red}warning{plain}: {visible(warning)}" for warning in self.warnings]
         if self.num_problems:
             lines += ["", f"{red}problems{plain}: {_counted(self.num_problems, 'row')} cannot be used"]
-            lines += [line for source in self.sources for line in _problem_lines(source)]
+            lines += [line for source in (*self.sources, *self.validation) for line in _problem_lines(source)]
         if self.lengths is not None:
             lines += ["", *_length_lines(self.lengths, bold, plain), "", *_cut_lines(self.cuts, bold, plain)]
         if self.examples:

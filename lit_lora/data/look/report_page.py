@@ -40,15 +40,16 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 <p>Tokenizer: {{ tokenizer }}, {{ template }}.
 {% if ends %}Answers end with
 {% for token, count in ends.items() %}<code>{{ token }}</code> ({{ count | grouped }}){{ ", " if not loop.last }}
-{% endfor %}; they are supervised.{% endif %}
+{%- endfor %}; they are supervised.{% endif %}
 {% if num_open %}{{ num_open | grouped }} stretches that are supervised end without such a token.{% endif %}</p>
 {% for warning in warnings %}<p class="bad">Warning: {{ warning }}</p>
 {% endfor %}
 <h2>Sources</h2>
 <table>
 <tr><th>source<th>format<th class="n">rows<th class="n">examples<th class="n">tokens<th class="n">supervised</tr>
-{% for source in sources %}
-<tr><td>{{ source.name }}{{ ", " if source.share }}{{ source.share }}<td>{{ source.format }}
+{% for source in sources + validation %}
+<tr><td>{{ source.name }}{{ ", for validation" if loop.index > sources | length }}
+{{- ", " if source.share }}{{ source.share }}<td>{{ source.format }}
 <td class="n">{{ source.num_rows | grouped }}{{ "" if source.is_whole else " of more" }}
 <td class="n">{{ source.num_examples | grouped }}<td class="n">{{ source.num_tokens | grouped }}
 {% if source.epoch_share is not none %} ({{ source.epoch_share | share(1) }} of an epoch's){% endif %}
@@ -56,7 +57,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 <td class="n">{{ source.num_supervised | grouped }} ({{ source.num_supervised | share(source.num_tokens) }})</tr>
 {% endfor %}
 </table>
-{% for source in sources %}
+{% if num_set_aside %}<p>{{ num_set_aside | grouped }} of these examples are set aside for validation.</p>{% endif %}
+{% for source in sources + validation %}
 {% if source.pairs %}
 <p>{{ source.name }}: {{ source.pairs.num_pairs | grouped }} preference pairs;
 {{ source.pairs.num_prompt_tokens | grouped }} tokens of shared prompts,
@@ -64,14 +66,14 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 the chosen answer is the longer one in {{ source.pairs.num_chosen_longer | share(source.pairs.num_pairs) }}.</p>
 {% endif %}
 {% if source.notes %}<ul>
-{% for note, count in source.notes.items() %}<li>{{ count | grouped }} &times; {{ note }}</li>
+{% for note, count in source.notes.items() %}<li>{{ source.name }}: {{ count | grouped }} &times; {{ note }}</li>
 {% endfor %}</ul>{% endif %}
 {% endfor %}
 {% if num_problems %}
 <h2 class="bad">{{ num_problems | grouped }} {{ "row" if num_problems == 1 else "rows" }} cannot be used</h2>
 <table>
 <tr><th class="n">rows<th>problem<th>lines</tr>
-{% for source in sources %}{% for kind in source.problems %}
+{% for source in sources + validation %}{% for kind in source.problems %}
 <tr><td class="n">{{ kind.count | grouped }}<td>{{ kind.message }}
 <td>{% for file, lines in kind.lines.items() %}{{ file }}: {{ lines | join(", ") }}<br>{% endfor %}</tr>
 {% endfor %}{% endfor %}

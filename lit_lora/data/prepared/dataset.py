@@ -13,6 +13,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -274,8 +275,8 @@ def arrays_of(examples: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
     """Tokenized examples as the arrays of a :class:`TokenizedDataset`."""
     lengths = np.array([len(example.ids) for example in examples], dtype=np.int32)
     num_tokens = int(lengths.sum(dtype=np.int64))
-    ids = np.fromiter((token for example in examples for token in example.ids), np.int32, num_tokens)
-    mask = np.fromiter((value for example in examples for value in example.mask), np.bool_, num_tokens)
+    ids = np.fromiter(chain.from_iterable(example.ids for example in examples), np.int32, num_tokens)
+    mask = np.fromiter(chain.from_iterable(example.mask for example in examples), np.bool_, num_tokens)
     arrays = {
         "ids": ids,
         "mask": mask,
@@ -284,7 +285,7 @@ def arrays_of(examples: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
     }
     if any(example.weights is not None for example in examples):
         weights = (example.mask if example.weights is None else example.weights for example in examples)
-        arrays["weights"] = np.fromiter((weight for row in weights for weight in row), np.float32, num_tokens)
+        arrays["weights"] = np.fromiter(chain.from_iterable(weights), np.float32, num_tokens)
     starts = np.concatenate([[0], lengths.cumsum(dtype=np.int64)])[:-1]
     digests = bytearray()
     for example, start, length in zip(examples, starts.tolist(), lengths.tolist(), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import shutil
@@ -50,6 +51,7 @@ class SourceSettings:
     reasoning: Literal["keep", "mask", "drop"] = "keep"
     long_rows: Literal["truncate", "drop", "split"] = "truncate"
     ignore_columns: list[str] = field(default_factory=list)
+    template_date: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -58,13 +60,18 @@ class SourceSettings:
             raise ValueError(f"limit must be at least 1 row, got {self.limit}")
         if self.on_bad_rows not in ("error", "drop"):
             raise ValueError(f"on_bad_rows must be 'error' or 'drop', got {self.on_bad_rows!r}")
+        if self.template_date is not None and not _is_date(self.template_date):
+            raise ValueError(f"template_date must be a day as YYYY-MM-DD, got {self.template_date!r}")
         if self.train_on_prompt and self.train_on_turns != "all":
             raise ValueError("train_on_turns has no effect beside train_on_prompt, which learns all: set one of them")
 
     def encoding(self) -> dict[str, Any]:
         """What :func:`encode_examples` is told."""
         names = ("max_length", "train_on_prompt", "train_on_turns", "reasoning", "long_rows")
-        return {name: getattr(self, name) for name in names} | {"ignore": self.ignore_columns}
+        return {name: getattr(self, name) for name in names} | {
+            "ignore": self.ignore_columns,
+            "date": self.template_date,
+        }
 
 
 def read_examples(source: Any, settings: SourceSettings) -> Examples:
@@ -171,6 +178,13 @@ def remove_abandoned_parts(cache_dir: Path) -> None:
     for folder in cache_dir.glob(f"*{PARTS}"):
         if time.time() - folder.stat().st_mtime > ABANDONED_PARTS_S:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _statistics(found: Tokenized, name: str, files: list[str], settings: SourceSettings) -> DatasetStatistics:
