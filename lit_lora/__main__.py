@@ -24,6 +24,7 @@ TRAINER_VERBS = {
 TOOLS = {
     "fetch": "download a small base model",
     "data": "what a model will see of a data file, and settings for it",
+    "init": "write a config that suits a model, a data file and your memory",
     "generate": "prompt in, text out, with and without an adapter",
     "chat": "talk to a model, with its adapter or without",
     "evaluate": "scores on held-out examples, before and after",
