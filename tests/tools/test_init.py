@@ -87,7 +87,6 @@ def test_fit_takes_the_config_as_it_is_and_learns(data: str, capsys) -> None:
 
 BUDGETS: dict[str, tuple[int, dict[str, Any]]] = {
     "1.65MB": (2, {}),
-    "1.2MB": (1, {"step": {"recompute": True}}),
     "0.87MB": (1, {"quantization": {"bits": 4, "embedding_bits": 8}, "step": {"recompute": True}}),
 }
 """Memory -> examples of a micro-batch, and what is set for the base and the step."""
