@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 from peft import PeftConfig
+from safetensors.torch import load_file, save_file
 
 from lit_lora.__main__ import main
 from lit_lora.callbacks.verdict import Verdict
@@ -136,6 +138,12 @@ def without_weights(run: Path) -> None:
     (run / "adapter" / WEIGHTS).unlink()
 
 
+def with_nan(run: Path) -> None:
+    path = run / "adapter" / WEIGHTS
+    tensors = {name: torch.full_like(tensor, float("nan")) for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+
+
 def other_config(run: Path) -> None:
     path = run / "adapter" / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "IA3"}))
@@ -148,6 +156,7 @@ def other_config(run: Path) -> None:
         (without_adapter, "has written no adapter yet"),
         (cut_short, WEIGHTS),
         (without_weights, WEIGHTS),
+        (with_nan, "NaN"),
         (other_config, "IA3"),
         (shutil.rmtree, "no such folder"),
     ],
