@@ -24,6 +24,7 @@ TRAINER_VERBS = {
 TOOLS = {
     "fetch": "download a small base model",
     "data": "what a model will see of a data file, and settings for it",
+    "init": "write a config that suits a model, a data file and your memory",
     "generate": "prompt in, text out, with and without an adapter",
     "chat": "talk to a model, with its adapter or without",
     "evaluate": "scores on held-out examples, before and after",
@@ -34,6 +35,7 @@ TOOLS = {
     "combine": "make one adapter of several",
     "compress": "write an adapter at a lower rank, and what that loses",
     "export": "write an adapter from a checkpoint or folder, for other tools",
+    "push": "upload an adapter to the Hugging Face Hub, with its model card",
     "tiers": "five QLoRA runs, 10 steps to 7B; skips what this machine cannot run",
 }
 """Verb -> help. Each is the function of that name in ``lit_lora.tools.<verb>``."""

@@ -9,19 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_lora.cli.command_line import Option, options, with_flag_values
+from lit_lora.cli.command_line import options, with_flag_values
 from lit_lora.cli.setting_check import refuse
-from lit_lora.files.meant import closest, did_you_mean
+from lit_lora.cli.short_names import FLAGS, as_for_fit
 
 if TYPE_CHECKING:
     from lit_lora.data.look.report import DataReport
 
 OPTIONS = ("rows", "examples", "json", "html", "help")
 """Beside those of ``fit``."""
-
-_OF_THE_MODEL = {"model": "model.base", "base": "model.base"} | {
-    name: f"model.{name}" for name in ("revision", "trust_remote_code")
-}
 
 
 def data(arguments: list[str]) -> DataReport | None:
@@ -30,10 +26,10 @@ def data(arguments: list[str]) -> DataReport | None:
     Takes what ``lit-lora fit`` takes, and the options of :func:`_own_options`. Exits with 1 where no row can be used.
     """
     parser = _own_options()
-    given = options(with_flag_values(arguments, {"--trust_remote_code"}))
+    given = options(with_flag_values(arguments, FLAGS))
     own = [token for option in given if option.key in OPTIONS for token in option.tokens]
     chosen = parser.parse_args([*own, *(option.tokens[0] for option in given if not option.key)])
-    fit_arguments = _as_for_fit([option for option in given if option.key and option.key not in OPTIONS])
+    fit_arguments = as_for_fit([option for option in given if option.key and option.key not in OPTIONS], OPTIONS)
     if chosen.file is not None:
         fit_arguments.append(f"--data.train={chosen.file}")
     elif not any(option.key in ("config", "data", "data.train") for option in options(fit_arguments)):
@@ -48,7 +44,7 @@ def data(arguments: list[str]) -> DataReport | None:
     from lit_lora.wording import for_command_line
 
     config = parse_fit(fit_arguments)
-    settings = _given(config.data)
+    settings = given_data(config.data)
     with for_command_line(), Counting() as progress:
         report = inspect_data(
             settings.pop("train"),
@@ -70,26 +66,7 @@ def data(arguments: list[str]) -> DataReport | None:
     return report
 
 
-def _as_for_fit(given: list[Option]) -> list[str]:
-    """The options by their names for ``fit``: ``--format`` is ``--data.format``."""
-    import inspect
-
-    from lit_lora.data.datamodule import SFTDataModule
-
-    keys = _OF_THE_MODEL | {name: f"data.{name}" for name in inspect.signature(SFTDataModule).parameters}
-    known = [*OPTIONS, *keys]
-    tokens: list[str] = []
-    for option in given:
-        if option.key in keys:
-            tokens.append(f"--{keys[option.key]}" + ("" if option.value is None else f"={option.value}"))
-        elif "." not in option.key and option.key != "config" and (close := closest(option.key, known, cutoff=0.8)):
-            refuse([f"no option --{option.key}, {did_you_mean(f'--{name}' for name in close)}"])
-        else:
-            tokens += option.tokens
-    return tokens
-
-
-def _given(config: Any) -> dict[str, Any]:
+def given_data(config: Any) -> dict[str, Any]:
     """Settings of the data that are not as they are by default."""
     import inspect
 

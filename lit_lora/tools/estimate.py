@@ -6,9 +6,12 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_lora.files.meant import closest, did_you_mean
+
+if TYPE_CHECKING:
+    from lit_lora.memory.estimate import MemoryEstimate
 
 _MOST_EPOCHS = 10
 OPTIONS = ("--fits", "--device", "--devices", "--lengths", "--suggest", "--help")
@@ -36,9 +39,7 @@ def estimate(arguments: list[str]) -> None:
         parse_bytes(options.fits)
     config = parse_fit(fit_arguments)
     batches = largest_batches(config) if options.lengths is None else given_batch(options.lengths)
-    found = trace(step_settings(config, batches.packed, device=options.device))
-    if not found.path.packed and batches.padded != batches.packed:
-        found = trace(step_settings(config, batches.padded, device=options.device))
+    found = traced(config, batches, device=options.device)
     print(f"{batches.origin}\n{found}")
     count, divided, offloaded = processes(config, options.devices)
     if count > 1 or offloaded:
@@ -68,6 +69,22 @@ def estimate(arguments: list[str]) -> None:
             print(f"  {suggestion}{' (fits)' if enough else ''}")
     if not fits:
         sys.exit(1)
+
+
+def traced(config: Any, batches: LargestBatches, *, device: str | None = None) -> MemoryEstimate:
+    """What a step of a ``fit`` takes, in the layout that its model runs in.
+
+    Args:
+        config: the parsed settings of a ``fit``.
+        batches: its largest micro-batches.
+        device: as for :func:`step_settings`.
+    """
+    from lit_lora.memory.estimate import trace
+
+    found = trace(step_settings(config, batches.packed, device=device))
+    if not found.path.packed and batches.padded != batches.packed:
+        found = trace(step_settings(config, batches.padded, device=device))
+    return found
 
 
 class Processes(NamedTuple):
@@ -114,6 +131,10 @@ class LargestBatches(NamedTuple):
     padded: Batch
     origin: str
     """Where they come from, in words."""
+    num_examples: int = 0
+    """In an epoch of the data; 0 where it could not be read."""
+    num_batches: int = 0
+    """Micro-batches in it."""
 
 
 def given_batch(lengths: Sequence[int]) -> LargestBatches:
@@ -125,13 +146,22 @@ def given_batch(lengths: Sequence[int]) -> LargestBatches:
 def largest_batches(config: Any) -> LargestBatches:
     """Those of the run's own plan over its data; where that cannot be read, the largest that the settings allow."""
     try:
-        examples = _training_data(config)
+        return planned_batches(config)
     except (OSError, ValueError) as error:
         batch = Batch(tuple(_largest_allowed(config.data)), 1.0)
         reason = str(error).splitlines()[0].removesuffix(":")
         origin = f"assumed the largest micro-batch that the settings allow: the data could not be read ({reason})"
         return LargestBatches(batch, batch, origin)
-    return _largest_planned(*examples, config)
+
+
+def planned_batches(config: Any) -> LargestBatches:
+    """Those of the run's own plan over its data.
+
+    Raises:
+        OSError: if the data cannot be read.
+        ValueError: if it cannot be trained on.
+    """
+    return _largest_planned(*_training_data(config), config)
 
 
 def _training_data(config: Any) -> tuple[Any, Any, Any]:
@@ -165,9 +195,8 @@ def _largest_planned(examples: Any, settings: Any, mixture: Any, config: Any) ->
         return Batch(lengths, float(supervised[batch].sum()) / max(1, sum(lengths) - len(lengths)))
 
     packed, padded = largest(lambda lengths: lengths.sum()), largest(lambda lengths: lengths.max() * len(lengths))
-    return LargestBatches(
-        packed, padded, f"the largest of {len(plan)} micro-batches of {len(examples)} examples in {config.data.train}"
-    )
+    origin = f"the largest of {len(plan)} micro-batches of {len(examples)} examples in {config.data.train}"
+    return LargestBatches(packed, padded, origin, sum(map(len, first)), len(first))
 
 
 def step_settings(config: Any, batch: Batch, *, device: str | None = None) -> Any:

@@ -61,6 +61,7 @@ NOT_RUN = {
     "#!/bin/bash": "needs SLURM",
     "ollama": "not installed here, as the page says",
     "llama-cli": "not installed here; make consumers runs llama.cpp as a library",
+    "lit-lora push": "needs an account on the Hub; tools/test_push.py has a Hub of its own",
     "vllm": "not installed here, as the page says",
     "mlx_lm.generate": "not installed here, as the page says",
 }
