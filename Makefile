@@ -9,7 +9,7 @@ TORCH = $(shell grep '^torch==' constraints.txt)
 RUN = runs/quickstart
 
 .DEFAULT_GOAL = help
-.PHONY: help setup model quickstart tiers test unit lint faults sweep conformance consumers check wheel clean
+.PHONY: help setup model quickstart tiers test unit lint faults sweep conformance consumers docs check wheel clean
 
 help:  ## this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -62,10 +62,15 @@ consumers: model  ## read what was exported with llama.cpp, built from source (m
 	$(PIP) install --quiet -c constraints.txt --no-binary llama-cpp-python -e '.[consumers]'
 	$(BIN)/python -m pytest -m consumers tests/consumers
 
+docs: setup  ## build the pages as a site, site/index.html, and check its links
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pytest -m site tests/docs
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m mkdocs build --strict --quiet
+
 check: lint unit  ## what to run before a commit: lint and the unit tests
 
 wheel: setup  ## build dist/*.whl
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## remove what was built; models and runs stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from lit_lora.metrics import StepMetrics, TrainingMetrics
@@ -101,19 +101,19 @@ def steps_chart(runs: Mapping[str, TrainingMetrics]) -> str:
     return _picture(draw, 9.0, 2.6)
 
 
-def gradient_chart(gradients: Mapping[str, Mapping[int, float]]) -> str:
-    """Norm of the gradient of each layer over the logged steps."""
+def gradient_chart(gradients: Mapping[str, Mapping[int, float]], all_norms: Sequence[float]) -> str:
+    """Norm of the gradient of each layer over the logged steps; colours as for all norms of the page."""
     layers = sorted(gradients, key=_in_order)
     steps = sorted({step for row in gradients.values() for step in row})
     steps = steps[:: max(1, math.ceil(len(steps) / _MOST_CELLS))]
     table = np.array([[gradients[layer].get(step, np.nan) for step in steps] for layer in layers])
     return _heat_map(
-        "Gradient norm by layer", table, layers, [str(step) for step in steps], "optimizer step", "L2 norm"
+        "Gradient norm by layer", table, layers, [str(step) for step in steps], "optimizer step", "L2 norm", all_norms
     )
 
 
-def update_chart(updates: Sequence[LayerUpdate]) -> str:
-    """Size of the update that the adapter makes to each layer, by place and kind."""
+def update_chart(updates: Sequence[LayerUpdate], all_norms: Sequence[float]) -> str:
+    """Size of the update that the adapter makes to each layer, by place and kind; colours as for all of the page."""
     kinds = list(dict.fromkeys(update.kind for update in updates))
     rows = list(dict.fromkeys(update.layer for update in updates))
     table = np.full((len(kinds), len(rows)), np.nan)
@@ -121,7 +121,7 @@ def update_chart(updates: Sequence[LayerUpdate]) -> str:
         here = kinds.index(update.kind), rows.index(update.layer)
         table[here] = np.hypot(np.nan_to_num(table[here]), update.norm_update)  # experts of one layer share a cell
     places = ["outside" if row is None else str(row) for row in rows]
-    return _heat_map("Size of the update, scale · B A", table, kinds, places, "layer", "Frobenius norm")
+    return _heat_map("Size of the update, scale · B A", table, kinds, places, "layer", "Frobenius norm", all_norms)
 
 
 def halves_chart(updates: Sequence[LayerUpdate]) -> str:
@@ -166,15 +166,25 @@ def memory_chart(phases: Mapping[str, float], budget_mib: float | None) -> str:
 
 
 def _heat_map(
-    title: str, table: np.ndarray, rows: Sequence[str], columns: Sequence[str], across: str, unit: str
+    title: str,
+    table: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    across: str,
+    unit: str,
+    all_values: Sequence[float],
 ) -> str:
-    """Colours by the logarithm where values differ by more than a factor of ten."""
+    """Colours by the logarithm where values differ by more than a factor of ten.
+
+    A colour means the same on all maps that are compared: their values together give its ends.
+    """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        positive = table[np.isfinite(table) & (table > 0)]
+        values = np.concatenate([table.ravel(), np.asarray(all_values, dtype=float)])
+        positive = values[np.isfinite(values) & (values > 0)]
         spread = positive.size and positive.max() > 10 * positive.min()
-        norm = LogNorm(positive.min(), positive.max()) if spread else None
+        norm = (LogNorm if spread else Normalize)(positive.min(), positive.max()) if positive.size else None
         image = axes.imshow(np.where(table > 0, table, np.nan), aspect="auto", cmap="viridis", norm=norm,
                             interpolation="nearest")  # fmt: skip
         axes.set_yticks(*_labels(rows, 24))

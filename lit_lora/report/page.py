@@ -62,14 +62,17 @@ def page_of(runs: Sequence[RunFiles]) -> str:
         lstrip_blocks=True,
     )
     names = _names(runs)
-    with_steps = {name: run.metrics for name, run in zip(names, runs, strict=True) if run.metrics.steps}
-    shown = [_shown(name, run) for name, run in zip(names, runs, strict=True)]
+    metrics = {name: run.metrics for name, run in zip(names, runs, strict=True)}
+    has_steps = any(record.steps for record in metrics.values())
+    gradients = [norm for run in runs for row in run.gradients.values() for norm in row.values()]
+    sizes = [update.norm_update for run in runs for update in run.updates]
+    shown = [_shown(name, run, gradients, sizes) for name, run in zip(names, runs, strict=True)]
     return environment.get_template(_TEMPLATE).render(
         runs=shown,
         number_names=list(dict.fromkeys(name for run in shown for name in run["numbers"])),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        loss=charts.loss_chart(with_steps) if with_steps else None,
-        steps=charts.steps_chart(with_steps) if with_steps else None,
+        loss=charts.loss_chart(metrics) if has_steps else None,
+        steps=charts.steps_chart(metrics) if has_steps else None,
         differences=_differences(names, runs),
     )
 
@@ -80,7 +83,8 @@ def _names(runs: Sequence[RunFiles]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 
-def _shown(name: str, run: RunFiles) -> dict[str, Any]:
+def _shown(name: str, run: RunFiles, gradients: Sequence[float], sizes: Sequence[float]) -> dict[str, Any]:
+    """With the norms of all runs of the page, for the colours."""
     return {
         "name": name,
         "folder": str(run.folder),
@@ -89,8 +93,8 @@ def _shown(name: str, run: RunFiles) -> dict[str, Any]:
         "checks": [] if run.outcome is None else [_check(verdict) for verdict in run.outcome.verdicts],
         "changes": [] if run.outcome is None else run.outcome.changes,
         "numbers": _numbers(run),
-        "gradients": charts.gradient_chart(run.gradients) if _is_table(run.gradients) else None,
-        "updates": charts.update_chart(run.updates) if run.updates else None,
+        "gradients": charts.gradient_chart(run.gradients, gradients) if _is_table(run.gradients) else None,
+        "updates": charts.update_chart(run.updates, sizes) if run.updates else None,
         "halves": charts.halves_chart(run.updates) if any(u.layer is not None for u in run.updates) else None,
         "memory": charts.memory_chart(run.memory_mib, run.budget_mib) if run.memory_mib else None,
         "data": run.circumstances.get("data", {}).get("summary", ""),

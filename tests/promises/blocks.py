@@ -12,7 +12,13 @@ from typing import NamedTuple
 
 from tests.promises.sentences import PROJECT
 
-PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md")))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "docs").rglob("*.md")),
+)
+TUTORIALS = tuple(page for page in PAGES if page.startswith("docs/tutorials/"))
+"""Their blocks run in one order, whatever their language."""
 
 SMALLER = {
     "fit": ["--trainer.max_steps=3", "--trainer.accelerator=cpu", "--data.limit=24", "--convergence.min_decrease=-1"],
@@ -30,6 +36,9 @@ OTHER_WORDS = {
     "README.md": {'"HuggingFaceTB/SmolLM2-135M-Instruct"': '"tiny"'},
     "docs/memory.md": {'"random:llama-2-7b"': '"random:tiny"'},
     "docs/python.md": {"max_steps=100": 'max_steps=3, accelerator="cpu"'},
+    "docs/tutorials/your_own_data.md": {'"HuggingFaceTB/SmolLM2-135M-Instruct"': '"tiny"'},
+    "docs/tutorials/from_peft_or_trl.md": {'"HuggingFaceTB/SmolLM2-135M-Instruct"': '"tiny"'},
+    "docs/tutorials/tool_calls.md": {"Qwen/Qwen3-0.6B": "qwen3"},
     "docs/callbacks.md": {"max_steps=100": "max_steps=60"},
     "docs/multi_process.md": {
         "--nproc_per_node 4 -m lit_lora fit --config my.yaml --trainer.devices 4": (
@@ -57,6 +66,7 @@ NOT_RUN = {
     ".ci/run": "it runs these tests",
     "source .venv/bin/activate": "the tests run in an environment already",
     "pip install": "fetches gigabytes; .ci/run does it",
+    "lit-lora fit --config lora_standard.yaml --trainer.accelerator gpu": "needs GPUs; multi_process.md's run on CPUs",
     "torchrun --nnodes": "training/test_several_machines.py runs it on two machines",
     "#!/bin/bash": "needs SLURM",
     "ollama": "not installed here, as the page says",

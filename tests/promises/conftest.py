@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -12,10 +13,16 @@ from typing import Any, NamedTuple
 import pytest
 
 from lit_lora.__main__ import TRAINER_VERBS, main
+from lit_lora.base.known_models import KNOWN_MODELS, MANIFEST
 from lit_lora.metrics import TrainingMetrics
+from tests.chat_tokenizers import CHATML, TOKENS, chat_tokenizer
+from tests.promises.blocks import blocks
+from tests.small_adapters import MERGES, SIZE
+from tests.started_runs import make_base
 from tests.tiny import config
 
 NUM_ROWS = 40
+(MODEL,) = KNOWN_MODELS
 
 
 class Ran(NamedTuple):
@@ -114,6 +121,32 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-lora"])
     return Stranger(tmp_path, capfd)
+
+
+@pytest.fixture
+def reader(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> Stranger:
+    """Someone who follows a page: with data of their own, and a tiny model in the place of the quickstart's."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\n"))  # said to a chat
+    home = stranger.folder / "home"
+    monkeypatch.setenv("LIT_LORA_HOME", str(home))
+    monkeypatch.setenv("LIT_LORA_CACHE", str(stranger.folder / "cache"))
+    folder = home / "models" / MODEL
+    make_base(folder, CHATML, num_hidden_layers=2, vocab_size=SIZE, eos_token_id=SIZE - len(TOKENS))
+    chat_tokenizer(CHATML, merges=MERGES).save_pretrained(folder)
+    (stranger.folder / "tiny").symlink_to(folder)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps({"bytes": sizes}))
+    line = json.loads(blocks("README.md", "json")[0].text)
+    rows = [line, *({"prompt": f"{n} + {n}?", "completion": f"{n + n}"} for n in range(60))]
+    stranger.write("my.jsonl", rows)
+    stranger.write("held_out.jsonl", rows[:6])
+    stranger.write("general.jsonl", [{"text": "The quick brown fox jumps over the lazy dog."}])
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "?"} for row in rows]
+    stranger.write("pairs.jsonl", pairs)
+    stranger.write("test.jsonl", rows[:4])
+    text = "".join(f'"{row["prompt"]}","{row["completion"]}"\n' for row in rows)
+    (stranger.folder / "my.csv").write_text(f"asked,said\n{text}")
+    return stranger
 
 
 @pytest.fixture

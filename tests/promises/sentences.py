@@ -30,7 +30,7 @@ class Promise(NamedTuple):
 
 def documents() -> list[str]:
     """The README and the pages of ``docs/``, by path below the project."""
-    pages = sorted(str(path.relative_to(PROJECT)) for path in (PROJECT / "docs").glob("*.md"))
+    pages = sorted(str(path.relative_to(PROJECT)) for path in (PROJECT / "docs").rglob("*.md"))
     return ["README.md", *(page for page in pages if page not in GENERATED)]
 
 

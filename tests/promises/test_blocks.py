@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import json
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,10 +15,8 @@ import pytest
 import torch
 import yaml
 
-from lit_lora.base.known_models import KNOWN_MODELS, MANIFEST
 from lit_lora.data.chats.tokenize import encode_examples
 from lit_lora.data.prepared.prepare import SourceSettings, read_examples
-from tests.chat_tokenizers import CHATML, TOKENS, chat_tokenizer
 from tests.data.published_templates import OWN, tokenizer_of
 from tests.promises.blocks import (
     BEFORE,
@@ -30,17 +24,13 @@ from tests.promises.blocks import (
     OTHER_WORDS,
     PAGES,
     SMALLER,
-    Command,
+    TUTORIALS,
     blocks,
     commands,
-    lit_lora_commands,
-    smaller,
     why_not_run,
 )
-from tests.promises.conftest import Stranger
+from tests.promises.following import environment, follow, run
 from tests.promises.sentences import PROJECT
-from tests.small_adapters import MERGES, SIZE
-from tests.started_runs import make_base
 
 pytestmark = [
     # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
@@ -49,90 +39,10 @@ pytestmark = [
 ]
 
 BASH = [page for page in PAGES if blocks(page, "bash")]
-PYTHON = [page for page in PAGES if blocks(page, "python")]
-(MODEL,) = KNOWN_MODELS
+PYTHON = [page for page in PAGES if blocks(page, "python") and page not in TUTORIALS]
 
 
-@pytest.fixture
-def reader(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> Stranger:
-    """Someone who follows a page: with data of their own, and a tiny model in the place of the quickstart's."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\n"))  # said to a chat
-    home = stranger.folder / "home"
-    monkeypatch.setenv("LIT_LORA_HOME", str(home))
-    monkeypatch.setenv("LIT_LORA_CACHE", str(stranger.folder / "cache"))
-    folder = home / "models" / MODEL
-    make_base(folder, CHATML, num_hidden_layers=2, vocab_size=SIZE, eos_token_id=SIZE - len(TOKENS))
-    chat_tokenizer(CHATML, merges=MERGES).save_pretrained(folder)
-    (stranger.folder / "tiny").symlink_to(folder)
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    (folder / MANIFEST).write_text(json.dumps({"bytes": sizes}))
-    line = json.loads(blocks("README.md", "json")[0].text)
-    rows = [line, *({"prompt": f"{n} + {n}?", "completion": f"{n + n}"} for n in range(60))]
-    stranger.write("my.jsonl", rows)
-    stranger.write("held_out.jsonl", rows[:6])
-    stranger.write("general.jsonl", [{"text": "The quick brown fox jumps over the lazy dog."}])
-    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "?"} for row in rows]
-    stranger.write("pairs.jsonl", pairs)
-    stranger.write("test.jsonl", rows[:4])
-    text = "".join(f'"{row["prompt"]}","{row["completion"]}"\n' for row in rows)
-    (stranger.folder / "my.csv").write_text(f"asked,said\n{text}")
-    return stranger
-
-
-def run(reader: Stranger, command: Command, page: str) -> None:
-    """One command of a page; it has to succeed."""
-    words, output = command
-    row = why_not_run(" ".join(words))
-    if row is not None:
-        check_unrun(reader, " ".join(words))
-    elif words[0] == "lit-lora" and "--trainer.devices" not in words:
-        printed = "--print_config" in words
-        ran = reader.run(*(words[1:] if printed else smaller(words)))
-        assert ran.code == 0, f"{page}: {' '.join(words)}\n{ran.text[-3000:]}"
-        if output is not None:
-            Path(output).write_text(ran.out)
-    else:
-        start(reader, words, page)
-
-
-def start(reader: Stranger, words: list[str], page: str) -> None:
-    """A command in processes of its own."""
-    calls = {"lit-lora": ["-m", "lit_lora"], "torchrun": ["-m", "torch.distributed.run"]}
-    assert words[0] in calls, f"{page}: no test knows how to run {words[0]}"
-    verb = words[words.index("lit_lora") + 1] if "lit_lora" in words else words[1]
-    given = [sys.executable, *calls[words[0]], *words[1:], *SMALLER[verb]]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(given, env=environment(), start_new_session=True, **pipes) as process:
-        try:
-            out, err = process.communicate(timeout=250)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the ranks, too
-            raise
-    assert process.returncode == 0, err[-3000:] + out[-3000:]
-
-
-def environment() -> dict[str, str]:
-    """For other processes, which are to find the checkout that is tested."""
-    ours = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    of_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "VENV")  # make test hands its variables on
-    return {**{key: value for key, value in os.environ.items() if key not in of_make}, **ours}
-
-
-def check_unrun(reader: Stranger, script: str) -> None:
-    """What is not run is at least sound: shell, files, targets, and every option of lit-lora."""
-    shell = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
-    assert shell.returncode == 0, shell.stderr
-    for target in re.findall(r"^make (\w+)", script):
-        made = subprocess.run(["make", "-n", target], cwd=PROJECT, capture_output=True, text=True, check=False)
-        assert made.returncode == 0, made.stderr
-    for name in re.findall(r"(?:-c |^)(\S+\.txt|\.ci/\w+)", script):
-        assert (PROJECT / name).is_file(), name
-    for arguments in lit_lora_commands(script):
-        ran = reader.run(*arguments, "--print_config")
-        assert ran.code == 0, ran.text[-3000:]
-
-
-@pytest.mark.parametrize("page", [page for page in BASH if page != "docs/multi_process.md"])
+@pytest.mark.parametrize("page", [page for page in BASH if page not in ("docs/multi_process.md", *TUTORIALS)])
 def test_the_commands_of_a_page_run(page, reader):
     follow(reader, page)
 
@@ -140,18 +50,6 @@ def test_the_commands_of_a_page_run(page, reader):
 @pytest.mark.ddp
 def test_the_commands_of_several_processes_run(reader):
     follow(reader, "docs/multi_process.md")
-
-
-def follow(reader: Stranger, page: str) -> None:
-    """Run the blocks of a page, one after the other."""
-    for command in commands(BEFORE.get(page, "")):
-        run(reader, command, page)
-    for block in blocks(page, "bash"):
-        if why_not_run(block.code) and block.code.startswith("#!"):
-            check_unrun(reader, block.code)
-            continue
-        for command in commands(block.code):
-            run(reader, command, f"{page}:{block.line}")
 
 
 def test_make_quickstart_ends_as_the_readme_shows(reader):
@@ -321,6 +219,8 @@ def test_every_block_is_of_a_kind_that_a_test_runs():
         (b.page, b.language): b for page in PAGES for b in blocks(page) if b.language not in ("bash", "python", "yaml")
     }
     expected = {("README.md", ""), ("README.md", "json"), ("docs/data.md", "json"), ("docs/runs.md", "text")}
+    expected |= {(f"docs/tutorials/{name}.md", "json") for name in ("your_own_data", "tool_calls")}
+    expected |= {("docs/tutorials/from_peft_or_trl.md", "text")}
     assert set(others) == expected
     assert sum(len(blocks(page, "bash", "python")) for page in PAGES) >= 25
 

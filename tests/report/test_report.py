@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lit_lora.report.charts import gradient_chart
 from lit_lora.report.page import FILE_NAME, write_report
 from lit_lora.report.run_files import read_run
 from tests.started_runs import fit, lit_lora, make_base, write_rows
@@ -213,6 +214,21 @@ def test_runs_side_by_side_show_what_differs(run: Path, base: str, tmp_path: Pat
     assert "trainer.max_steps" in table
     assert "data.batch_size" not in table
     assert f"report written to {tmp_path / 'both.html'}" in capsys.readouterr().out
+
+
+def test_a_colour_means_the_same_in_all_runs_of_a_page() -> None:
+    one, other = {"layers.0": {1: 1.0, 2: 2.0}}, {"layers.0": {1: 2.0, 2: 4.0}}
+    norms = [1.0, 2.0, 2.0, 4.0]
+
+    def ends(gradients: dict[str, dict[int, float]], all_norms: list[float]) -> list[object]:
+        picture = base64.b64decode(gradient_chart(gradients, all_norms).partition(",")[2]).decode()
+        content = base64.b64decode(re.sub(r"\s", "", re.search(r"data:image/png;base64,([^\"]+)", picture)[1]))
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        return [image.getpixel((x, image.height // 2)) for x in (2, image.width - 3)]
+
+    assert ends(one, norms)[1] == ends(other, norms)[0]
+    assert ends(one, []) == ends(other, [])
+    assert ends(one, norms) != ends(one, [])
 
 
 @pytest.mark.parametrize(
