@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lit_lora.adapters.functional import add_lora, lora_linear
 from lit_lora.adapters.layers import LoRAEmbedding, LoRALinear
 from lit_lora.base import base_weight
+from lit_lora.base.shards import weights_whole
 from lit_lora.config import LoRAConfig
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -91,7 +92,8 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def finish_start(self) -> None:
         """The lengths begin as they are."""
-        self.lora_magnitude_vector.copy_(self._norms())
+        with weights_whole(self.base_layer):
+            self.lora_magnitude_vector.copy_(self._norms())
 
     def merged_weight(self) -> Tensor:
         """``(O, I)``."""
@@ -131,7 +133,8 @@ class DoRAEmbedding(LoRAEmbedding):
     @torch.no_grad()
     def finish_start(self) -> None:
         """The lengths begin as they are."""
-        self.lora_magnitude_vector.copy_(self._norms())
+        with weights_whole(self.base_layer):
+            self.lora_magnitude_vector.copy_(self._norms())
 
     def merged_weight(self) -> Tensor:
         """``(V, D)``."""

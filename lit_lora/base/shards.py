@@ -17,6 +17,7 @@ so within :func:`in_one_pass`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -203,6 +204,24 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     on_device: Any = tensor.to(device_of(tensor))
     return on_device.full_tensor()
+
+
+@contextmanager
+def weights_whole(part: nn.Module) -> Iterator[None]:
+    """Within, a part of a model that is divided has whole weights, of which it is asked for values; all must ask."""
+    held = [
+        (module, name, parameter)
+        for module in part.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    for module, name, parameter in held:
+        module.register_parameter(name, nn.Parameter(whole(parameter.detach()), requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, parameter in held:
+            module.register_parameter(name, parameter)
 
 
 def device_of(weight: Tensor) -> torch.device:

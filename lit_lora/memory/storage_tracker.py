@@ -180,7 +180,14 @@ class StorageTracker(TorchDispatchMode):
     def forget_the_dead(self) -> None:
         """Drop the history of what is gone already: as if only what is alive had ever been made."""
         alive = {key for key, _ in self._live.values()}
-        self.events = [event for event in self.events if event.key in alive]
+        sizes: dict[int, Event] = {}
+        for event in self.events:
+            if event.key in alive:
+                before = sizes.get(event.key)
+                sizes[event.key] = (
+                    event if before is None else before._replace(num_bytes=before.num_bytes + event.num_bytes)
+                )
+        self.events = list(sizes.values())
 
     # ------------------------------------------------------------------ results
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM
 
 from lit_lora import LoRALightningModule, QuantizationConfig, StepConfig
@@ -152,7 +153,7 @@ def test_every_rank_predicts_equally_often(num_prompts, world_size):
 
 @pytest.mark.parametrize("source", ["files", "random"])
 def test_a_torch_that_divides_no_codes_is_refused_by_name(stored, monkeypatch, source):
-    monkeypatch.setattr("torch.__version__", "2.11.0+cu130")
+    monkeypatch.setattr("torch.__version__", TorchVersion("2.11.0+cu130"))
     base = str(stored) if source == "files" else f"random:{stored}"
     with processes_imagined(2, "cpu") as sharding:
         assert sharding is not None

@@ -52,8 +52,8 @@ KINDS: dict[str, tuple[dict[str, Any], float]] = {
         },
         1e-5,
     ),
-    "the head trained": (
-        {"lora": {"modules_to_save": ["lm_head"]}, "module_options": FLOAT32}, 1e-5,
+    "the head trained, DoRA": (
+        {"lora": {"modules_to_save": ["lm_head"], "use_dora": True}, "module_options": FLOAT32}, 1e-5,
     ),
 }  # fmt: skip
 """Settings of a run, and how far its losses may be from those of a whole base: kernels add up in any order."""

@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
         "module_options": {"recompute": True, "chunked_loss": False}, "data": {"packing": False},
         "lora": {"modules_to_save": ["lm_head"]}, "max_steps": 4,
     },
+    "DoRA over 4 bits": {"quantization": QLORA, "lora": {"use_dora": True}, "max_steps": 4},
     "validated": {
         "data": {"validation_fraction": 0.4}, "max_steps": 4,
         "trainer_options": {"num_sanity_val_steps": -1, "val_check_interval": 2},
