@@ -33,14 +33,16 @@ def among_processes() -> Iterator[None]:
     Each must do the same within; what is printed, only the first one prints.
     """
     on_cuda = torch.cuda.is_available()
+    own = int(os.environ["LOCAL_RANK"])
     if on_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
     dist.init_process_group("nccl" if on_cuda else "gloo")
     token = _IN_USE.set(Sharding(init_device_mesh("cuda" if on_cuda else "cpu", (dist.get_world_size(),))))
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if dist.get_rank() == 0 else nowhere):
             yield
-        dist.barrier()  # the first one's end takes along what the others still find each other by
+        # The first one's end takes along what the others still find each other by.
+        dist.barrier(device_ids=[own] if on_cuda else None)
     finally:
         _IN_USE.reset(token)
         dist.destroy_process_group()

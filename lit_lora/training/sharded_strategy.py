@@ -34,7 +34,8 @@ class LoRAShardedStrategy(ModelParallelStrategy):
     """Divides the frozen base of a ``LoRALightningModule`` among all processes.
 
     Args:
-        process_group_backend: gloo on a CPU and nccl on CUDA, where it is None.
+        process_group_backend: where it is None, gloo on a CPU and nccl on CUDA; with ``cpu_offload`` both, since then
+            prompts lie in the memory of the host, and processes ask each other there whether all have answered.
         timeout: after which a process that waits for the others gives up.
         cpu_offload: keep the shares in pinned memory of the host, from which each layer's go to the device while it
             runs; for CUDA.
@@ -46,7 +47,8 @@ class LoRAShardedStrategy(ModelParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
         cpu_offload: bool = False,
     ) -> None:
-        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        backend = process_group_backend or ("cpu:gloo,cuda:nccl" if cpu_offload else None)
+        super().__init__(process_group_backend=backend, timeout=timeout)
         self._reduces = True
         self.cpu_offload = cpu_offload
 
