@@ -114,7 +114,8 @@ def as_continued(lora: LoRAConfig, of_adapter: LoRAConfig, source: str) -> LoRAC
         f"{setting(f'model.lora.{name}', value)} ({getattr(of_adapter, name)!r} there)"
         for name in (field.name for field in fields(LoRAConfig))
         if name not in OF_TRAINING
-        and (value := getattr(lora, name)) not in (getattr(default, name), getattr(of_adapter, name))
+        and (value := getattr(lora, name)) != getattr(default, name)
+        and _unordered(value) != _unordered(getattr(of_adapter, name))
     ]
     if contradicting:
         raise ValueError(
@@ -124,6 +125,11 @@ def as_continued(lora: LoRAConfig, of_adapter: LoRAConfig, source: str) -> LoRAC
     continued = replace(of_adapter, **{name: getattr(lora, name) for name in OF_TRAINING})
     continued.check_for_training()
     return continued
+
+
+def _unordered(value: Any) -> Any:
+    """A setting without the order of its names, of which PEFT writes lists in any."""
+    return sorted(value) if isinstance(value, list) else value
 
 
 def note_start(model: nn.Module, start: StartingAdapter, base: Base) -> str:
