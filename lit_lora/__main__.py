@@ -36,6 +36,7 @@ TOOLS = {
     "compress": "write an adapter at a lower rank, and what that loses",
     "export": "write an adapter from a checkpoint or folder, for other tools",
     "push": "upload an adapter to the Hugging Face Hub, with its model card",
+    "sweep": "a fit for each combination of some settings, side by side",
     "tiers": "five QLoRA runs, 10 steps to 7B; skips what this machine cannot run",
 }
 """Verb -> help. Each is the function of that name in ``lit_lora.tools.<verb>``."""
