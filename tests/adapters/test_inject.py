@@ -49,7 +49,7 @@ def _names(**fields: Any) -> list[str]:
         ({"target_modules": ["input_layernorm"]}, "LlamaRMSNorm"),
         ({"target_modules": ["q_proj"], "exclude_modules": r".*q_proj"}, "has no effect"),
         ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}, "'lm_head' has no effect"),
-        ({"init_lora_weights": "eva"}, "init_lora_weights must be .*gaussian.*got 'eva'"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights must be .*gaussian.*got 'lora_ga'"),
         ({"target_modules": ["q_proj"], "lora_alpha": 0}, "lora_alpha must be above 0 to train, got 0"),
         ({"target_modules": ["q_proj"], "alpha_pattern": {"q_proj": -1}}, r"alpha_pattern\['q_proj'\] must be above 0"),
     ],

@@ -93,5 +93,5 @@ def test_the_reference_of_a_prompt_is_what_a_model_writes(tmp_path, loaded):
     goes_on = [*ROWS[0]["messages"], {"role": "tool", "content": "rain"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, {"tools": TOOLS, "messages": goes_on}]))
     examples = read_examples(str(path), SourceSettings()).items
-    references = [prompt["reference"] for prompt in prompts_of(examples, loaded.tokenizer, "held_out.jsonl")]
+    references = [prompt["reference"] for prompt in prompts_of(examples, loaded.tokenizer, "held_out.jsonl", None)]
     assert references == [WRITTEN, "Yes.", WRITTEN]

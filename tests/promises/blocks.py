@@ -67,6 +67,7 @@ NOT_RUN = {
     "source .venv/bin/activate": "the tests run in an environment already",
     "pip install": "fetches gigabytes; .ci/run does it",
     "lit-lora fit --config lora_standard.yaml --trainer.accelerator gpu": "needs GPUs; multi_process.md's run on CPUs",
+    "lit-lora fit --trainer.strategy lora_sharded_cpu_offload": "needs a GPU; cuda/test_cuda_sharded.py does it",
     "torchrun --nnodes": "training/test_several_machines.py runs it on two machines",
     "#!/bin/bash": "needs SLURM",
     "ollama": "not installed here, as the page says",
