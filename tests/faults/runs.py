@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gc
 import json
 import os
 import signal
@@ -73,6 +74,7 @@ class Process:
         code = 1
         try:
             os.setsid()
+            gc.callbacks.clear()  # of hypothesis: what a signal raises in one is printed, traceback and all
             with self.log.open("ab", buffering=0) as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
