@@ -199,6 +199,16 @@ def test_the_speed_on_a_gpu_is_what_was_measured():
         assert checks[key]["found"] in page
 
 
+def test_the_size_of_data_is_what_was_measured():
+    said = prose("docs/data.md")
+    result = (RESULTS / "data_size.md").read_text()
+    rows = {cells[0]: [float(cell.split(",")[0]) for cell in cells[1:]] for cells in cells_below("| | s |", result)}
+    whole, masked, first, again = list(rows.values())[:4]
+    assert f"{first[0]:.0f} seconds to the first batch and {first[3]:.2f} GiB, the second time {again[0]:.0f}" in said
+    assert f"takes {whole[0]:.0f} seconds for the tokens alone, and {masked[0]:.0f} for" in said
+    assert first[0] <= 1.3 * whole[0]
+
+
 def test_the_longest_contexts_are_what_was_measured():
     page = (PROJECT / "docs/cuda.md").read_text()
     of = {row["limit_gb"]: row for row in measured("cuda_memory_checks") if row["name"] == "longest context"}
