@@ -140,11 +140,6 @@ class LoRAConv(LoRALayer):
             bound = 1 / math.sqrt(self.r // self.groups)
             nn.init.uniform_(self.added_bias, -bound, bound)
 
-    @property
-    def starts_nonzero(self) -> nn.Parameter:
-        """A."""
-        return self.factors()[0]
-
     def sample_input(self, generator: torch.Generator) -> Tensor:
         """Two that have a few places, in the dtype of the base."""
         base: Any = self.base_layer

@@ -132,11 +132,6 @@ class LoRALinear(LoRALayer):
         if self.added_bias is not None:
             nn.init.uniform_(self.added_bias, -1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
 
-    @property
-    def starts_nonzero(self) -> nn.Parameter:
-        """A."""
-        return self.factors()[0]
-
     def sample_input(self, generator: torch.Generator) -> Tensor:
         """Eight rows, in the dtype of the base."""
         x = torch.randn(8, self.in_features, generator=generator, device="cpu")

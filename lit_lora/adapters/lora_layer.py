@@ -128,9 +128,9 @@ class LoRALayer(nn.Module, ABC):
         """Fill both halves, so that the adapter changes the output from the start."""
 
     @property
-    @abstractmethod
     def starts_nonzero(self) -> nn.Parameter:
         """The half that does: A, but for embeddings."""
+        return self.factors()[0]
 
     @abstractmethod
     def sample_input(self, generator: torch.Generator) -> Tensor:
@@ -185,6 +185,18 @@ class LoRALayer(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Rank and scale, for ``print(model)``."""
         return f"r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling:g}"
+
+
+class WithAttributesOfBase(nn.Module):
+    """Beside :class:`LoRALayer`, where a model reads attributes of the layer that it owns (number of experts, ...)."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
 
 
 def bare_linear(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.adapters.layers import LoRALinear
-from lit_lora.adapters.lora_layer import LoRALayer, bare_linear, scaled_product
+from lit_lora.adapters.lora_layer import LoRALayer, WithAttributesOfBase, bare_linear, scaled_product
 from lit_lora.base import base_weight
 from lit_lora.config import LoRAConfig
 
@@ -48,7 +48,7 @@ class LoRAOutput(LoRALinear):
         return True
 
 
-class LoRAAttention(LoRALayer):
+class LoRAAttention(WithAttributesOfBase, LoRALayer):
     """An adapter around an attention whose queries, keys and values have one packed weight ``(3E, E)``."""
 
     tensor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
@@ -146,20 +146,6 @@ class LoRAAttention(LoRALayer):
             nn.init.kaiming_uniform_(half, a=math.sqrt(5))
         self.output.start_at_random()
 
-    @property
-    def starts_nonzero(self) -> nn.Parameter:
-        """A."""
-        return self.factors()[0]
-
     def sample_input(self, generator: torch.Generator) -> Tensor:
         """Queries alone, so that one with hooks, whose purpose is unknown, is not merged."""
         return torch.randn(2, self.base_layer.embed_dim, generator=generator, device="cpu")
-
-    def __getattr__(self, name: str) -> Any:
-        # torch's encoder layers read attributes of the attention that they own (batch_first, ...).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from lit_lora.adapters.factored_weight import FactoredWeight
 from lit_lora.adapters.layers import lora_layers
-from lit_lora.adapters.lora_layer import LoRALayer, bare_linear
+from lit_lora.adapters.lora_layer import LoRALayer, WithAttributesOfBase, bare_linear
 from lit_lora.adapters.packed_attention import LoRAOutput
 from lit_lora.base.shards import device_of
 from lit_lora.config import LoRAConfig
 
 
-class LoRAParameter(LoRALayer):
+class LoRAParameter(WithAttributesOfBase, LoRALayer):
     """An adapter on one parameter of two or three dimensions, of a module that computes with it in its own way.
 
     Args:
@@ -139,11 +139,6 @@ class LoRAParameter(LoRALayer):
         A, B = (torch.cat([half, half.new_zeros(len(half), more, half.shape[2])], dim=1) for half in (A, B))
         return A.flatten(0, 1), B.permute(2, 1, 0).flatten(1, 2)
 
-    @property
-    def starts_nonzero(self) -> nn.Parameter:
-        """A."""
-        return self.factors()[0]
-
     def sample_input(self, generator: torch.Generator) -> Tensor:
         """What its module takes is not known."""
         raise TypeError(f"{type(self.owner).__name__} takes what it takes")
@@ -163,15 +158,6 @@ class LoRAParameter(LoRALayer):
         for half in self._factors_by_expert(*self.factors()):
             for expert, rank in enumerate(self.expert_ranks or []):
                 half[expert, rank:] = 0
-
-    def __getattr__(self, name: str) -> Any:
-        # A model may read any attribute of a module that it owns (the number of experts, ...).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
 
     def extra_repr(self) -> str:
         """With the parameter's name."""

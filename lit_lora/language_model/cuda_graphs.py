@@ -152,7 +152,7 @@ class CudaGraphs:
     @property
     def _offset(self) -> int:
         """How many random numbers the device has drawn, in multiples of a block of them."""
-        return torch.cuda.default_generators[self._parameters[0].get_device()].get_offset()
+        return torch.cuda.default_generators[self._device.index].get_offset()
 
     @property
     def _is_open(self) -> bool:

@@ -23,6 +23,7 @@ from lit_lora.cli.command_line import options
 from lit_lora.cli.setting_check import refuse
 from lit_lora.files import strict_yaml
 from lit_lora.files.atomic import atomic_write
+from lit_lora.metrics import FILE_NAME, TrainingMetrics
 
 if TYPE_CHECKING:
     from lit_lora.report.outcome import Outcome
@@ -177,7 +178,7 @@ def _train(run: _Run, fit_arguments: Sequence[str], place: str) -> _Result:
             raise KeyboardInterrupt  # it was stopped, and so is the sweep
         found = _finished(run)
         if found is None or code not in (0, 3):
-            begun = [folder for folder in run_folders(run.root) if (folder / "metrics.jsonl").exists()]
+            begun = [folder for folder in run_folders(run.root) if (folder / FILE_NAME).exists()]
             return _result(run, f"failed (exit code {code})", begun[-1] if begun else None)
     else:
         print(f"=== run {place}: {run.name} is there: {found[1].result}", flush=True)
@@ -195,8 +196,6 @@ def _finished(run: _Run) -> tuple[Path, Outcome] | None:
 
 
 def _result(run: _Run, said: str, folder: Path | None) -> _Result:
-    from lit_lora.metrics import FILE_NAME, TrainingMetrics
-
     metrics = TrainingMetrics.load(folder / FILE_NAME) if folder is not None else TrainingMetrics()
     validated = metrics.validation_losses.get("", [math.nan])
     return _Result(run, said, folder, metrics.steps[-1].loss if metrics.steps else math.nan, validated[-1])
