@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import io
 import json
 import platform
 import statistics
@@ -72,14 +73,20 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(run(arguments, *arguments.one)))
         return
+    failed = []
     for seed in arguments.seeds:
         for variant in arguments.variants:
             command = [sys.executable, "-m", "benchmarks.starts", *sys.argv[1:], "--one", variant, str(seed)]
-            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if finished.returncode:
+                failed.append(f"{variant}, seed {seed}")
+                continue
             found = json.loads(finished.stdout.splitlines()[-1])
             rows = [row for row in known(arguments) if (row["variant"], row["seed"]) != (variant, seed)] + [found]
             print({name: found[name] for name in COLUMNS}, flush=True)
             write(rows, arguments)
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 def run(arguments: argparse.Namespace, variant: str, seed: str) -> dict[str, Any]:
@@ -158,12 +165,15 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """The table of the runs so far."""
     import torch
 
+    from lit_lora.files.atomic import atomic_write
+
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "starts.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, "processor", "threads"])
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*COLUMNS, "processor", "threads"])
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(folder / "starts.csv", lambda file: file.write(text.getvalue().encode()))
     seeds = " ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     lines = [
         "# Starts and variants on GSM8K",
