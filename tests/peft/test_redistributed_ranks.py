@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import peft
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lit_lora import LoRAConfig, LoRALightningModule, OptimizationConfig, SFTDat
 from lit_lora.adapters import later_starts
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.callbacks import ConvergenceAssertion, TrainingCheckpoint
+from lit_lora.files.environment import CHECKPOINT_VARIABLE
 from lit_lora.interchange.peft_folder import read_tensors
 from tests.peft.test_later_starts import batches, logits
 from tests.tiny import language_model
@@ -89,7 +91,9 @@ def test_ranks_are_the_same_where_memory_lets_one_layer_at_a_time(monkeypatch: p
     assert sum(found[0].values()) == 16
 
 
-def test_a_run_keeps_its_ranks_when_it_is_resumed_and_loaded(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:The .* does not have many workers")
+def test_a_run_keeps_its_ranks_when_it_is_resumed_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     language_model("Llama", vocab_size=320, hidden_size=64).save_pretrained(tmp_path / "base")
     rows = "".join(f'{{"prompt": "say {n}", "completion": "{"yes and " * n}"}}\n' for n in range(1, 9))
     (tmp_path / "rows.jsonl").write_text(rows)
@@ -110,6 +114,17 @@ def test_a_run_keeps_its_ranks_when_it_is_resumed_and_loaded(tmp_path: Path) -> 
         assert outcome.result == "proved", outcome
         return made, read_tensors(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
 
+    def by_lightning(verb: str, checkpoint: str) -> Any:
+        made = LoRALightningModule(str(tmp_path / "base"), lora=LoRAConfig(r=2, init_lora_weights="eva", eva_rho=3.0))
+        rows = str(tmp_path / "rows.jsonl")
+        data = SFTDataModule(rows, validation=rows, tokenizer="bytes", batch_size=2, cache_dir=tmp_path / "cache")
+        trainer = L.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+            default_root_dir=tmp_path / "run", max_steps=4,
+        )  # fmt: skip
+        getattr(trainer, verb)(made, datamodule=data, ckpt_path=checkpoint)
+        return {name: layer.r for name, layer in lora_layers(made.model)}
+
     trained, first = fit()
     ranks = {name: layer.r for name, layer in lora_layers(trained.model)}
     assert len(set(ranks.values())) > 1
@@ -120,6 +135,12 @@ def test_a_run_keeps_its_ranks_when_it_is_resumed_and_loaded(tmp_path: Path) -> 
     assert all(torch.equal(first[name], second[name]) for name in first)
     loaded = LoRALightningModule.load_from_checkpoint(checkpoint)
     assert ranks == {name: layer.r for name, layer in lora_layers(loaded.model)}
+    with pytest.raises(ValueError, match="rank_pattern"):  # Lightning does not say which checkpoint it is going to load
+        by_lightning("validate", checkpoint)
+    monkeypatch.setenv(CHECKPOINT_VARIABLE, checkpoint)  # as all verbs do
+    assert ranks == by_lightning("validate", checkpoint)
+    monkeypatch.delenv(CHECKPOINT_VARIABLE)
+    assert ranks == by_lightning("fit", checkpoint), "chosen again from the same batches"
     with pytest.raises(ValueError, match=r"model.lora.r was 2, is 4"):
         fit(checkpoint, r=4)
 
