@@ -117,7 +117,8 @@ def test_a_run_keeps_its_ranks_when_it_is_resumed_and_loaded(tmp_path: Path, mon
     def by_lightning(verb: str, checkpoint: str) -> Any:
         made = LoRALightningModule(str(tmp_path / "base"), lora=LoRAConfig(r=2, init_lora_weights="eva", eva_rho=3.0))
         rows = str(tmp_path / "rows.jsonl")
-        data = SFTDataModule(rows, validation=rows, tokenizer="bytes", batch_size=2, cache_dir=tmp_path / "cache")
+        held_out = {"validation": rows} if verb == "validate" else {}
+        data = SFTDataModule(rows, **held_out, tokenizer="bytes", batch_size=2, cache_dir=tmp_path / "cache")
         trainer = L.Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
             default_root_dir=tmp_path / "run", max_steps=4,
