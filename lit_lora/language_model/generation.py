@@ -8,13 +8,14 @@ here is all there is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from lit_lora.adapters.mixed_batch import adapters_by_row
 from lit_lora.base.shards import is_sharded
 from lit_lora.data.chats.turn_end import TurnEnd, turn_end
 
@@ -41,6 +42,7 @@ def complete(
     top_p: float = 1.0,
     streamer: Any = None,
     progress: Callable[[int], None] | None = None,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[Completion]:
     """Completions, in the order of the prompts.
 
@@ -55,9 +57,10 @@ def complete(
         top_p: sample from the smallest set of tokens of this total probability.
         streamer: as transformers has them; for one prompt.
         progress: called with the number of prompts that are done.
+        adapters: name of the one that completes each prompt, None for the base alone; by default the active ones do.
 
     Raises:
-        ValueError: if a prompt has a token that the model does not know.
+        ValueError: if a prompt has a token that the model does not know, or adapters cannot be in one batch.
     """
     check_vocabulary(model, prompts)
     stops = stop_tokens(model, tokenizer, end)
@@ -82,7 +85,8 @@ def complete(
             ids[row, longest - length :] = torch.tensor(prompts[index])
             mask[row, longest - length :] = 1
         criteria = [_StopStrings(tokenizer, end.strings, longest)] if end.strings else []
-        with _generating_by(model, config):
+        by_row = nullcontext() if adapters is None else adapters_by_row(model, [adapters[index] for index in indices])
+        with by_row, _generating_by(model, config):
             output = model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
