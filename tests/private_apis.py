@@ -156,6 +156,9 @@ PRIVATE = (
     Private("._ActionConfigLoad", "lit_lora/cli/help.py", "the option that loads a group from a file, of which help is "
             "silent", "jsonargparse tells its kinds of options apart", "jsonargparse._actions"),
     # transformers
+    Private("._update_model_kwargs_for_generation", "lit_lora/language_model/full_batches.py",
+            "whether a model carries something of its own from token to token", "transformers says so of a class",
+            "transformers.GenerationMixin"),
     Private("._MODEL_TO_CONVERSION_PATTERN", "lit_lora/adapters/peft_limits.py",
             "for which models PEFT converts the names in an adapter", "PEFT tells it",
             "transformers.conversion_mapping"),
