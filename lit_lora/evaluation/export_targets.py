@@ -21,7 +21,7 @@ from lit_lora.interchange.gguf_architecture import Architecture
 from lit_lora.interchange.gguf_file import Kind, write_adapter, write_model
 from lit_lora.interchange.gguf_vocabulary import vocabulary
 from lit_lora.interchange.ollama import modelfile, wrapping
-from lit_lora.interchange.plain_adapter import check_plain, read_portable, vllm_rank, write_mlx
+from lit_lora.interchange.plain_adapter import check_plain, check_vllm_model, read_portable, vllm_rank, write_mlx
 from lit_lora.wording import setting
 
 Target = Literal["peft", "portable", "hf", "gguf", "ollama", "vllm", "mlx"]
@@ -108,6 +108,8 @@ def _adapter_alone(source: Source, path: Path, to: Target, scratch: Path, gguf_t
     check_plain(Path(source.adapter), target)
     config = load_config(place.name, revision=place.revision, trust_remote_code=source.trust_remote_code)
     architecture = Architecture(config) if to == "gguf" else None
+    if to == "vllm":
+        check_vllm_model(config)
     written = export(source.adapter, scratch / "portable", portable=True, **source.options)
     adapter = read_portable(written.folder)
     if to == "vllm":
