@@ -15,7 +15,11 @@ from tests.tiny import language_model
 
 MERGES = [("t", "h"), ("th", "e"), ("e", "r")]
 SIZE = VOCAB_SIZE + len(MERGES)
-RANKS = {"target_modules": "all-linear", "rank_pattern": {"q_proj|qkv_proj|query_key_value|c_attn": 2}, "use_rslora": True}
+RANKS = {
+    "target_modules": "all-linear",
+    "rank_pattern": {"q_proj|qkv_proj|query_key_value|c_attn": 2},
+    "use_rslora": True,
+}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,

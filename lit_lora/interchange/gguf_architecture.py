@@ -18,6 +18,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lit_lora.interchange.gguf_kinds import KINDS, Kind
 
+_NO_LIMIT = 2048
+"""Of BLOOM, which has no length in its config: what it was trained with."""
 _EXPERT = re.compile(r"(\.experts)\.(\d+)\.")
 
 
@@ -75,21 +77,24 @@ class Architecture:
     def write(self, writer: GGUFWriter) -> None:
         """Put it into the metadata of a file."""
         config = self.config
-        writer.add_context_length(_one_of(config, "max_position_embeddings", "seq_length") or 2048)
+        kind, heads = self.kind, config.num_attention_heads
+        writer.add_context_length(getattr(config, "max_position_embeddings", _NO_LIMIT))
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)
-        writer.add_feed_forward_length(_one_of(config, "intermediate_size", "n_inner") or 4 * config.hidden_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(_one_of(config, "num_key_value_heads") or config.num_attention_heads)
+        writer.add_feed_forward_length(
+            (kind.feed_forward and getattr(config, kind.feed_forward)) or 4 * config.hidden_size
+        )
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(config.num_key_value_heads if kind.grouped else heads)
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
-        epsilon = getattr(config, self.kind.epsilon)
-        (writer.add_layer_norm_rms_eps if self.kind.epsilon == "rms_norm_eps" else writer.add_layer_norm_eps)(epsilon)
+        epsilon = getattr(config, kind.epsilon)
+        (writer.add_layer_norm_rms_eps if kind.epsilon == "rms_norm_eps" else writer.add_layer_norm_eps)(epsilon)
         writer.add_vocab_size(config.vocab_size)
         if self.rope is not None:
             writer.add_rope_dimension_count(int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0)))
             writer.add_rope_freq_base(self.rope["rope_theta"])
-        self.kind.metadata(config, writer)
+        kind.metadata(config, writer)
 
     def _check(self) -> None:
         """Check all that the kind asks for.
@@ -124,7 +129,11 @@ class Architecture:
         if how in ("default", *self.kind.rope_types):
             return None
         if how not in self.kind.rope_factors:
-            raise ValueError(_cannot(f"its positions are scaled ({how}); linear and llama3 of Llama can be written"))
+            raise ValueError(
+                _cannot(
+                    f"its positions are scaled ({how}); linear and llama3 of Llama, and linear of Gemma 3, can be written"
+                )
+            )
         scaled, attention_factor = ROPE_INIT_FUNCTIONS[how](self.config, torch.device("cpu"))
         assert attention_factor == 1.0, attention_factor
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
@@ -142,10 +151,6 @@ def _sees_a_window(config: Any) -> bool:
     if not window or not getattr(config, "use_sliding_window", True):
         return "sliding_attention" in (getattr(config, "layer_types", None) or ())
     return window < config.max_position_embeddings
-
-
-def _one_of(config: Any, *fields: str) -> Any:
-    return next((value for field in fields if (value := getattr(config, field, None)) is not None), None)
 
 
 def _cannot(reason: str) -> str:

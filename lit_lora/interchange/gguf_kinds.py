@@ -90,6 +90,10 @@ class Kind:
     """Field of the config -> values that llama.cpp computes with."""
     epsilon: str = "rms_norm_eps"
     """Field of the config; of any other name it is that of a layer norm."""
+    feed_forward: str | None = "intermediate_size"
+    """Field of the config; where it is None, or there is none, four times ``hidden_size``."""
+    grouped: bool = True
+    """Whether several queries may share a key, by ``num_key_value_heads``."""
     rows: Callable[[Any, str, Tensor], Tensor] = _as_they_are
     """Puts the outputs of a layer into another order: of weights, biases, and B of adapters."""
     values: Callable[[str, Tensor], Tensor] = _unchanged
@@ -155,16 +159,16 @@ KINDS: dict[str, Kind] = {
     "GPT2LMHeadModel": Kind(
         MODEL_ARCH.GPT2,
         {"activation_function": _TANH, "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
-        "layer_norm_epsilon", values=_transposed,
+        "layer_norm_epsilon", "n_inner", grouped=False, values=_transposed,
     ),
     "GPTNeoXForCausalLM": Kind(
         MODEL_ARCH.GPTNEOX,
         {"hidden_act": _TANH, "attention_bias": (True,), "tie_word_embeddings": (False,)},
-        "layer_norm_eps", rows=_apart, metadata=_parallel, partial_rope=True,
+        "layer_norm_eps", grouped=False, rows=_apart, metadata=_parallel, partial_rope=True,
     ),
     "BloomForCausalLM": Kind(
         MODEL_ARCH.BLOOM, {"apply_residual_connection_post_layernorm": (False,)},
-        "layer_norm_epsilon", rows=_apart, prefixes={"transformer.": ""},
+        "layer_norm_epsilon", None, grouped=False, rows=_apart, prefixes={"transformer.": ""},
     ),
 }  # fmt: skip
 """Class in transformers -> how it is read."""

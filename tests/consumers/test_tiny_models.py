@@ -15,7 +15,7 @@ from lit_lora.tools.export import export
 from tests.small_adapters import LLAMA3, MODELS, RANKS, small_adapter
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="make consumers installs it")
-pytestmark = pytest.mark.consumers
+pytestmark = [pytest.mark.consumers, pytest.mark.filterwarnings("ignore:not adapted:UserWarning")]
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,7 +40,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-TARGETS = ["q_proj", "qkv_proj", "query_key_value", "c_attn"]
 TABLES = {"Gemma 2", "Gemma 3", "Gemma 3, linear positions", "StarCoder2", "GPT-2", "GPT-NeoX", "BLOOM",
           "GPT-NeoX, one after the other"}  # fmt: skip
 """Those with GELU, which llama.cpp looks up on the CPU in a table of float16."""
@@ -80,7 +79,7 @@ def test_logits_there_are_those_of_the_unmerged_model_here(kind, sizes, tmp_path
 def test_so_are_those_of_the_base_there_with_the_adapter_on_it(kind, sizes, tmp_path, request):
     adapter = small_adapter(tmp_path, kind, **sizes)
     none = load_base_model(str(tmp_path / "base"))
-    inject_lora(none, LoRAConfig(r=1, target_modules=TARGETS))
+    inject_lora(none, LoRAConfig(r=1, target_modules="all-linear"))
     tokenizer = load(adapter).tokenizer
     save_adapter(none, tmp_path / "none", tokenizer=tokenizer)  # its B is zero
     export(str(tmp_path / "none"), str(tmp_path / "base.gguf"), to="gguf", gguf_type="f32")
@@ -91,3 +90,15 @@ def test_so_are_those_of_the_base_there_with_the_adapter_on_it(kind, sizes, tmp_
     there = _llama(tmp_path / "base.gguf", lora_path=str(tmp_path / "adapter.gguf"))
     assert _distance(_logits_there(there, ids), expected) < (3e-3 if request.node.callspec.id in TABLES else 1e-3)
     assert _distance(_logits_there(_llama(tmp_path / "base.gguf"), ids), expected) > 0.05
+
+
+@pytest.mark.parametrize("gguf_type", ["f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("name", ["Mixtral", "GPT-2", "Gemma 2"])
+def test_files_of_fewer_bits_are_read(name, gguf_type, tmp_path):
+    kind, sizes = MODELS[name]
+    adapter = small_adapter(tmp_path, kind, **sizes)
+    export(adapter, str(tmp_path / "model.gguf"), to="gguf", gguf_type=gguf_type)
+    ids = load(adapter).tokenizer("Water there falls: ")["input_ids"]
+    with torch.no_grad():
+        expected = load(adapter).model(torch.tensor([ids])).logits[0]
+    assert _distance(_logits_there(_llama(tmp_path / "model.gguf"), ids), expected) < 0.15

@@ -109,7 +109,7 @@ def _merged(made: _Made) -> None:
 
 
 def _gguf(made: _Made) -> None:
-    """Every tensor of the merged model, in llama.cpp's layout, and none besides."""
+    """Each tensor of the merged model, in llama.cpp's layout, and none besides."""
     _compare_gguf(made, _written(made, "gguf", "model.gguf"))
 
 
