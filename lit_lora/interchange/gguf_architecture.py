@@ -130,9 +130,7 @@ class Architecture:
             return None
         if how not in self.kind.rope_factors:
             raise ValueError(
-                _cannot(
-                    f"its positions are scaled ({how}); linear and llama3 of Llama, and linear of Gemma 3, can be written"
-                )
+                _cannot(f"its positions are scaled ({how}); Llama's linear and llama3, Gemma 3's linear can be")
             )
         scaled, attention_factor = ROPE_INIT_FUNCTIONS[how](self.config, torch.device("cpu"))
         assert attention_factor == 1.0, attention_factor

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
 from torch import Tensor
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lit_lora import load_adapter, load_base_model
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.evaluation.export_targets import Source, export_to
-from tests.exports.export_layouts import architecture_of, as_in_gguf, read_gguf, rows_as_in_gguf, stored
+from tests.exports.export_layouts import architecture_of, as_in_gguf, read_gguf, stored
 from tests.small_adapters import MODELS, RANKS, small_adapter
 
 IDS = torch.arange(3, 24).view(3, 7)

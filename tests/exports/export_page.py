@@ -12,12 +12,12 @@ import transformers
 from tests.exports.export_cell import ROWS, TARGETS, Cell
 
 _TEXT = """
-A row is a tiny model with random weights and an adapter of two ranks and scales on all of its linear layers; a column is
-what `--to` names. `=` is equal in float32, read back by:
+A row is a tiny model with random weights and an adapter of two ranks and scales on all of its linear layers; a column
+is what `--to` names. `=` is equal in float32, read back by:
 
 - peft, portable, vllm: PEFT, on the base: the logits of the adapted model.
 - hf: transformers: the same logits.
-- gguf and ollama: gguf's reader: each tensor of the merged model in the layout that llama.cpp expects, and none besides.
+- gguf and ollama: gguf's reader: each tensor of the merged model in the layout of llama.cpp, and none besides.
 - gguf, adapter (`--adapter_only`): gguf's reader: the base in that layout plus what the file adds is the merged model.
 - mlx: safetensors: the change of each layer, and the layer is among the keys.
 
