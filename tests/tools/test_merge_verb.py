@@ -82,9 +82,11 @@ def test_by_default_what_is_nearer_to_the_trained_model_is_merged_into(adapter, 
 
 
 def test_where_quantizing_changed_nothing_the_base_itself_is_taken(base, adapter, tmp_path, capsys):
-    model = load_base_model(base, quantization=QuantizationConfig())
+    quantization = QuantizationConfig(double_quant=False)
+    model = load_base_model(base, quantization=quantization)
     dequantize_(model)
     model.save_pretrained(base)
+    (tmp_path / "run" / "config.yaml").write_text("model: {quantization: {bits: 4, double_quant: false}}\n")
     with pytest.warns(UserWarning, match="its weights or its config are not the same"):
         merge(adapter, str(tmp_path / "merged"), other_base=True)
     assert "  base is nearest to what was trained: KL base" in capsys.readouterr().out
