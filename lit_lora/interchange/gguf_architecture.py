@@ -107,6 +107,9 @@ class Architecture:
             value = getattr(config, field, None)
             if value not in allowed:
                 raise ValueError(_cannot(f"{field} is {value}, expected {' or '.join(map(str, allowed))}"))
+        for field in kind.needs:
+            if not getattr(config, field):
+                raise ValueError(_cannot(f"{field} is {getattr(config, field)}, expected a number"))
         if not kind.windows and _sees_a_window(config):
             raise ValueError(_cannot("its attention sees a sliding window, which llama.cpp would ignore"))
         if not kind.any_head_dim and self.head_dim * config.num_attention_heads != config.hidden_size:
@@ -124,6 +127,9 @@ class Architecture:
         if self.rope is None:
             return None
         how = self.rope.get("rope_type", "default")
+        of_windows = self.config.rope_parameters.get("sliding_attention", {}).get("rope_type", "default")
+        if of_windows != "default":
+            raise ValueError(_cannot(f"its positions are scaled ({of_windows}) where it sees a window"))
         if self.rope.get("partial_rotary_factor", 1.0) != 1.0 and not self.kind.partial_rope:
             raise ValueError(_cannot("it rotates a part of each head alone"))
         if how in ("default", *self.kind.rope_types):
@@ -147,7 +153,7 @@ def _sees_a_window(config: Any) -> bool:
     """Whether a token may be out of sight of another that comes later."""
     window = getattr(config, "sliding_window", None)
     if not window or not getattr(config, "use_sliding_window", True):
-        return "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        return bool(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
     return window < config.max_position_embeddings
 
 

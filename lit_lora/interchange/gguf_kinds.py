@@ -99,6 +99,8 @@ class Kind:
     """Changes a tensor of the model."""
     metadata: Callable[[Any, GGUFWriter], None] = _nothing
     """Writes what others do not have."""
+    needs: tuple[str, ...] = ()
+    """Fields of the config for which llama.cpp would take a value of its own."""
     windows: bool = False
     """Whether a sliding window is taken."""
     any_head_dim: bool = False
@@ -129,9 +131,7 @@ _GEMMA = {
     "hidden_activation": _TANH, "use_bidirectional_attention": (None, False), "attention_bias": (False, None),
 }  # fmt: skip
 
-_LLAMA = Kind(
-    MODEL_ARCH.LLAMA, _SILU, rows=_pairs, any_head_dim=True, rope_factors=("linear", "llama3")
-)  # fmt: skip
+_LLAMA = Kind(MODEL_ARCH.LLAMA, _SILU, rows=_pairs, any_head_dim=True, rope_factors=("linear", "llama3"))
 KINDS: dict[str, Kind] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
@@ -146,6 +146,7 @@ KINDS: dict[str, Kind] = {
     "Gemma2ForCausalLM": Kind(
         MODEL_ARCH.GEMMA2, _GEMMA | {"tie_word_embeddings": (True,)},
         values=_plus_one, metadata=_gemma, windows=True, any_head_dim=True, layers_of_largest=46,
+        needs=("attn_logit_softcapping", "final_logit_softcapping"),
     ),
     "Gemma3ForCausalLM": Kind(
         MODEL_ARCH.GEMMA3, _GEMMA | {"attn_logit_softcapping": (None,)},

@@ -42,6 +42,20 @@ CONDITIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "layers without experts": (
         "Qwen3Moe", {"norm_topk_prob": True, "mlp_only_layers": [0]}, r"mlp_only_layers is \[0\], expected"
     ),
+    "no soft cap": (
+        "Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": None},
+        "attn_logit_softcapping is None, expected a number",
+    ),
+    "scaled positions of windows": (
+        "Gemma3Text",
+        {
+            "head_dim": 32, "query_pre_attn_scalar": 32, "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            },
+        },
+        r"its positions are scaled \(linear\) where it sees a window",
+    ),
     "scale of queries": (
         "Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 64}, "query_pre_attn_scalar is 64, expected 32"
     ),
