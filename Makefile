@@ -54,8 +54,8 @@ faults: setup  ## kill, starve and feed nonsense to real runs (about 7 minutes);
 sweep: setup  ## compare every architecture of transformers with its own loss (minutes); writes docs/architectures.md
 	$(BIN)/python -m pytest --sweep -m sweep tests/sweep
 
-conformance: setup  ## compare adapters with PEFT on 21 architectures (a minute); writes docs/conformance.md
-	$(BIN)/python -m pytest --sweep -m sweep tests/conformance
+conformance: setup  ## compare adapters with PEFT, and exports with what was trained (minutes); writes two pages of docs
+	$(BIN)/python -m pytest --sweep -m sweep tests/conformance tests/exports
 
 # Its wheels are for other machines: it is built here. CMake and Ninja come with its build.
 consumers: model  ## read what was exported with llama.cpp, built from source (many minutes the first time)

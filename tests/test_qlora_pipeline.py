@@ -73,7 +73,7 @@ def test_train_checkpoint_resume_generate_merge_and_load_with_transformers(real_
     assert AutoTokenizer.from_pretrained(merged).chat_template
     del trained, plain
 
-    printed = _lit_lora("merge", run / "adapter", tmp_path / "full", "--num_samples", 4)
+    printed = _lit_lora("merge", run / "adapter", tmp_path / "full", "--into", "base", "--num_samples", 4)
     assert "on the same base" in printed
     unmerged = load_base_model(real_model)
     load_adapter(unmerged, run / "adapter")

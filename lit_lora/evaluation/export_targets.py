@@ -14,16 +14,17 @@ from transformers import AutoConfig, GenerationConfig
 
 from lit_lora.base.load import load_config
 from lit_lora.evaluation.export import export
-from lit_lora.evaluation.merge import Merged, merge
+from lit_lora.evaluation.merge import merge
 from lit_lora.interchange.adapter_folder import base_of_adapter, folder_record, local_folder
 from lit_lora.interchange.adapter_tokenizer import tokenizer_for
 from lit_lora.interchange.gguf_architecture import Architecture
 from lit_lora.interchange.gguf_file import Kind, write_adapter, write_model
 from lit_lora.interchange.gguf_vocabulary import vocabulary
 from lit_lora.interchange.ollama import modelfile, wrapping
-from lit_lora.interchange.plain_adapter import check_plain, read_portable, vllm_rank, write_mlx
+from lit_lora.interchange.plain_adapter import check_plain, check_vllm_model, read_portable, vllm_rank, write_mlx
 from lit_lora.wording import setting
 
+Into = Literal["auto", "base", "dequantized"]
 Target = Literal["peft", "portable", "hf", "gguf", "ollama", "vllm", "mlx"]
 
 
@@ -64,7 +65,7 @@ def export_to(
     output: str | Path,
     to: Target,
     *,
-    into: Literal["base", "dequantized"] = "base",
+    into: Into = "auto",
     gguf_type: Kind = "f16",
     adapter_only: bool = False,
 ) -> Shipped:
@@ -96,7 +97,7 @@ def export_to(
         source = _in_a_folder(source, scratch)
         if to == "hf":
             merged = merge(source.adapter, path, into=into, **source.options)
-            return Shipped(path, "merged model", _said(merged))
+            return Shipped(path, "merged model", merged.said())
         if to in ("vllm", "mlx") or adapter_only:
             return _adapter_alone(source, path, to, scratch, gguf_type)
         return _merged_gguf(source, path, to, scratch, into, gguf_type)
@@ -108,6 +109,8 @@ def _adapter_alone(source: Source, path: Path, to: Target, scratch: Path, gguf_t
     check_plain(Path(source.adapter), target)
     config = load_config(place.name, revision=place.revision, trust_remote_code=source.trust_remote_code)
     architecture = Architecture(config) if to == "gguf" else None
+    if to == "vllm":
+        check_vllm_model(config)
     written = export(source.adapter, scratch / "portable", portable=True, **source.options)
     adapter = read_portable(written.folder)
     if to == "vllm":
@@ -127,9 +130,7 @@ def _adapter_alone(source: Source, path: Path, to: Target, scratch: Path, gguf_t
     return Shipped(path, f"adapter for {place.name}", [f"run it: {run}"])
 
 
-def _merged_gguf(
-    source: Source, path: Path, to: Target, scratch: Path, into: Literal["base", "dequantized"], kind: Kind
-) -> Shipped:
+def _merged_gguf(source: Source, path: Path, to: Target, scratch: Path, into: Into, kind: Kind) -> Shipped:
     place = base_of_adapter(source.adapter, source.base, source.revision)
     trust = source.trust_remote_code
     tokenizer = tokenizer_for(place, source.adapter, folder_record(source.adapter), trust_remote_code=trust)
@@ -149,14 +150,14 @@ def _merged_gguf(
     write_model(merged.folder, result / name, kind, Architecture(config), found)
     if to == "gguf":
         (result / name).replace(path)
-        return Shipped(path, f"merged model ({kind})", _said(merged))
+        return Shipped(path, f"merged model ({kind})", merged.said())
     stops = [*tokenizer.convert_ids_to_tokens(ends), *merged.stop_strings]
     text = modelfile(name, tokenizer, stops, adds_bos=found.adds_bos)
     (result / "Modelfile").write_text(text, encoding="utf-8")
     if path.exists():
         path.rmdir()
     result.replace(path)
-    notes = [*_said(merged), f"serve it: ollama create tuned -f {path / 'Modelfile'}"]
+    notes = [*merged.said(), f"serve it: ollama create tuned -f {path / 'Modelfile'}"]
     return Shipped(path, f"merged model ({kind}) and its Modelfile", notes)
 
 
@@ -168,14 +169,6 @@ def _ends(folder: Path) -> list[int]:
 def _end_of_turn(ends: list[int], eos: int | None) -> dict[str, int]:
     others = [end for end in ends if end != eos]
     return {"eot": others[0]} if others else {}
-
-
-def _said(merged: Merged) -> list[str]:
-    how = f"with the whole base in memory: {merged.whole}" if merged.whole else "one layer in memory at a time"
-    return [
-        f"merged in {merged.dtype}, {how}",
-        *(f"  against {name}: {drift}" for name, drift in merged.drifts.items()),
-    ]
 
 
 def _in_a_folder(source: Source, scratch: Path) -> Source:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lit_lora.adapters.merge import merge_lora
 from lit_lora.base.base_weight import is_quantized
-from lit_lora.base.load import load_base_model
+from lit_lora.base.load import is_quantized_already, load_base_model
 from lit_lora.base.one_at_a_time import OneAtATime, open_base
 from lit_lora.base.quantize import dequantize_, transformers_quantization_config
 from lit_lora.base.trained_on import TrainedOn
@@ -43,8 +43,15 @@ ON_QUANTIZED = "the unmerged model as trained, on its quantized base"
 
 _UNKNOWN_QUANTIZATION = "{} needs to know how the base was quantized: give {}"
 
+_CHOICE: tuple[Literal["base", "dequantized"], ...] = ("base", "dequantized")
+"""What "auto" chooses from."""
+
 DEFAULT_SAMPLE = "data/requests_test.jsonl"
 """Shipped texts that the drift is measured on."""
+
+
+Into = Literal["auto", "base", "dequantized", "4bit"]
+"""Which weights an adapter is merged into."""
 
 
 class Merged(NamedTuple):
@@ -59,6 +66,19 @@ class Merged(NamedTuple):
     """What ends an answer and is no token: whatever serves the model has to be told."""
     whole: str
     """Why the base was in memory as a whole; empty where one layer was at a time."""
+    into: str
+    """Which weights the adapter was merged into: base, dequantized or 4bit."""
+    tried: dict[str, float]
+    """Where there was a choice: what to merge into -> KL of the merged model from the trained one, in nats/token."""
+
+    def said(self) -> list[str]:
+        """What was merged into and why, how, and how far it is from what was trained; a line each."""
+        how = f"with the whole base in memory: {self.whole}" if self.whole else "one layer in memory at a time"
+        lines = [f"merged into {self.into} in {self.dtype}, {how}"]
+        if self.tried:
+            figures = ", ".join(f"{name} {kl:.2g}" for name, kl in self.tried.items())
+            lines.append(f"  {self.into} is nearest to what was trained: KL {figures} nats/token")
+        return lines + [f"  against {name}: {drift}" for name, drift in self.drifts.items()]
 
 
 def merge(
@@ -67,7 +87,7 @@ def merge(
     *,
     base: str | None = None,
     revision: str | None = None,
-    into: Literal["base", "dequantized", "4bit"] = "base",
+    into: Into = "auto",
     quantization: QuantizationConfig | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
     tokenizer: str | None = None,
@@ -86,7 +106,8 @@ def merge(
         base: base model, as in ``load_base_model``; by default the one that the adapter names.
         revision: branch, tag or commit of the base on the Hub; by default the one that the adapter names.
         into: "base" merges into the weights as they were before quantization; "dequantized" into those that a
-            quantized base computes with; "4bit" does that and quantizes the result again, which loses precision.
+            quantized base computes with; "auto" measures both on the sample and takes the one that is nearer to the
+            model as trained; "4bit" quantizes the dequantized result again, which loses precision.
         quantization: how the base was quantized in training; by default as the adapter says, or its run's config.yaml.
         dtype: dtype of the merged weights; by default that of the base in training. auto is bfloat16 on CUDA and
             float32 on a CPU.
@@ -114,7 +135,7 @@ def merge(
             )
         warnings.warn(
             "merging into 4 bits rounds the sum of base and adapter again and loses part of what was trained: see the "
-            "drift below, and prefer --into base or serving the adapter beside the base",
+            "drift below, and prefer --into auto or serving the adapter beside the base",
             UserWarning,
             stacklevel=2,
         )
@@ -131,14 +152,29 @@ def merge(
     opened: OneAtATime | str = "the result is quantized whole"
     if into != "4bit":
         opened = open_base(place.name, quantization=quantization, **options)
-    if not isinstance(opened, str) and into != "base" and quantization is None:
+    if not isinstance(opened, str) and into == "dequantized" and quantization is None:
         raise ValueError(_UNKNOWN_QUANTIZATION.format(setting("into", into), setting("model.quantization.bits", 4)))
 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    tried: dict[str, float] = {}
     try:
         if isinstance(opened, str):
-            model, references = _merged_whole(place, adapter, record, into, quantization, options, texts, other_base)
+
+            def merged_whole(into: str) -> tuple[Any, dict[str, list[Tensor]]]:
+                return _merged_whole(place, adapter, record, into, quantization, options, texts, other_base)
+
+            if into == "auto" and is_quantized_already(place.name, place.revision):
+                into = "dequantized"
+            elif into == "auto" and quantization is None:
+                into = "base"
+            elif into == "auto":
+                for name in _CHOICE:
+                    model, references = merged_whole(name)
+                    tried[name] = measure_drift(references[ON_QUANTIZED], sample_logits(model, texts)).kl
+                    del model
+                into = _nearest(tried)
+            model, references = merged_whole(into)
             stop_strings = _end_answers_as_trained(model, chosen, record)
             model.save_pretrained(partial)
             if into == "4bit":
@@ -153,6 +189,12 @@ def merge(
             references = {}
             if quantization is not None:
                 references[ON_QUANTIZED] = parts.logits(texts, quantized=True)
+            if into == "auto" and quantization is not None:
+                for name in _CHOICE:
+                    logits = parts.merged_logits(texts, dequantized=name == "dequantized")
+                    tried[name] = measure_drift(references[ON_QUANTIZED], logits).kl
+            if into == "auto":
+                into = _nearest(tried) if tried else "base"
             if into == "base":
                 references[ON_BASE] = parts.logits(texts, quantized=False)
             partial.mkdir(parents=True)
@@ -167,7 +209,12 @@ def merge(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     whole = opened if isinstance(opened, str) else ""
-    return Merged(folder, str(model.dtype).removeprefix("torch."), drifts, stop_strings, whole)
+    return Merged(folder, str(model.dtype).removeprefix("torch."), drifts, stop_strings, whole, into, tried)
+
+
+def _nearest(tried: dict[str, float]) -> Literal["base", "dequantized"]:
+    """The smaller one; the base itself where they are the same but for rounding (a millionth of a nat)."""
+    return min(_CHOICE, key=lambda name: round(tried[name], 6))
 
 
 def _merged_whole(

@@ -7,7 +7,8 @@ merges is :func:`lit_lora.adapters.merge.merge_lora`, as of a whole model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,25 @@ class PartsMerge:
     def _forget(self) -> None:
         forget_biases(self.base.model)
 
+    def merged_logits(self, sample: Sequence[list[int]], *, dequantized: bool) -> list[Tensor]:
+        """Of the merged model, as :meth:`write` would write it."""
+
+        def put(part: Part) -> None:
+            if dequantized:
+                dequantize_(part.module)
+            self._merge(part)
+
+        quantization = self.quantization if dequantized else None
+        with _ties_kept(self.base.model):
+            return self.base.logits(sample, quantization=quantization, put=put, dropped=self._forget)
+
+    def _merge(self, part: Part) -> None:
+        """Put the adapters of a part that has its weights on it, and into it."""
+        model: Any = self.base.model
+        self._put(part)
+        if any(True for _ in adapter_modules(model)) or trained_biases(model):
+            merge_lora(model)
+
     def write(self, folder: Path, *, dequantized: bool) -> None:
         """Write the weights of the merged model.
 
@@ -98,9 +118,7 @@ class PartsMerge:
             with self.base.held(part, quantization):
                 if quantization is not None:
                     dequantize_(part.module)
-                self._put(part)
-                if any(True for _ in adapter_modules(model)) or trained_biases(model):
-                    merge_lora(model)
+                self._merge(part)
                 tensors = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
                 check_finite(tensors, "the base")
                 tied = set() if part.name else set(model.all_tied_weights_keys)
@@ -161,6 +179,21 @@ class Files:
         }
         content = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
         (self._folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _ties_kept(model: Any) -> Iterator[None]:
+    """Afterwards a model says of its tied weights what it said before, whatever merging found."""
+    keys = model.all_tied_weights_keys
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    ties = [getattr(config, "tie_word_embeddings", None) for config in configs]
+    try:
+        yield
+    finally:
+        model.all_tied_weights_keys = keys
+        for config, tie in zip(configs, ties, strict=True):
+            if tie is not None:
+                config.tie_word_embeddings = tie
 
 
 def check_finite(tensors: Mapping[str, Tensor], base: str) -> None:

@@ -87,7 +87,7 @@ def write_adapter(
                 f"{', '.join(sorted(end[1:] for end in _ADAPTED))}. Write the merged model instead"
             )
         layer, half = f"{match[1]}.weight", match[2]
-        data = architecture.turned(layer, tensor) if half == "B" else tensor
+        data = architecture.rows(layer, tensor) if half == "B" else tensor
         stored_as = f"{architecture.tensor_name(layer)}.lora_{half.lower()}"
         entries.append(_Entry(stored_as, tuple(data.shape), partial(torch.clone, data)))
     writer = GGUFWriter(path, architecture.name)
@@ -99,23 +99,43 @@ def write_adapter(
     _write_tensors(writer, entries, kind)
 
 
-_ADAPTED = {".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate_proj", ".up_proj", ".down_proj"}
+_ADAPTED = {
+    ".q_proj", ".k_proj", ".v_proj", ".o_proj", ".gate_proj", ".up_proj", ".down_proj", ".qkv_proj", ".gate_up_proj",
+    ".c_attn", ".c_fc", ".c_proj", ".query_key_value", ".dense", ".dense_h_to_4h", ".dense_4h_to_h",
+}  # fmt: skip
+_PRECISE = ("ffn_gate_inp.weight", "position_embd.weight")
+"""Matrices that are float32 in every file of llama.cpp's own converter."""
 
 
 def _model_entries(folder: Path, architecture: Architecture) -> Iterator[_Entry]:
     if architecture.rope_factors is not None:
         factors = architecture.rope_factors
         yield _Entry("rope_freqs.weight", tuple(factors.shape), lambda: factors)
+    found: dict[str, dict[int | None, tuple[Path, str]]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        for name, shape in shapes.items():
+            for name in file.keys():  # noqa: SIM118
+                stored_as, expert = architecture.place(name)
+                found.setdefault(stored_as, {})[expert] = (path, name)
+                unwritten = torch.empty(file.get_slice(name).get_shape(), device="meta")
+                shapes[stored_as] = tuple(architecture.value(name, unwritten).shape)
+    for stored_as, pieces in found.items():
+        if None in pieces:
+            yield _Entry(stored_as, shapes[stored_as], partial(_read, *pieces[None], architecture))
+        else:
+            places = [place for _, place in sorted(pieces.items())]
+            yield _Entry(stored_as, (len(places), *shapes[stored_as]), partial(_stacked, places, architecture))
 
-            def read(path: Path = path, name: str = name) -> Tensor:
-                with safe_open(path, framework="pt") as file:
-                    return architecture.turned(name, file.get_tensor(name))
 
-            yield _Entry(architecture.tensor_name(name), shape, read)
+def _read(path: Path, name: str, architecture: Architecture) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return architecture.value(name, file.get_tensor(name))
+
+
+def _stacked(places: list[tuple[Path, str]], architecture: Architecture) -> Tensor:
+    """One tensor of all experts."""
+    return torch.stack([_read(path, name, architecture) for path, name in places])
 
 
 def _write_tensors(writer: GGUFWriter, entries: list[_Entry], kind: Kind) -> None:
@@ -134,7 +154,7 @@ def _write_tensors(writer: GGUFWriter, entries: list[_Entry], kind: Kind) -> Non
 
 
 def _type_of(entry: _Entry, kind: Kind) -> GGMLQuantizationType:
-    if len(entry.shape) < 2:
+    if len(entry.shape) < 2 or entry.name.endswith(_PRECISE):
         return GGMLQuantizationType.F32
     stored = _TYPES[kind][0]
     # As llama.cpp does, where a row is no whole number of blocks.

@@ -8,12 +8,18 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from lit_lora.interchange.peft_folder import CONFIG_NAME
 from lit_lora.interchange.stored_adapter import read_adapter, stored_values
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` of vLLM takes (``vllm/config/lora.py``); an adapter may have any rank up to it."""
+
+VLLM_WITHOUT_LORA = (
+    "BloomForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "Starcoder2ForCausalLM",
+)  # fmt: skip
+"""Models of vLLM that are no ``SupportsLoRA`` (``vllm/model_executor/models``): it stops with an error on them."""
 
 MLX_WEIGHTS_NAME = "adapters.safetensors"
 
@@ -61,6 +67,23 @@ def read_portable(folder: Path) -> PlainAdapter:
     """Read an adapter that was written in its portable form."""
     stored = read_adapter(folder)
     return PlainAdapter(stored_values(stored), stored.config.r, stored.config.lora_alpha)
+
+
+def check_vllm_model(config: PreTrainedConfig) -> None:
+    """Check that vLLM puts adapters on a model.
+
+    Args:
+        config: of the base.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    name = next(iter(config.architectures or [type(config).__name__]))
+    if name in VLLM_WITHOUT_LORA:
+        raise ValueError(
+            f"vLLM serves no adapters on {name}: serve the merged model (--to hf). --to portable writes the adapter "
+            "that --to vllm would write"
+        )
 
 
 def vllm_rank(r: int) -> int:

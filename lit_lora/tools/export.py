@@ -15,7 +15,7 @@ def export(
     base: str | None = None,
     revision: str | None = None,
     portable: bool | None = None,
-    into: Literal["base", "dequantized"] = "base",
+    into: Literal["auto", "base", "dequantized"] = "auto",
     gguf_type: Literal["f32", "f16", "bf16", "q8_0"] = "f16",
     adapter_only: bool = False,
     other_base: bool = False,

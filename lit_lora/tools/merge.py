@@ -15,7 +15,7 @@ def merge(
     output: str,
     base: str | None = None,
     revision: str | None = None,
-    into: Literal["base", "dequantized", "4bit"] = "base",
+    into: Literal["auto", "base", "dequantized", "4bit"] = "auto",
     quantization: QuantizationConfig | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
     tokenizer: str | None = None,
@@ -32,7 +32,8 @@ def merge(
         base: base model, as in --model.base; by default the one that the adapter names.
         revision: branch, tag or commit of the base on the Hub; by default the one that the adapter names.
         into: "base" merges into the weights as they were before quantization; "dequantized" into those that a
-            quantized base computes with; "4bit" does that and quantizes the result again, which loses precision.
+            quantized base computes with; "auto" measures both on the sample and takes the one that is nearer to the
+            model as trained; "4bit" quantizes the dequantized result again, which loses precision.
         quantization: how the base was quantized in training; by default as the adapter says, or its run's config.yaml.
         dtype: dtype of the merged weights; by default that of the base in training. auto is bfloat16 on CUDA and
             float32 on a CPU.
@@ -68,8 +69,7 @@ def merge(
             f"an answer ends with the text {' or '.join(map(repr, merged.stop_strings))}, for which there is no token: "
             "give it as a stop string to whatever serves the merged model"
         )
-    how = f"with the whole base in memory: {merged.whole}" if merged.whole else "one layer in memory at a time"
-    print(f"merged into {merged.folder} ({into}, {merged.dtype}), {how}")
-    for name, drift in merged.drifts.items():
-        print(f"  against {name}: {drift}")
+    print(f"merged model in {merged.folder}")
+    for line in merged.said():
+        print(line)
     return merged.drifts

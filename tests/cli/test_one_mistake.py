@@ -141,7 +141,7 @@ MISTAKES = [
     (["generate", "hi", "--max_new_tokens", "x"], "max_new_tokens: expected a whole number, got 'x'"),
     (["generate", "hi", "--quantization.bit", "4"], "no setting 'quantization.bit', did you mean 'quantization.bits'?"),
     (["evaluate", "my.jsonl", "runs/x", "--limits", "4"], "no setting 'limits', did you mean 'limit'?"),
-    (["merge", "runs/x", "out", "--into", "bases"], "into: expected one of base, dequantized, 4bit, got 'bases'"),
+    (["merge", "runs/x", "out", "--into", "bases"], "into: expected one of auto, base, dequantized, 4bit, got 'bases'"),
     (["export", "runs/x"], "missing: output"),
     (["estimate", *OWN[1:], "--data.batch_size", "x"], "data.batch_size: expected a whole number or null, got 'x'"),
     (["estimate", *SHIPPED[1:], "--model.lora.r", "0"], "model.lora.r: r must be at least 1, got 0"),

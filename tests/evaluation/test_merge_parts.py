@@ -70,7 +70,14 @@ CASES: dict[str, Case] = {
         {"num_local_experts": 4},
         whole="transformers stores other tensors than the model has",
     ),
-    "quantized base": Case(LINEAR, merge={"quantization": QuantizationConfig()}),
+    "quantized base": Case(LINEAR, merge={"quantization": QuantizationConfig(), "into": "base"}),
+    "chosen by KL": Case(LINEAR, merge={"quantization": QuantizationConfig()}, **TIED),
+    "chosen by KL, half, tied embedding": Case(
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        merge={"quantization": QuantizationConfig(), "dtype": "bfloat16"},
+        **TIED,
+    ),
+    "chosen by KL, biases": Case({**LINEAR, "bias": "all"}, "Qwen2", merge={"quantization": QuantizationConfig()}),
     "dequantized": Case(LINEAR, merge={"quantization": QuantizationConfig(), "into": "dequantized"}, **TIED),
     "dequantized Conv1D": Case(
         {"target_modules": ["c_attn"]},
@@ -129,6 +136,13 @@ def test_a_layer_at_a_time_gives_what_merging_in_memory_gives(case, tmp_path, mo
     assert differing == []
     assert got[1] == expected[1]
     assert by_parts.drifts.keys() == in_memory.drifts.keys()
+    assert by_parts.into == in_memory.into
+    assert by_parts.tried == pytest.approx(in_memory.tried, rel=0.05, abs=1e-3)
+    assert bool(by_parts.tried) == ("quantization" in case.merge and case.merge.get("into", "auto") == "auto")
+    if by_parts.tried:
+        assert by_parts.tried[by_parts.into] == pytest.approx(min(by_parts.tried.values()), abs=1e-6)
+        written = by_parts.drifts[merging.ON_QUANTIZED].kl
+        assert written == pytest.approx(by_parts.tried[by_parts.into], rel=1e-3, abs=1e-6)
     for name, drift in in_memory.drifts.items():
         assert by_parts.drifts[name].num_tokens == drift.num_tokens
         assert by_parts.drifts[name].kl == pytest.approx(drift.kl, rel=0.05, abs=1e-3 if case.merge else 1e-6)
@@ -158,6 +172,22 @@ def test_what_is_held_at_a_time_is_a_layer(tmp_path, monkeypatch):
     assert len(held) == 3  # the adapter has nothing outside of the layers
     assert max(held) < 1.3 * largest
     assert largest < 0.4 * sum(p.nbytes for p in model.parameters())
+
+
+def test_choosing_holds_a_layer_at_a_time_too(tmp_path, monkeypatch):
+    adapter = _made(Case(LINEAR), tmp_path)
+    held: list[int] = []
+    merge_part = merging.merge_lora
+
+    def watched(model: Any) -> None:
+        held.append(sum(p.nbytes for p in model.model.layers.parameters() if not p.is_meta))
+        merge_part(model)
+
+    monkeypatch.setattr("lit_lora.evaluation.merge_parts.merge_lora", watched)
+    merge(adapter, tmp_path / "merged", num_samples=1, quantization=QuantizationConfig())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert len(held) == 3 * 3  # to measure both, and to write one
+    assert max(held) < 1.3 * max(sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers)
 
 
 def test_the_verb_says_how_the_base_was_read(tmp_path, capsys):

@@ -18,14 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_lora import LoRAConfig, inject_lora, load_adapter, load_base_model
 from lit_lora.adapters.layers import adapter_modules, lora_layers
-from lit_lora.interchange import gguf_architecture
 from lit_lora.interchange.gguf_vocabulary import vocabulary
 from lit_lora.interchange.ollama import wrapping
 from lit_lora.interchange.plain_adapter import vllm_rank
 from lit_lora.tools.export import export
 from tests.chat_tokenizers import CHATML, VOCAB_SIZE, chat_tokenizer, each_turn
 from tests.small_adapters import LLAMA3, MERGES, MODELS, RANKS, SIZE, small_adapter
-from tests.tiny import config, language_model
+from tests.tiny import language_model
 
 IDS = torch.arange(3, 24).view(3, 7)
 
@@ -45,7 +44,13 @@ def _close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     assert (got - expected).abs().max() < tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize(("kind", "sizes"), MODELS.values(), ids=MODELS)
+UNREAD = ("Mixtral", "Qwen3-MoE", "Gemma 2", "Gemma 3", "OLMo 2", "GPT-2", "GPT-NeoX")
+"""transformers has no reader for these, or one that leaves fields of the config out."""
+READ = {name: model for name, model in MODELS.items() if name not in UNREAD}
+
+
+@pytest.mark.filterwarnings("ignore:not adapted:UserWarning")
+@pytest.mark.parametrize(("kind", "sizes"), READ.values(), ids=READ)
 def test_transformers_reads_a_gguf_file_as_what_was_merged(kind, sizes, tmp_path):
     adapter = small_adapter(tmp_path, kind, **sizes)
     export(adapter, str(tmp_path / "out" / "model.gguf"), to="gguf", gguf_type="f32")
@@ -189,17 +194,12 @@ def test_what_a_template_says_without_a_system_message_is_kept():
 SECOND_ANSWER_DIFFERS = CHATML.replace("m['content']", "(m['content'] if loop.index < 4 else m['content'] | upper)")
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "architecture": (
-        {"kind": "GPTNeoX", "lora": {"target_modules": "all-linear"}},
+        {"kind": "OPT", "lora": {"target_modules": "all-linear"}},
         {"to": "gguf"},
-        "architecture GPTNeoXForCausalLM is not one of",
+        "architecture OPTForCausalLM is not one of",
     ),
-    "window": ({"kind": "Mistral", "sliding_window": 8}, {"to": "gguf"}, "sees a sliding window"),
-    "positions": (
-        {"kind": "Qwen2", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-        {"to": "gguf"},
-        r"its positions are scaled \(linear\)",
-    ),
-    "activation": ({"hidden_act": "gelu"}, {"to": "gguf"}, "hidden_act is gelu, expected silu"),
+    "field": ({"hidden_act": "gelu"}, {"to": "gguf"}, "hidden_act is gelu, expected silu"),
+    "vLLM": ({"kind": "Bloom"}, {"to": "vllm"}, "vLLM serves no adapters on BloomForCausalLM"),
     "name": ({}, {"to": "gguf", "output": "folder"}, "let it end in .gguf"),
     "DoRA": (
         {"lora": {"target_modules": ["q_proj"], "use_dora": True}},
@@ -305,14 +305,6 @@ def test_a_tokenizer_without_merges_is_refused():
 def test_an_embedding_smaller_than_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="it has token 265, and the model's embedding has 260 rows"):
         vocabulary(chat_tokenizer(merges=MERGES), 260)
-
-
-def test_every_architecture_of_the_table_is_one_of_transformers():
-    for name, kind in gguf_architecture.ARCHITECTURES.items():
-        architecture = gguf_architecture.Architecture(
-            config(name.removesuffix("ForCausalLM"), architectures=[name], sliding_window=None)
-        )
-        assert architecture.name == gguf.MODEL_ARCH_NAMES[kind]
 
 
 def test_the_template_of_a_first_token_is_written_once():

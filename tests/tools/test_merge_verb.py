@@ -25,6 +25,7 @@ from lit_lora.adapters.layers import lora_layers
 from lit_lora.adapters.merge import merge_lora
 from lit_lora.base import base_weight
 from lit_lora.base.byte_tokenizer import byte_tokenizer
+from lit_lora.base.quantize import dequantize_
 from lit_lora.base.trained_on import forget
 from lit_lora.tools.export import export
 from lit_lora.tools.merge import merge
@@ -62,11 +63,40 @@ def _logits(model: Any) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
+def test_by_default_what_is_nearer_to_the_trained_model_is_merged_into(adapter, tmp_path, capsys):
+    merge(adapter, str(tmp_path / "auto"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "nearest" in line]
+    found = re.fullmatch(
+        r"  dequantized is nearest to what was trained: KL base (\S+), dequantized (\S+) nats/token", line
+    )
+    assert found
+    for into, kl in zip(("base", "dequantized"), found.groups(), strict=True):
+        drifts = merge(adapter, str(tmp_path / f"into_{into}"), into=into)  # type: ignore[arg-type]
+        assert drifts["the unmerged model as trained, on its quantized base"].kl == pytest.approx(float(kl), 0.05, 1e-9)
+    auto, dequantized = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("auto", "into_dequantized"))
+    assert auto == dequantized
+    assert float(found[1]) > 1e-4 > 100 * float(found[2])
+    export(adapter, str(tmp_path / "hf"), to="hf")
+    assert line in capsys.readouterr().out.splitlines()
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == dequantized
+
+
+def test_where_quantizing_changed_nothing_the_base_itself_is_taken(base, adapter, tmp_path, capsys):
+    quantization = QuantizationConfig(double_quant=False)
+    model = load_base_model(base, quantization=quantization)
+    dequantize_(model)
+    model.save_pretrained(base)
+    (tmp_path / "run" / "config.yaml").write_text("model: {quantization: {bits: 4, double_quant: false}}\n")
+    with pytest.warns(UserWarning, match="its weights or its config are not the same"):
+        merge(adapter, str(tmp_path / "merged"), other_base=True)
+    assert "  base is nearest to what was trained: KL base" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("quantized", [False, True])
-def test_by_default_the_unquantized_base_is_merged_into(quantized, base, adapter, tmp_path):
+def test_into_the_unquantized_base_is_the_default_where_there_is_no_other(quantized, base, adapter, tmp_path):
     if not quantized:
         (tmp_path / "run" / "config.yaml").unlink()
-    drifts = merge(adapter, str(tmp_path / "merged"))
+    drifts = merge(adapter, str(tmp_path / "merged"), into="base" if quantized else "auto")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     unmerged = load_base_model(base)
     load_adapter(unmerged, adapter)
@@ -120,9 +150,9 @@ def test_a_prequantized_base_can_be_merged_into_dequantized(base, adapter, tmp_p
         pytest.raises(ValueError, match=r"quantized weights.*`lit-lora merge`"),
         pytest.warns(UserWarning, match="was trained on"),
     ):
-        merge(adapter, str(tmp_path / "merged"), base=base4, other_base=True)
+        merge(adapter, str(tmp_path / "merged"), base=base4, other_base=True, into="base")
     with pytest.warns(UserWarning, match="was trained on"):
-        (drift,) = merge(adapter, str(tmp_path / "merged"), base=base4, other_base=True, into="dequantized").values()
+        (drift,) = merge(adapter, str(tmp_path / "merged"), base=base4, other_base=True).values()
     assert drift.max_abs < 1e-3
 
 
