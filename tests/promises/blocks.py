@@ -70,6 +70,7 @@ NOT_RUN = {
     "lit-lora fit --trainer.strategy lora_sharded_cpu_offload": "needs a GPU; cuda/test_cuda_sharded.py does it",
     "torchrun --nnodes": "training/test_several_machines.py runs it on two machines",
     "#!/bin/bash": "needs SLURM",
+    "lit-lora sweep model.optimization.learning_rate=1e-5..1e-3": "thirty runs; tools/test_sweep_verb.py has two",
     "ollama": "not installed here, as the page says",
     "llama-cli": "not installed here; make consumers runs llama.cpp as a library",
     "lit-lora push": "needs an account on the Hub; tools/test_push.py has a Hub of its own",
