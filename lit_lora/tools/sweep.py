@@ -87,7 +87,7 @@ def sweep(arguments: list[str]) -> Path:
     """
     given = options(arguments)
     own = [token for option in given if option.key in OWN for token in option.tokens]
-    chosen = _own_options().parse_args([*own, *(option.tokens[0] for option in given if not option.key)])
+    chosen = own_options().parse_args([*own, *(option.tokens[0] for option in given if not option.key)])
     fit_arguments = [token for option in given if option.key and option.key not in OWN for token in option.tokens]
     output = Path(chosen.output)
     space = _space(chosen.values, {option.setting for option in given}, chosen.trials, chosen.seed)
@@ -307,7 +307,8 @@ def _shown(loss: float) -> str:
     return "" if math.isnan(loss) else f"{loss:.4f}"
 
 
-def _own_options() -> argparse.ArgumentParser:
+def own_options() -> argparse.ArgumentParser:
+    """Those that ``fit`` does not have."""
     parser = argparse.ArgumentParser(
         prog="lit-lora sweep",
         usage="lit-lora sweep SETTING=VALUE,VALUE,... [SETTING=...] [--trials N] [--output FOLDER] [options of fit]",

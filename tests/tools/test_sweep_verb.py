@@ -161,7 +161,7 @@ def test_a_second_sweep_in_one_folder_is_turned_away_while_the_first_goes_on() -
         (["model.lora.r=2..8", "--trials=2000"], "2,000 runs"),
         (["model.lora.r=2,8", "--seed=1"], "only a search has one"),
         (["model.lora.r=-1..8", "--trials=2"], "r must be"),
-        (["model.lora.r=2..8", "model.lora.dropout=0.0..1.5", "--trials=2"], "dropout"),
+        (["model.lora.r=2..8", "model.lora.lora_dropout=0.0..1.5", "--trials=2"], "dropout"),
         (["trainer.default_root_dir=a,b"], "folders of their own"),
         (["model.lora.r=2,4", "--ckpt_path=last"], "folders of their own"),
         (["model.lora.rank=2,4"], "rank"),
