@@ -123,7 +123,7 @@ def _fail(message: str, *, code: int) -> NoReturn:
 
 def _help() -> str:
     lines = ["usage: lit-lora VERB [options]", "", "LoRA and QLoRA fine-tuning, where every run proves itself.", ""]
-    lines += [f"  {verb:<10}{text}" for verb, text in {**TRAINER_VERBS, **TOOLS}.items()]
+    lines += [f"  {verb:<12}{text}" for verb, text in {**TRAINER_VERBS, **TOOLS}.items()]
     lines += ["", "lit-lora VERB --help shows a verb's options. To start: lit-lora fetch, then",
               "lit-lora fit --config quickstart.yaml"]  # fmt: skip
     return "\n".join(lines)

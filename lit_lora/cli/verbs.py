@@ -23,6 +23,7 @@ TOOLS = {
     "compress": "write an adapter at a lower rank, and what that loses",
     "export": "write an adapter from a checkpoint or folder, for other tools",
     "push": "upload an adapter to the Hugging Face Hub, with its model card",
+    "harness": "tasks of lm-evaluation-harness, before and after",
     "sweep": "a fit for each combination of some settings, side by side",
     "completion": "a script that lets bash or zsh complete all of this",
     "tiers": "five QLoRA runs, 10 steps to 7B; skips what this machine cannot run",

@@ -24,14 +24,14 @@ OWN_AND_FIT = ("data", "estimate", "init", "sweep")
 SHORT = ("data", "init")
 """Of these, those that take settings by short names, too."""
 
-_ZSH = """autoload -U +X compinit && compinit
+_ZSH = """(( $+functions[compdef] )) || { autoload -U +X compinit && compinit; }
 autoload -U +X bashcompinit && bashcompinit
 """
 
 _SCRIPT = """# Made by: lit-lora completion {shell}
 {head}_lit_lora() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" verb="${{COMP_WORDS[1]}}"
-    local prefix="" words=""
+    local prefix="" offered=""
     if [[ "$word" == "=" ]]; then
         word=""
     elif [[ "$before" == "=" ]]; then
@@ -43,7 +43,7 @@ _SCRIPT = """# Made by: lit-lora completion {shell}
     fi
     COMPREPLY=()
     if (( COMP_CWORD == 1 )); then
-        words={verbs}
+        offered={verbs}
     elif [[ "$word" == -* ]]; then
         case "$verb" in
 {options}
@@ -53,8 +53,8 @@ _SCRIPT = """# Made by: lit-lora completion {shell}
 {values}
         esac
     fi
-    if [[ -n "$words" ]]; then
-        COMPREPLY=( $(compgen -P "$prefix" -W "$words" -- "$word") )
+    if [[ -n "$offered" ]]; then
+        COMPREPLY=( $(compgen -P "$prefix" -W "$offered" -- "$word") )
     fi
 }}
 complete -o bashdefault -o default -F _lit_lora lit-lora
@@ -84,7 +84,7 @@ def completion(shell: Literal["bash", "zsh"]) -> None:
 
 
 def _cases(found: dict[str, list[str]]) -> str:
-    return "\n".join(f"            {'|'.join(patterns)}) words={words};;" for words, patterns in found.items())
+    return "\n".join(f"            {'|'.join(patterns)}) offered={words};;" for words, patterns in found.items())
 
 
 def _words(words: Iterable[str]) -> str:

@@ -73,6 +73,7 @@ NOT_RUN = {
     "lit-lora sweep model.optimization.learning_rate=1e-5..1e-3": "thirty runs; tools/test_sweep_verb.py has two",
     "ollama": "not installed here, as the page says",
     "llama-cli": "not installed here; make consumers runs llama.cpp as a library",
+    "lit-lora harness": "an extra, and tasks of the Hub; consumers/test_harness.py has one of its own",
     "lit-lora push": "needs an account on the Hub; tools/test_push.py has a Hub of its own",
     "vllm": "not installed here, as the page says",
     "mlx_lm.generate": "not installed here, as the page says",
