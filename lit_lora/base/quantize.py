@@ -6,7 +6,6 @@ The quantized weight is frozen: nothing here is differentiated. What computes wi
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from lit_lora.base.base_weight import (
     may_be_quantized,
     read_weight,
 )
-from lit_lora.base.expert_codes import dequantize_experts_, quantize_experts_
+from lit_lora.base.expert_codes import dequantize_experts_, is_experts, quantize_experts_
 from lit_lora.base.int8_rows import Int8Embedding, Int8Head, quantize_embeddings_
 from lit_lora.base.quantized_forward import prepare_base_layer
 from lit_lora.config import QuantizationConfig
@@ -79,11 +78,11 @@ def finish_quantization_(model: Any, quantization: QuantizationConfig, *, expert
     Args:
         model: with quantized layers.
         quantization: how.
-        experts: quantize fused experts that are not yet; else those are warned of.
+        experts: quantize fused experts that are not yet; else there must be none to quantize.
 
     Raises:
-        ValueError: if no layer is quantized, one is passed over, blocks run over the ends of rows, or an entry of
-            ``skip_modules`` matches nothing.
+        ValueError: if no layer is quantized, one is passed over, experts are left, blocks run over the ends of rows, or
+            an entry of ``skip_modules`` matches nothing.
     """
     check_skipped(model, quantization)
     quantized = {name: module for name, module in model.named_modules() if may_be_quantized(module)}
@@ -98,7 +97,7 @@ def finish_quantization_(model: Any, quantization: QuantizationConfig, *, expert
         for name, module in model.named_modules():
             quantize_experts_(name, module, quantization)
     else:
-        _warn_of_experts(model, quantization)
+        _check_no_experts(model, quantization)
     for name, module in quantized.items():
         prepare_base_layer(name, module)
     if quantization.embedding_bits is not None:
@@ -117,18 +116,14 @@ def check_skipped(model: nn.Module, quantization: QuantizationConfig) -> None:
         raise ValueError(f"skip_modules {idle} match no module: leave them out")
 
 
-def _warn_of_experts(model: nn.Module, quantization: QuantizationConfig) -> None:
-    """Experts fused into one parameter stay as they are, and can be most of a model."""
-    parameters = dict(model.named_parameters())
-    fused = {name: p for name, p in parameters.items() if p.ndim == 3 and not is_left_plain(name, quantization)}
-    share = sum(p.nbytes for p in fused.values()) / sum(p.nbytes for p in parameters.values())
-    if share > 0.05:  # less is a convolution
-        warnings.warn(
-            f"{len(fused)} parameters of fused experts ({next(iter(fused))}, ...) are not quantized, since the base is "
-            f"divided among processes: {share:.0%} of the bytes stay in full precision. skip_modules with their name "
-            "takes this warning away",
-            stacklevel=3,
-        )
+def _check_no_experts(model: nn.Module, quantization: QuantizationConfig) -> None:
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if is_experts(module, parameter) and not is_left_plain(f"{name}.{key}", quantization):
+                raise ValueError(
+                    f"{name}.{key} holds fused experts, which cannot be quantized where the base is divided among "
+                    f"processes: add {name.rpartition('.')[2]} to quantization.skip_modules"
+                )
 
 
 def quantized_layer(name: str, module: Any, quantization: QuantizationConfig) -> nn.Module:

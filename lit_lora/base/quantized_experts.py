@@ -52,7 +52,8 @@ class Codes(NamedTuple):
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Codes:
         """The same of ``function`` of each tensor."""
-        return self._replace(**{name: function(tensor) for name, tensor in self.tensors.items()})
+        made: Any = {name: function(tensor) for name, tensor in self.tensors.items()}
+        return self._replace(**made)
 
     def matrix(self, expert: int) -> Tensor:
         """The values of one expert, ``(M, N)``."""
@@ -71,6 +72,9 @@ class Codes(NamedTuple):
             blocksize=self.block_size, quant_type=self.quant_type, dtype=self.dtype,
             offset=None if self.offset is None else self.offset[expert], state2=nested,
         )  # fmt: skip
+        if codes.device.type == "cpu" and self.shape[1] % self.block_size:
+            # With AVX512 bitsandbytes (0.50) takes the scales of other blocks where blocks run over the ends of rows.
+            return base_weight.look_up_4bit(codes, state)
         return base_weight.dequantize_4bit(codes, state)
 
 
@@ -115,7 +119,7 @@ class QuantizedExperts(Tensor):
         self.held, self.expert, self.transposed = held, expert, transposed
         return self
 
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         """The tensor that it stands for."""
         return self._values_of_experts(range(self.shape[0])) if self.expert is None else self._matrix(self.expert)
 

@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from lit_lora import LoRAConfig, QuantizationConfig, inject_lora, merge_lora
 from lit_lora.adapters.layers import lora_layers
@@ -118,6 +119,17 @@ def test_codes_are_those_of_bitsandbytes_expert_by_expert(saved, kind):
             )
             assert torch.equal(parameter[expert].values(), expected)
             assert torch.equal(parameter[expert] + 0, expected)
+
+
+def test_blocks_may_run_over_the_ends_of_rows():
+    module: Any = MixtralExperts.__new__(MixtralExperts)
+    torch.nn.Module.__init__(module)
+    module.weight = torch.nn.Parameter(torch.randn(3, 8, 96))
+    in_whole_blocks = module.weight.detach().reshape(3, 12, 64)
+    expert_codes.quantize_experts_("", module, QuantizationConfig(double_quant=False))
+    for expert, weight in enumerate(in_whole_blocks):
+        codes, state = bnb.functional.quantize_4bit(weight.contiguous(), quant_type="nf4")
+        assert torch.equal(module.weight[expert] + 0, bnb.functional.dequantize_4bit(codes, state).reshape(8, 96))
 
 
 @pytest.mark.parametrize(("name", "share"), [("nf4", 0.27), ("int8", 0.55)])
