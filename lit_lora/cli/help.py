@@ -136,14 +136,24 @@ def value_words(action: Any) -> str:
     return f"{words} ({given})" if words else f"({given})"
 
 
-def value_choices(typehint: Any) -> list[str]:
-    """The values of a type that names them one by one; of a union, all that are named in it."""
+def choices_of(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """The options of a parser, with the values that each can have, where they are listed."""
+    return {name: list(action.choices or ())
+            for action in parser._actions for name in action.option_strings if name.startswith("--")}  # fmt: skip
+
+
+def value_choices(action: Any) -> list[str]:
+    """The values of a setting, where its type names them one by one; of a union, all that are named in it."""
+    return _choices(getattr(action, "_typehint", None))
+
+
+def _choices(typehint: Any) -> list[str]:
     if typehint is bool:
         return ["true", "false"]
     if get_origin(typehint) is Literal:
         return [json.dumps(value) if isinstance(value, bool) else str(value) for value in get_args(typehint)]
     if get_origin(typehint) in (Union, UnionType):
-        return list(dict.fromkeys(value for part in get_args(typehint) for value in value_choices(part)))
+        return list(dict.fromkeys(value for part in get_args(typehint) for value in _choices(part)))
     return []
 
 

@@ -7,7 +7,6 @@ and Lightning) at each TAB.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import shlex
@@ -95,17 +94,14 @@ def _options(verb: str) -> dict[str, list[str]]:
     """The options of a verb with the values that each can have, if those are few; under its name, its first word's."""
     if verb in TRAINER_VERBS:
         return _of_trainer(verb)
+    from lit_lora.cli.help import choices_of
+
     module = importlib.import_module(f"lit_lora.tools.{verb}")
     if verb in OWN_AND_FIT:
         of_fit = _of_trainer("fit")
         short = {f"--{name}": of_fit[f"--{key}"] for name, key in short_names().items()} if verb in SHORT else {}
-        return {**_named(module.own_options()), **short, **of_fit}
+        return {**choices_of(module.own_options()), **short, **of_fit}
     return _of_function(getattr(module, verb))
-
-
-def _named(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
-    return {name: [str(value) for value in action.choices or ()]
-            for action in parser._actions for name in action.option_strings if name.startswith("--")}  # fmt: skip
 
 
 @cache
@@ -131,5 +127,4 @@ def _of_function(function: Callable[..., Any]) -> dict[str, list[str]]:
 def _of_settings(settings: Mapping[str, Any]) -> dict[str, list[str]]:
     from lit_lora.cli.help import value_choices
 
-    found = {f"--{key}": value_choices(getattr(action, "_typehint", None)) for key, action in settings.items()}
-    return {**found, "--help": []}
+    return {**{f"--{key}": value_choices(action) for key, action in settings.items()}, "--help": []}
