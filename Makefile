@@ -58,8 +58,8 @@ conformance: setup  ## compare adapters with PEFT, and exports with what was tra
 	$(BIN)/python -m pytest --sweep -m sweep tests/conformance tests/exports
 
 # Its wheels are for other machines: it is built here. CMake and Ninja come with its build.
-consumers: model  ## read what was exported with llama.cpp, built from source (many minutes the first time)
-	$(PIP) install --quiet -c constraints.txt --no-binary llama-cpp-python -e '.[consumers]'
+consumers: model  ## read what was exported with llama.cpp, built from source (many minutes), and run lm-evaluation-harness
+	$(PIP) install --quiet -c constraints.txt --no-binary llama-cpp-python -e '.[consumers,harness]'
 	$(BIN)/python -m pytest -m consumers tests/consumers
 
 docs: setup  ## build the pages as a site, site/index.html, and check its links

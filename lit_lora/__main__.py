@@ -12,34 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from lit_lora.cli.interrupts import no_interrupt_lost
+from lit_lora.cli.verbs import TOOLS, TRAINER_VERBS
 from lit_lora.files.environment import ALLOCATION_VARIABLES, warn_of_unknown_variables
 from lit_lora.files.meant import closest, did_you_mean
-
-TRAINER_VERBS = {
-    "fit": "fine-tune a model and prove it",
-    "validate": "loss, perplexity and token accuracy on validation data",
-    "test": "the same on test data",
-    "predict": "write a generation for each prompt of a data file",
-}
-TOOLS = {
-    "fetch": "download a small base model",
-    "data": "what a model will see of a data file, and settings for it",
-    "init": "write a config that suits a model, a data file and your memory",
-    "generate": "prompt in, text out, with and without an adapter",
-    "chat": "talk to a model, with its adapter or without",
-    "evaluate": "scores on held-out examples, before and after",
-    "estimate": "peak memory of a fit, and whether it fits",
-    "report": "a page to look at, of one run or of several side by side",
-    "verify": "check the files of a run, and repeat some of its steps",
-    "merge": "fold an adapter into its base: a folder for plain transformers",
-    "combine": "make one adapter of several",
-    "compress": "write an adapter at a lower rank, and what that loses",
-    "export": "write an adapter from a checkpoint or folder, for other tools",
-    "push": "upload an adapter to the Hugging Face Hub, with its model card",
-    "sweep": "a fit for each combination of some settings, side by side",
-    "tiers": "five QLoRA runs, 10 steps to 7B; skips what this machine cannot run",
-}
-"""Verb -> help. Each is the function of that name in ``lit_lora.tools.<verb>``."""
 
 DIVIDED_TOOLS = ("generate", "evaluate")
 """Those that divide the base among the processes that torchrun starts."""
@@ -148,7 +123,7 @@ def _fail(message: str, *, code: int) -> NoReturn:
 
 def _help() -> str:
     lines = ["usage: lit-lora VERB [options]", "", "LoRA and QLoRA fine-tuning, where every run proves itself.", ""]
-    lines += [f"  {verb:<10}{text}" for verb, text in {**TRAINER_VERBS, **TOOLS}.items()]
+    lines += [f"  {verb:<12}{text}" for verb, text in {**TRAINER_VERBS, **TOOLS}.items()]
     lines += ["", "lit-lora VERB --help shows a verb's options. To start: lit-lora fetch, then",
               "lit-lora fit --config quickstart.yaml"]  # fmt: skip
     return "\n".join(lines)

@@ -103,6 +103,10 @@ class LoRAConfig:
     and the base stays as it was, at the cost of twice the rank. Also "eva" (A as the principal components of what comes
     in from the first batches, zero B) and, with quantization, "loftq" (most of what quantization took)."""
 
+    eva_rho: float = 1.0
+    """With "eva", how far ranks may go to where inputs vary most (PEFT's ``EvaConfig.rho``): a layer gets from 0 to
+    ``eva_rho`` times its rank, and their sum stays. 1 leaves ranks as they are set."""
+
     freeze_A: bool = False
     """Leave A as it starts and train B alone (LoRA-FA, arXiv:2308.03303): half the parameters to optimize. The built-in
     AdamW then turns the gradient of B to that of the whole weight, as PEFT's LoRA-FA optimizer. For linear layers."""
@@ -133,6 +137,12 @@ class LoRAConfig:
         ):
             raise ValueError(
                 f"init_lora_weights 'orthogonal' needs even ranks, got {odd[0]}: halves of A and B are paired"
+            )
+        if self.eva_rho < 1:
+            raise ValueError(f"eva_rho must be a number from 1 on, got {self.eva_rho}")
+        if self.eva_rho > 1 and self.init_lora_weights != "eva":
+            raise ValueError(
+                f"eva_rho has no effect with init_lora_weights {self.init_lora_weights!r}: it is for 'eva'"
             )
         if self.use_dora and self.init_lora_weights in OF_THE_WEIGHT:
             raise ValueError(

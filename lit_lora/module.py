@@ -44,7 +44,7 @@ from lit_lora.training.new_tokens import hold_new_tokens
 from lit_lora.training.optimization import Optimization
 from lit_lora.training.resume_settings import Difference
 from lit_lora.training.sharded_strategy import LoRAShardedStrategy
-from lit_lora.training.start_source import check_start, start_source
+from lit_lora.training.start_source import check_start, resumed_ranks, start_source
 from lit_lora.training.step_metrics import LossOutput
 from lit_lora.training.token_loss import LOGGED, TokenLossModule
 from lit_lora.training.trainer_settings import check_built, check_monitors
@@ -197,12 +197,11 @@ class LoRALightningModule(TokenLossModule):
             forget_base(model)  # what was loaded may have been changed
         data = getattr(self._trainer, "datamodule", None)
         hold = hold_new_tokens if start is None else start.hold_new_tokens
-        self.lora = hold(model, self.lora, data)
+        self.lora = hold(model, resumed_ranks(self.lora, self._trainer), data)
         own_loss = type(self).compute_loss is not LoRALightningModule.compute_loss
-        stored = None if start is None else start.stored
         source = start_source(self.lora, self._trainer, self.base, self._how_to_load) if start is None else None
-        ways: dict[str, Any] = {"packing": self._packs, "own_loss": own_loss, "adapter": stored, "start_from": source}
-        built = make_trainable(model, self.lora, self.step, **ways)
+        ways: dict[str, Any] = {"packing": self._packs, "own_loss": own_loss, "adapter": start and start.stored}
+        built = make_trainable(model, self.lora, self.step, **ways, start_from=source)
         self.injection_report, self.path, self._compile_clock = built
         if (amount := self.step.activation_budget) is not None:
             if self.path is None:
@@ -213,8 +212,9 @@ class LoRALightningModule(TokenLossModule):
             self._activation_budget = ActivationBudget(model, amount, self.path)  # type: ignore[arg-type]
         self.model = model
         note_base(model, base_hash(model))
+        if start is not None or source is not None:
+            self.lora = built.report.config  # with rows for tokens that only its embedding tells of; with EVA's ranks
         if start is not None:
-            self.lora = built.report.config  # with rows for tokens that only its embedding tells of
             self.started_from = starting_adapter.note_start(model, start, Base(self.base, self.revision))
 
     def _starting_adapter(self) -> starting_adapter.StartingAdapter | None:

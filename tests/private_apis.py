@@ -37,7 +37,8 @@ PRIVATE = (
             _FAKE, _PUBLIC_FAKE),
     Private("torch._subclasses.fake_tensor.FakeTensorMode",
             "lit_lora/kernels/cuda_stand_ins.py lit_lora/memory/valueless.py", _FAKE, _PUBLIC_FAKE),
-    Private("torch._subclasses.fake_tensor.unset_fake_temporarily", "lit_lora/base/quantize.py",
+    Private("torch._subclasses.fake_tensor.unset_fake_temporarily",
+            "lit_lora/base/expert_codes.py lit_lora/base/quantize.py lit_lora/base/quantized_experts.py",
             "bitsandbytes' table of codes has values although it is made within a trace", _PUBLIC_FAKE),
     Private("torch.utils._python_dispatch.TorchDispatchMode",
             "lit_lora/adapters/direct_reads.py lit_lora/memory/storage_tracker.py",
@@ -156,6 +157,9 @@ PRIVATE = (
     Private("._ActionConfigLoad", "lit_lora/cli/help.py", "the option that loads a group from a file, of which help is "
             "silent", "jsonargparse tells its kinds of options apart", "jsonargparse._actions"),
     # transformers
+    Private("._update_model_kwargs_for_generation", "lit_lora/language_model/full_batches.py",
+            "whether a model carries something of its own from token to token", "transformers says so of a class",
+            "transformers.GenerationMixin"),
     Private("._MODEL_TO_CONVERSION_PATTERN", "lit_lora/adapters/peft_limits.py",
             "for which models PEFT converts the names in an adapter", "PEFT tells it",
             "transformers.conversion_mapping"),

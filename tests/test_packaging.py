@@ -98,7 +98,8 @@ DISTRIBUTIONS |= {"triton": "torch"}  # a part of its builds for CUDA, which run
 def test_what_is_imported_is_declared() -> None:
     """In the wheel's metadata, not only brought along by something else, or by what the tests need."""
     project = PROJECT["project"]
-    texts = [*project["dependencies"], *project["optional-dependencies"]["liger"]]
+    extras = (project["optional-dependencies"][name] for name in ("liger", "sweep", "harness"))
+    texts = [*project["dependencies"], *(text for extra in extras for text in extra)]
     declared = {Requirement(text).name.lower() for text in texts}
     imported: dict[str, str] = {}
     for path in [*sorted((ROOT / "lit_lora").rglob("*.py")), *sorted((ROOT / "callbacks").rglob("*.py"))]:

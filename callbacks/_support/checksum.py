@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_lora.base import base_weight
 from lit_lora.base.base_weight import SCALES
+from lit_lora.base.quantized_experts import QuantizedExperts
 
 _CPU_CHUNK = 2**16  # elements; the int64 copy of a chunk stays in the cache
 _DEVICE_CHUNK = 2**22  # elements; few kernels, and a copy of 32 MiB
@@ -107,6 +108,8 @@ def stored_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
     parameter = module.get_parameter(name)
     if name == SCALES:  # named as the weight's
         return {}
+    if isinstance(parameter, QuantizedExperts):
+        return {f"{name}.{key}": tensor for key, tensor in parameter.held.tensors.items()}
     held = {name: parameter.detach()}
     owned = name == "weight"
     quant_state = getattr(parameter, "quant_state", None)  # bitsandbytes' Params4bit

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 
 from lit_lora.adapters.functional import add_lora, lora_linear
 from lit_lora.adapters.grouped_product import grouped_product
+from lit_lora.kernels import products
 
 _METADATA = {"device", "dtype", "is_cuda", "is_floating_point", "is_meta", "itemsize", "layout", "requires_grad"}
 
@@ -109,11 +110,11 @@ class FactoredWeight:
         if self.ndim != 3:
             return self.summed[index]
         if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32) and index.ndim == 1:
-            return self._made_of(self.weight[index], self.P[index], self.Q[index])
+            return GatheredWeight(self, index)
         if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point()):
             number = int(index)  # a wait on CUDA, in code that looks its experts up one by one
             (Ps, Qs) = self._by_expert
-            return self._made_of(self.weight[number], Ps[number], Qs[number])
+            return FactoredWeight(self.weight[number], Ps[number], Qs[number], self.scaling, fused=self.fused)
         return self.summed[index]
 
     def __matmul__(self, other: Any) -> Any:
@@ -132,15 +133,77 @@ class FactoredWeight:
         # All at once: the gradient of an expert that is looked up alone is as large as that of all.
         return self.P.unbind(0), self.Q.unbind(0)
 
-    def _made_of(self, weight: Tensor, P: Tensor, Q: Tensor) -> FactoredWeight:
-        return FactoredWeight(weight, P, Q, self.scaling, fused=self.fused)
-
     def multiplied(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ self + bias`` for a matrix, ``(..., M)`` to ``(..., N)``."""
         weight, lora_A, lora_B = self.weight.t(), self.P, self.Q.t()
-        if self.fused:
-            return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling)
-        return add_lora(F.linear(x, weight, bias), x, lora_A, lora_B, self.scaling)
+        if not self.fused:
+            return add_lora(F.linear(x, weight, bias), x, lora_A, lora_B, self.scaling)
+        num_rows = len(x)
+        if x.ndim == 2 and num_rows:  # rows of zeros, where another number of rows would take another kernel
+            x = F.pad(x, (0, 0, 0, products.shared_num_rows(num_rows, x, weight) - num_rows))
+        return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling)[:num_rows]
+
+
+class GatheredWeight(FactoredWeight):
+    """One matrix for each row of a batch, by the number of the row's expert; made only where nothing else is left.
+
+    Args:
+        experts: what the matrices are taken of, ``(E, M, N)``.
+        index: of each row's expert, ``(S,)``.
+    """
+
+    def __init__(self, experts: FactoredWeight, index: Tensor) -> None:
+        self.experts, self.index = experts, index
+        self.scaling, self.fused = experts.scaling, experts.fused
+
+    @cached_property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A copy of each row's expert."""
+        return self.experts.weight[self.index]
+
+    @cached_property
+    def P(self) -> Tensor:  # type: ignore[override]
+        """Likewise."""
+        return self.experts.P[self.index]
+
+    @cached_property
+    def Q(self) -> Tensor:  # type: ignore[override]
+        """Likewise."""
+        return self.experts.Q[self.index]
+
+    @property
+    def shape(self) -> torch.Size:
+        """As of the copies."""
+        return torch.Size([len(self.index), *self.experts.shape[1:]])
+
+    @property
+    def ndim(self) -> int:
+        """Of the copies."""
+        return 3
+
+    def size(self, dim: int | None = None) -> Any:
+        """As of the copies."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """Of the copies."""
+        return 3
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def mT(self) -> FactoredWeight:
+        """The last two dimensions exchanged."""
+        return GatheredWeight(self.experts.mT, self.index)
+
+    def sorted_product(self, x: Tensor) -> Tensor:
+        """``(S, 1, M)`` to ``(S, 1, N)``, the rows brought into the order of their experts and back."""
+        index, order = self.index.sort(stable=True)
+        experts = self.experts
+        ends = torch.searchsorted(index, torch.arange(len(experts), device=index.device, dtype=index.dtype), right=True)
+        y = grouped_product(x.squeeze(1)[order], experts.weight, experts.P, experts.Q, ends, self.scaling)
+        return y[order.argsort()].unsqueeze(1)
 
 
 def _add_operators() -> None:
@@ -177,6 +240,9 @@ def _matmul(left: Any, right: Any) -> Any:
 
 def _batched(x: Tensor, weight: FactoredWeight) -> Tensor:
     """``(E, S, M) @ (E, M, N)``."""
+    on_cuda, autocast = x.is_cuda, torch.is_autocast_enabled(x.device.type)
+    if isinstance(weight, GatheredWeight) and x.shape[1] == 1 and not on_cuda and not autocast:
+        return weight.sorted_product(x)
     out = torch.bmm(x, weight.weight)
     return (out + _adapter(x, weight, torch.bmm)).to(out.dtype)
 

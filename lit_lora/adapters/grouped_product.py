@@ -4,8 +4,9 @@ Frozen weights get no gradient, so that the backward pass reads them once more a
 adds the adapters to all experts first: it writes the sum, keeps it for the backward pass, and gets a gradient of that
 size, of which the factors' follow.
 
-On a CPU experts take turns, by the fastest library for each product (``kernels/products.py``); on CUDA torch's grouped
-product takes all at once, without waiting to hear how many rows each one has.
+On a CPU experts take turns, with the fastest library for the weights (``kernels/products.py``) and torch's own products
+for the factors, which are small and as long as an expert has rows: no kernel is made and kept for each such number. On
+CUDA torch's grouped product takes all at once, without waiting to hear how many rows each one has.
 
 Shapes: S rows, E experts, M inputs, N outputs, R rank.
 """
@@ -68,9 +69,9 @@ class _GroupedProduct(torch.autograd.Function):
         down_SR = x.new_empty(len(x), P.shape[1], dtype=P.dtype)
         with without_autocast(x):
             for expert, rows in _rows_of_experts(ends):
-                y, down, mine = y_SN[rows], down_SR[rows], x[rows]
-                y.copy_(products.matmul(mine, weight[expert]))
-                down.copy_(products.matmul(mine.to(P.dtype), P[expert].t()))
+                y, down = y_SN[rows], down_SR[rows]
+                y.copy_(products.linear_of_rows(x, rows, weight[expert].t()))
+                torch.mm(x[rows].to(P.dtype), P[expert].t(), out=down)
                 _add_product_(y, down, Q[expert], scaling)
         y_SN[ends[-1] :] = 0
         ctx.save_for_backward(x, weight, P, Q, down_SR)
@@ -87,14 +88,14 @@ class _GroupedProduct(torch.autograd.Function):
         grad_Q = torch.zeros_like(Q) if needs_Q else None
         with without_autocast(grad):
             for expert, rows in _rows_of_experts(ctx.ends):
-                mine, adapters = grad[rows], grad[rows].to(P.dtype)
+                adapters = grad[rows].to(P.dtype)
                 if grad_Q is not None:
-                    grad_Q[expert] = products.matmul(down_SR[rows].t(), adapters).mul_(ctx.scaling)
-                grad_down_SR = products.matmul(adapters, Q[expert].t()).mul_(ctx.scaling)
+                    torch.mm(down_SR[rows].t(), adapters, out=grad_Q[expert]).mul_(ctx.scaling)
+                grad_down_SR = (adapters @ Q[expert].t()).mul_(ctx.scaling)
                 if grad_P is not None:
-                    grad_P[expert] = products.matmul(grad_down_SR.t(), x[rows].to(P.dtype))
+                    torch.mm(grad_down_SR.t(), x[rows].to(P.dtype), out=grad_P[expert])
                 if grad_x is not None:
-                    grad_x[rows] = products.matmul(mine, weight[expert].t())
+                    grad_x[rows] = products.linear_of_rows(grad, rows, weight[expert])
                     _add_product_(grad_x[rows], grad_down_SR, P[expert], 1.0)
         return grad_x, None, grad_P, grad_Q, None, None
 

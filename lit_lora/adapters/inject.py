@@ -20,6 +20,7 @@ from lit_lora.adapters.matching import layer_indices, ranges, some
 from lit_lora.adapters.module_names import named_modules, plain_name, replace_module
 from lit_lora.adapters.named_adapters import named
 from lit_lora.adapters.parameters import LoRAParameter, fused_experts, targeted_layers
+from lit_lora.adapters.redistributed_ranks import redistribute, start_at_
 from lit_lora.adapters.tied import tied_pair
 from lit_lora.adapters.trainable_tokens import TrainableTokens
 from lit_lora.adapters.trained_biases import note_biases
@@ -114,8 +115,14 @@ def inject_lora(
     with named(model, name):
         plan = plan_injection(model, config)
         config.check_for_training()
+        starts: dict[str, torch.Tensor] = {}
+        if config.eva_rho > 1 and start_from and not callable(start_from):
+            config, starts = redistribute(model, plan, start_from)
+            plan = plan_injection(model, config)
         report = apply_plan(model, plan)
-        if start_from is not None:
+        if starts:
+            start_at_(model, starts)
+        elif start_from is not None:
             start_later_(model, config, start_from)
         return report
 

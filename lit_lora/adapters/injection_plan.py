@@ -227,7 +227,8 @@ def _check_start(config: LoRAConfig, adapted: dict[str, PlannedLayer], parameter
     if others:
         raise ValueError(f"init_lora_weights {start!r} is for linear layers, and {some(others)} is none: leave it out")
     for name, layer in adapted.items():
-        most = min(base_weight.linear_shape(layer.module))
+        num_out, num_in = base_weight.linear_shape(layer.module)
+        most = num_in if config.eva_rho > 1 else min(num_out, num_in)  # its ranks follow from the inputs
         if start != "orthogonal" and layer.r > most:
             raise ValueError(
                 f"init_lora_weights {start!r} takes r parts of a weight: {name} has {most}, r is {layer.r}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lit_lora.adapters.layers import LoRALayer, LoRALinear, lora_layers
 from lit_lora.adapters.subtracted_start import StartedLinear
+from lit_lora.base import base_weight
 from lit_lora.config import LATER_STARTS, LoRAConfig
 
 StartFrom = Iterable[Mapping[str, Any]] | Callable[[str], Tensor]
@@ -44,9 +46,9 @@ class InputStart(ABC):
 
 
 class EVA(InputStart):
-    """A is the principal components of the inputs (EVA, arXiv:2410.07170, eq. 3, with one rank for all), B is zero.
+    """A is the principal components of the inputs (EVA, arXiv:2410.07170, eq. 3), B is zero.
 
-    As PEFT's ``initialize_lora_eva_weights`` with rho 1, which comes near to them a batch at a time.
+    As PEFT's ``initialize_lora_eva_weights``, which comes near to them a batch at a time.
     """
 
     needs_targets = True
@@ -67,19 +69,27 @@ class EVA(InputStart):
         self.mean, self.count = self.mean + away * (len(rows) / total), total
 
     def start(self, layer: LoRALinear) -> None:
-        """The components with the most variance first; the largest entry of each is positive, as in PEFT."""
-        if self.count <= layer.r:
-            raise ValueError(f"rank {layer.r} needs more than {layer.r} tokens that are learned, got {self.count}")
-        components = self._components[: layer.r]
-        signs = components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
+        """The components with the most variance."""
         lora_A, lora_B = layer.factors()
-        lora_A.copy_(components * signs)
+        lora_A.copy_(self.components(layer.r)[0])
         lora_B.zero_()
 
+    def components(self, r: int) -> tuple[Tensor, Tensor]:
+        """``(R, I)``, those with the most variance first, and the share of it that each explains, ``(R,)``.
+
+        The largest entry of each is positive, as in PEFT.
+        """
+        if self.count <= r:
+            raise ValueError(f"rank {r} needs more than {r} tokens that are learned, got {self.count}")
+        values, vectors = self._decomposed
+        components = vectors[:r]
+        signs = components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
+        return components * signs, values[:r] / self.scatter.trace()
+
     @cached_property
-    def _components(self) -> Tensor:
-        _, vectors = torch.linalg.eigh(self.scatter)
-        return vectors.T.flip(0)
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.scatter)
+        return values.flip(0), vectors.T.flip(0)
 
 
 class CorDA(InputStart):
@@ -173,26 +183,34 @@ def start_later_(model: nn.Module, config: LoRAConfig, start_from: StartFrom) ->
                 layer.finish_start()
         return
     batches = list(start_from)
-    for group in _groups(layers) if batches else ():
-        taken = _taken(model, group, batches, OF_INPUTS[config.init_lora_weights])
-        for name, layer in group.items():
-            if name not in taken:
-                raise ValueError(
-                    f"init_lora_weights {config.init_lora_weights!r} is made of what comes into a layer, and nothing "
-                    f"came into {name} in {len(batches)} batches: leave it out of target_modules"
-                )
-            try:
-                taken[name].start(layer)
-            except ValueError as error:
-                raise ValueError(f"init_lora_weights {config.init_lora_weights!r}, {name}: {error}") from error
-            layer.finish_start()
+    for group in groups({name: layer.base_layer for name, layer in layers.items()}) if batches else ():
+        taken = inputs_of(model, group, batches, OF_INPUTS[config.init_lora_weights])
+        for name in group:
+            with named_errors(config, name, len(batches)):
+                taken[name].start(layers[name])
+            layers[name].finish_start()
 
 
-def _groups(layers: dict[str, LoRALinear]) -> Iterator[dict[str, LoRALinear]]:
-    group: dict[str, LoRALinear] = {}
+@contextmanager
+def named_errors(config: LoRAConfig, name: str, num_batches: int) -> Iterator[None]:
+    """Within the context, an error says which layer it is of."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(
+            f"init_lora_weights {config.init_lora_weights!r} is made of what comes into a layer, and nothing came into "
+            f"{name} in {num_batches} batches: leave it out of target_modules"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"init_lora_weights {config.init_lora_weights!r}, {name}: {error}") from error
+
+
+def groups(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
+    """Layers of the base that are looked at together."""
+    group: dict[str, nn.Module] = {}
     held = 0
     for name, layer in layers.items():
-        needed = 4 * layer.in_features**2
+        needed = 4 * base_weight.linear_shape(layer)[1] ** 2
         if group and held + needed > HELD_BYTES:
             yield group
             group, held = {}, 0
@@ -202,10 +220,10 @@ def _groups(layers: dict[str, LoRALinear]) -> Iterator[dict[str, LoRALinear]]:
         yield group
 
 
-def _taken(
-    model: nn.Module, layers: Mapping[str, LoRALinear], batches: list[Mapping[str, Any]], kind: type[InputStart]
+def inputs_of(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Mapping[str, Any]], kind: type[InputStart]
 ) -> dict[str, InputStart]:
-    """What the inputs of these layers of the base come to."""
+    """What the inputs of these layers of the base come to; it is the same thing for those that share an input."""
     taken: dict[str, InputStart] = {}
     owners: set[str] = set()  # of those that share an input (query, key and value), the first one
     counted: list[Tensor | None] = [None]
@@ -226,7 +244,7 @@ def _taken(
 
         return note
 
-    handles = [layer.base_layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     training, adapted = model.training, [layer for _, layer in lora_layers(model)]
     enabled: list[tuple[LoRALayer, bool]] = [(layer, layer.enabled) for layer in adapted]
     device = next(model.parameters()).device

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_lora.adapters.named_adapters import adapters_of, check_names, put_in, take_out
+from lit_lora.adapters.named_adapters import (
+    Adapter,
+    active_adapters,
+    adapters_of,
+    check_names,
+    put_in,
+    set_adapter,
+    take_out,
+)
 
 
 class _Rows:
@@ -109,11 +117,9 @@ def mixed_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[No
     placed: dict[tuple[int, str], list[Any]] = {}
     try:
         for name, adapter in adapters_of(model, wanted).items():
-            if adapter.biases.held:
-                raise ValueError(f"adapter {name!r} trains biases, which belong to all rows of a batch")
+            if why := _why_alone(adapter):
+                raise ValueError(f"adapter {name!r} {why}")
             for slot in adapter.slots:
-                if (why := getattr(slot.wrapper, "not_by_rows", None)) is not None:
-                    raise ValueError(f"adapter {name!r} changes {slot.attribute}, {why}")
                 slot.follow()
                 placed.setdefault(slot.place, []).append((name, slot))
         for slots in placed.values():
@@ -129,3 +135,42 @@ def mixed_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[No
         for slots in placed.values():
             slots[0][1].fill(slots[0][1].base)
         put_in(model, before)
+
+
+@contextmanager
+def adapters_by_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """As :func:`mixed_adapters`; where all rows have one adapter, the model computes with that one as it is alone.
+
+    Raises:
+        ValueError: as :func:`mixed_adapters`.
+    """
+    if len({*names}) > 1:
+        with mixed_adapters(model, names):
+            yield
+        return
+    before = active_adapters(model)
+    set_adapter(model, names[0])
+    try:
+        yield
+    finally:
+        set_adapter(model, before)
+
+
+def not_mixable(model: nn.Module, names: Sequence[str]) -> set[str]:
+    """Which of these adapters a batch can have for all of its rows only."""
+    check_names(model, names)
+    before = take_out(model)
+    try:
+        return {name for name, adapter in adapters_of(model, names).items() if _why_alone(adapter)}
+    finally:
+        put_in(model, before)
+
+
+def _why_alone(adapter: Adapter) -> str:
+    """Why an adapter cannot be mixed with others; empty if it can."""
+    if adapter.biases.held:
+        return "trains biases, which belong to all rows of a batch"
+    for slot in adapter.slots:
+        if (why := getattr(slot.wrapper, "not_by_rows", None)) is not None:
+            return f"changes {slot.attribute}, {why}"
+    return ""

@@ -25,6 +25,7 @@ from lit_lora.adapters.module_names import some, uncompiled
 from lit_lora.adapters.subtracted_start import StartedLinear
 from lit_lora.adapters.trainable_tokens import TrainableTokens
 from lit_lora.adapters.trained_biases import TakenBiases, put_biases, take_biases
+from lit_lora.files.meant import closest, did_you_mean
 
 DEFAULT = "default"
 """Name of an adapter that was given none, as in PEFT."""
@@ -158,7 +159,11 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
     """
     there = adapter_names(model)
     if unknown := [name for name in names if name not in there]:
-        raise ValueError(f"no adapter {some(map(repr, unknown))}; there are {some(map(repr, there), 9) or 'none'}")
+        meant = did_you_mean(closest(unknown[0], there))
+        raise ValueError(
+            f"no adapter {some(map(repr, unknown))}; there are {some(map(repr, there), 9) or 'none'}"
+            + (f": {meant}" if meant else "")
+        )
 
 
 def forget_active(model: nn.Module) -> None:

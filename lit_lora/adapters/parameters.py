@@ -23,6 +23,7 @@ from lit_lora.adapters.factored_weight import FactoredWeight
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.adapters.lora_layer import LoRALayer, WithAttributesOfBase, bare_linear
 from lit_lora.adapters.packed_attention import LoRAOutput
+from lit_lora.base.quantized_experts import QuantizedExperts
 from lit_lora.base.shards import device_of
 from lit_lora.config import LoRAConfig
 
@@ -145,8 +146,8 @@ class LoRAParameter(WithAttributesOfBase, LoRALayer):
 
     @property
     def is_quantized(self) -> bool:
-        """Parameters are adapted in full precision only."""
-        return False
+        """Whether the experts are held in 4 or 8 bits."""
+        return isinstance(self.base_parameter, QuantizedExperts)
 
     def _factors_by_expert(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
         """A ``(E, R, in)`` and B ``(E, R, out)``: PEFT's layout, in which B has the experts innermost."""

@@ -1,7 +1,8 @@
 """Biases of the base that are trained along: PEFT's ``bias``, "all" or "lora_only" of them.
 
-They are parameters of the base, trained where they are. What they were is noted on the model, so that the adapter can
-be switched off.
+"All" are those that are called so, as in PEFT 0.21; 0.18 trained whatever has "bias" in its name, such as the biases of
+fused experts, and its files are read with these. They are parameters of the base, trained where they are. What they
+were is noted on the model, so that the adapter can be switched off.
 """
 
 from __future__ import annotations
@@ -53,6 +54,19 @@ def biases_to_train(
         layers = "adapted layer" if which == "lora_only" else "layer"
         raise ValueError(f"bias {which!r} has no effect: no {layers} of the model has a bias")
     return found
+
+
+def further_biases(model: nn.Module, planned: Collection[str], stored: Collection[str]) -> dict[str, nn.Parameter]:
+    """What a file holds beside what is planned, and PEFT 0.18 took for biases: name in the adapted model -> parameter.
+
+    Args:
+        model: without adapters.
+        planned: tensors of the adapter, by their names in the model.
+        stored: those that the file has.
+    """
+    own = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    names = {name: name.replace(".base_layer.", ".") for name in stored if "bias" in name and name not in planned}
+    return {name: own[held] for name, held in names.items() if held in own}
 
 
 def note_biases(model: nn.Module, biases: Mapping[str, nn.Parameter]) -> None:

@@ -145,7 +145,7 @@ def read_weight(module: Any, dtype: torch.dtype | None = None, *, gradient: Tens
             state = quant_state(module)
             if again:
                 state.absmax = after(state.absmax, gradient)
-            weight = _dequantize_4bit(module.weight.data, state)
+            weight = dequantize_4bit(module.weight.data, state)
             return weight if dtype is None else weight.to(dtype)
         codes, scales = _scales_8bit(module)
         scales = after(scales, gradient) if again else scales
@@ -257,7 +257,7 @@ def bitsandbytes() -> Any:
 _HAS_VECTOR_KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def _dequantize_4bit(codes: Tensor, state: Any) -> Tensor:
+def dequantize_4bit(codes: Tensor, state: Any) -> Tensor:
     """bitsandbytes (0.50) has a vector kernel for CPUs with AVX512; lookups are far faster than its scalar code.
 
     Lookups can go when it has more: https://github.com/bitsandbytes-foundation/bitsandbytes/pull/2072.

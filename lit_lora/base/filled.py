@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lit_lora.base.base_weight import is_linear_like
+from lit_lora.base.expert_codes import quantize_experts_
 from lit_lora.base.freed_memory import return_freed_memory
 from lit_lora.base.quantize import is_left_plain, quantized_layer
 from lit_lora.base.repeated_layers import repeated_layers
@@ -34,7 +35,8 @@ def fill_(
         model: on the meta device.
         values: where they come from.
         device: where to.
-        quantization: how to quantize the linear layers; the rest of it, :func:`finish_quantization_` does.
+        quantization: how to quantize linear layers, and experts where no shares are kept; the rest of it,
+            :func:`finish_quantization_` does.
         sharding: keep this process's share of each weight before the next one comes. Those outside of the decoder
             layers are then cut, and it is for the caller to call ``shard_``.
     """
@@ -70,7 +72,7 @@ def fill_part_(
         owner: the model of transformers that it is a part of.
         values: where they come from.
         device: where to.
-        quantization: how to quantize the linear layers.
+        quantization: how to quantize linear layers and fused experts.
         keep: what to do with a module once it has its values, and with the dtypes that its parameters are to have; by
             default they are moved as they are.
         left_out: ``id`` of modules that get none.
@@ -100,6 +102,8 @@ def fill_part_(
         module, dtypes = quantized_layer(name, module, quantization), {}
     if keep is None:
         _move_(module, device, dtypes)
+        if quantization is not None:
+            quantize_experts_(name, module, quantization)
     else:
         keep(module, dtypes)
     return module

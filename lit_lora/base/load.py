@@ -20,6 +20,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lit_lora.base import base_hash, quantize
 from lit_lora.base.architectures import ARCHITECTURES, architecture
+from lit_lora.base.expert_codes import quantized_while_loading
 from lit_lora.base.filled import fill_, random_values
 from lit_lora.base.quantized_forward import compute_in_half_, prepare_base_layer
 from lit_lora.base.shards import Sharding
@@ -66,8 +68,8 @@ def load_base_model(
         base: see the table at the top of this file.
         dtype: of the weights; "auto" is float32 on a CPU, and bfloat16 on CUDA, or float16 on cards that have none
             (before capability 8.0).
-        quantization: how to quantize the linear layers: while loading, or after it where transformers cannot (other
-            block sizes than 64, GGUF files), which needs memory for the whole model at first.
+        quantization: how to quantize fused experts, while loading, and linear layers: while loading too, or after it
+            where transformers cannot (other block sizes than 64, GGUF files), which needs memory for all of them first.
         device: where to; the default device if None.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run code that comes with the model. Off unless you ask for it.
@@ -118,8 +120,13 @@ def wanted(
     return Wanted(base, torch_dtype, quantization, device, revision, trust_remote_code, seed)
 
 
-def load_wanted(wanted: Wanted) -> PreTrainedModel:
-    """As :func:`load_base_model`."""
+def load_wanted(wanted: Wanted, *, experts: bool = True) -> PreTrainedModel:
+    """As :func:`load_base_model`.
+
+    Args:
+        wanted: what.
+        experts: with quantization, also that of fused experts.
+    """
     base, quantization, revision = wanted.base, wanted.quantization, wanted.revision
     if base.startswith(RANDOM):
         return random_model(wanted).train()
@@ -141,7 +148,8 @@ def load_wanted(wanted: Wanted) -> PreTrainedModel:
         if in_transformers is not None:
             options["quantization_config"] = in_transformers
     beside_loading = base_hash.hash_weights(location, gguf_file, revision)
-    with torch.device(wanted.device):
+    at_once = quantized_while_loading(quantization) if quantization is not None and experts else nullcontext()
+    with torch.device(wanted.device), at_once:
         model = load_whole(location, options)
     # A model of the Hub may have come only now.
     base_hash.note_base(model, beside_loading or base_hash.hash_weights(location, gguf_file, revision))
@@ -149,7 +157,7 @@ def load_wanted(wanted: Wanted) -> PreTrainedModel:
         quantize.forget_quantization(model)
     if quantization is not None:
         finish = quantize.quantize_ if in_transformers is None else quantize.finish_quantization_
-        finish(model, quantization)
+        finish(model, quantization, experts=experts)
     else:
         for name, module in model.named_modules():
             prepare_base_layer(name, module)  # of a folder that is stored quantized
@@ -320,7 +328,7 @@ def random_model(wanted: Wanted, sharding: Sharding | None = None) -> PreTrained
     recipe = {"config": fields, "seed": wanted.seed, "dtype": str(wanted.dtype), "device": device.type}
     base_hash.note_base(model, base_hash.hash_recipe(**recipe))
     if wanted.quantization is not None:
-        quantize.finish_quantization_(model, wanted.quantization)
+        quantize.finish_quantization_(model, wanted.quantization, experts=sharding is None)
     _note_held(model, wanted, wanted.revision)
     return model
 

@@ -6,7 +6,6 @@ The quantized weight is frozen: nothing here is differentiated. What computes wi
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from lit_lora.base.base_weight import (
     may_be_quantized,
     read_weight,
 )
+from lit_lora.base.expert_codes import dequantize_experts_, is_experts, quantize_experts_
 from lit_lora.base.int8_rows import Int8Embedding, Int8Head, quantize_embeddings_
 from lit_lora.base.quantized_forward import prepare_base_layer
 from lit_lora.config import QuantizationConfig
@@ -53,8 +53,13 @@ def transformers_quantization_config(quantization: QuantizationConfig, dtype: to
     )
 
 
-def quantize_(model: nn.Module, quantization: QuantizationConfig) -> None:
-    """Quantize the linear layers of a model that is in memory, in place, all but the output head.
+def quantize_(model: nn.Module, quantization: QuantizationConfig, *, experts: bool = True) -> None:
+    """Quantize the linear layers of a model that is in memory, in place, all but the output head, and fused experts.
+
+    Args:
+        model: with its weights.
+        quantization: how.
+        experts: fused experts too.
 
     Raises:
         ValueError: if a layer cannot be quantized, or an entry of ``skip_modules`` matches nothing.
@@ -64,15 +69,20 @@ def quantize_(model: nn.Module, quantization: QuantizationConfig) -> None:
     for name, module in list(model.named_modules()):
         if is_linear_like(module) and not may_be_quantized(module) and not is_left_plain(name, quantization):
             model.set_submodule(name, quantized_layer(name, module, quantization))
-    finish_quantization_(model, quantization)
+    finish_quantization_(model, quantization, experts=experts)
 
 
-def finish_quantization_(model: Any, quantization: QuantizationConfig) -> None:
-    """What is the same whoever quantized the linear layers: embedding and head, and the checks.
+def finish_quantization_(model: Any, quantization: QuantizationConfig, *, experts: bool = True) -> None:
+    """What is the same whoever quantized the linear layers: fused experts, embedding and head, and the checks.
+
+    Args:
+        model: with quantized layers.
+        quantization: how.
+        experts: quantize fused experts that are not yet; else there must be none to quantize.
 
     Raises:
-        ValueError: if no layer is quantized, one is passed over, blocks run over the ends of rows, or an entry of
-            ``skip_modules`` matches nothing.
+        ValueError: if no layer is quantized, one is passed over, experts are left, blocks run over the ends of rows, or
+            an entry of ``skip_modules`` matches nothing.
     """
     check_skipped(model, quantization)
     quantized = {name: module for name, module in model.named_modules() if may_be_quantized(module)}
@@ -83,7 +93,11 @@ def finish_quantization_(model: Any, quantization: QuantizationConfig) -> None:
         plain = is_linear_like(module) and not may_be_quantized(module) and module is not head
         if plain and not is_left_plain(name, quantization):
             raise ValueError(_cannot_be_quantized(name, module))
-    _warn_of_experts(model, quantization)
+    if experts:
+        for name, module in model.named_modules():
+            quantize_experts_(name, module, quantization)
+    else:
+        _check_no_experts(model, quantization)
     for name, module in quantized.items():
         prepare_base_layer(name, module)
     if quantization.embedding_bits is not None:
@@ -102,17 +116,14 @@ def check_skipped(model: nn.Module, quantization: QuantizationConfig) -> None:
         raise ValueError(f"skip_modules {idle} match no module: leave them out")
 
 
-def _warn_of_experts(model: nn.Module, quantization: QuantizationConfig) -> None:
-    """Experts fused into one parameter stay as they are, and can be most of a model."""
-    parameters = dict(model.named_parameters())
-    fused = {name: p for name, p in parameters.items() if p.ndim == 3 and not is_left_plain(name, quantization)}
-    share = sum(p.nbytes for p in fused.values()) / sum(p.nbytes for p in parameters.values())
-    if share > 0.05:  # less is a convolution
-        warnings.warn(
-            f"{len(fused)} parameters of fused experts ({next(iter(fused))}, ...) are not quantized: {share:.0%} of "
-            "the bytes stay in full precision. skip_modules with their name takes this warning away",
-            stacklevel=3,
-        )
+def _check_no_experts(model: nn.Module, quantization: QuantizationConfig) -> None:
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if is_experts(module, parameter) and not is_left_plain(f"{name}.{key}", quantization):
+                raise ValueError(
+                    f"{name}.{key} holds fused experts, which cannot be quantized where the base is divided among "
+                    f"processes: add {name.rpartition('.')[2]} to quantization.skip_modules"
+                )
 
 
 def quantized_layer(name: str, module: Any, quantization: QuantizationConfig) -> nn.Module:
@@ -187,7 +198,7 @@ def _fake_layer(weight: Tensor, quantization: QuantizationConfig) -> Any:
 
 
 def dequantize_(model: Any, dtype: torch.dtype | None = None) -> None:
-    """Turn every quantized layer back into a plain one with the weight that it computes with, in place.
+    """Turn all that is quantized back into plain layers and experts with the weights that they compute with, in place.
 
     Args:
         model: any module; a transformers model then no longer counts as quantized.
@@ -195,6 +206,7 @@ def dequantize_(model: Any, dtype: torch.dtype | None = None) -> None:
     """
     shared: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
+        dequantize_experts_(module, dtype)
         plain: Any
         if isinstance(module, (Int8Embedding, Int8Head)):
             if id(module.weight) not in shared:

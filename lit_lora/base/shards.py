@@ -35,6 +35,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 
 from lit_lora.base.base_weight import hold_plainly_, state_tensors
+from lit_lora.base.quantized_experts import tensors_in
 from lit_lora.base.repeated_layers import repeated_layers
 
 T = TypeVar("T")
@@ -253,7 +254,7 @@ def held_tensors(model: nn.Module, *, trained: bool = True) -> Iterator[Tensor]:
     for module in model.modules():
         own = [p for p in module.parameters(recurse=False) if trained or not p.requires_grad]
         buffers = list(module.buffers(recurse=False)) if trained else []
-        for tensor in (*own, *state_tensors(module), *buffers):
+        for tensor in tensors_in((*own, *state_tensors(module), *buffers)):
             yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -78,7 +78,7 @@ def _read_(model: PreTrainedModel, stored: Stored, asked: load.Wanted, location:
     model.tie_weights()
     base_hash.note_base(model, beside_loading)
     if asked.quantization is not None:
-        quantize.finish_quantization_(model, asked.quantization)
+        quantize.finish_quantization_(model, asked.quantization, experts=False)
     load.note_loaded(model, asked, location)
 
 
@@ -89,7 +89,7 @@ def _one_after_another(asked: load.Wanted, sharding: Sharding) -> PreTrainedMode
     model: Any = None
     for now in range(max(turns) + 1):
         if now == turn:
-            model = load.load_wanted(asked).requires_grad_(False)
+            model = load.load_wanted(asked, experts=False).requires_grad_(False)
             for layer in repeated_layers(model):
                 sharding.shard_layer_(layer)
         dist.barrier()

@@ -136,6 +136,17 @@ def value_words(action: Any) -> str:
     return f"{words} ({given})" if words else f"({given})"
 
 
+def value_choices(typehint: Any) -> list[str]:
+    """The values of a type that names them one by one; of a union, all that are named in it."""
+    if typehint is bool:
+        return ["true", "false"]
+    if get_origin(typehint) is Literal:
+        return [json.dumps(value) if isinstance(value, bool) else str(value) for value in get_args(typehint)]
+    if get_origin(typehint) in (Union, UnionType):
+        return list(dict.fromkeys(value for part in get_args(typehint) for value in value_choices(part)))
+    return []
+
+
 def _words(typehint: Any) -> Iterable[str]:
     if get_origin(typehint) is Literal:
         yield "|".join(map(str, get_args(typehint)))

@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_lora.callbacks.verdict import NotProvedError
 from lit_lora.cli.command_line import in_order, with_flag_values, without_contradictions
 from lit_lora.cli.config_check import DATA_KEYS, parser_of, problems_in, problems_of, with_shipped
-from lit_lora.cli.help import asked_part, show_help
+from lit_lora.cli.help import asked_part, settings_of, show_help
 from lit_lora.cli.parse_errors import reason
 from lit_lora.cli.setting_check import known_settings, refuse
 from lit_lora.data.datamodule import SFTDataModule
@@ -94,6 +94,19 @@ def parse_fit(arguments: Sequence[str]) -> Any:
         _run(_ParsingCLI)
     except _Parsed as parsed:
         return parsed.config
+    raise AssertionError("the command line was run")
+
+
+def settings_of_verb(verb: str) -> dict[str, Any]:
+    """The settings of a verb, by key, as its parser has them."""
+    before = list(sys.argv)
+    sys.argv = [sys.argv[0], verb]
+    try:
+        _run(_ListingCLI)
+    except _Parsed as parsed:
+        return parsed.config
+    finally:
+        sys.argv = before
     raise AssertionError("the command line was run")
 
 
@@ -311,6 +324,11 @@ class _ParsingCLI(LoRACLI):
     def check_config(self, config: Any, parser: LightningArgumentParser) -> None:
         super().check_config(config, parser)
         raise _Parsed(config)
+
+
+class _ListingCLI(LoRACLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        raise _Parsed(settings_of(parser_of(parser, sys.argv[1])))
 
 
 class _Parser(LightningArgumentParser):

@@ -16,6 +16,13 @@ FLAGS = ("--trust_remote_code",)
 """Of these names, those that need no value."""
 
 
+def short_names() -> dict[str, str]:
+    """The setting that each short name stands for."""
+    from lit_lora.data.datamodule import SFTDataModule
+
+    return _OF_THE_MODEL | {name: f"data.{name}" for name in inspect.signature(SFTDataModule).parameters}
+
+
 def as_for_fit(given: Iterable[Option], own: Collection[str]) -> list[str]:
     """The options by their names for ``fit``: ``--format`` is ``--data.format``.
 
@@ -26,9 +33,7 @@ def as_for_fit(given: Iterable[Option], own: Collection[str]) -> list[str]:
     Raises:
         SystemExit: for a name that is nearly one of these.
     """
-    from lit_lora.data.datamodule import SFTDataModule
-
-    keys = _OF_THE_MODEL | {name: f"data.{name}" for name in inspect.signature(SFTDataModule).parameters}
+    keys = short_names()
     known = [*own, *keys]
     tokens: list[str] = []
     for option in given:

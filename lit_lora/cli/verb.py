@@ -1,7 +1,8 @@
 """The command line of a verb that is a function: its parameters are the options, and mistakes get one report.
 
 A required parameter can be given by its place or by its name, ``--adapter runs/x/adapter``. A last one that is a list
-takes all words that are left, and an option that is a list of numbers all numbers behind it.
+takes all words that are left, an option that is a list of numbers all numbers behind it, and one that is a list of
+words can be given several times.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def call(function: Callable[..., Any], arguments: Sequence[str]) -> None:
     verb = function.__name__
     flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
     listed = _as_list(function, _numbers_as_list(function, with_flag_values(arguments, flags)))
+    listed = _repeated_as_list(function, listed)
     given = in_order(_by_place(function, listed))
     unreadable: list[str] = []
     known = set(inspect.signature(function).parameters)
@@ -86,6 +88,29 @@ def _numbers_as_list(function: Callable[..., Any], arguments: Sequence[str]) -> 
             found += [f"[{','.join(numbers)}]"] if numbers else []
             del rest[: len(numbers)]
     return found
+
+
+def _repeated_as_list(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+    """``--adapter a --adapter b`` as one option; ``--adapter a b`` too, where nothing else is given by its place."""
+    parameters = inspect.signature(function).parameters.values()
+    lists = {p.name for p in parameters if p.default is not p.empty and str(p.annotation).startswith("list[str]")}
+    takes_words = all(p.default is not p.empty for p in parameters)
+    found: dict[str, list[str]] = {}
+    rest: list[str] = []
+    last = ""
+    for option in options(arguments):
+        if option.key in lists and option.value is not None:
+            found.setdefault(option.key, []).append(option.value)
+            last = option.key
+        elif last and not option.key and takes_words:
+            found[last] += option.tokens
+        else:
+            rest += option.tokens
+            last = ""
+    return [
+        *rest,
+        *(f"--{name}={values[0] if len(values) == 1 else json.dumps(values)}" for name, values in found.items()),
+    ]
 
 
 def _is_number(word: str) -> bool:

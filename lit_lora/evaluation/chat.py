@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_lora.adapters.merge import disable_lora
-from lit_lora.evaluation.generate import generate
+from lit_lora.adapters.named_adapters import adapter_names, check_names
+from lit_lora.evaluation.generate import BASE, generate
 from lit_lora.evaluation.load import Loaded
 from lit_lora.language_model.generation import Completion
 
@@ -18,16 +18,38 @@ class Chat:
     Args:
         loaded: from :func:`lit_lora.load`.
         system: system message before the first turn.
-        adapted: whether the adapter, where there is one, takes part in the answers.
+        adapter: name of the one that answers; None for the base alone. By default the first of the model.
         sampling: ``max_new_tokens``, ``temperature``, ``top_p`` and ``seed`` of :func:`lit_lora.generate`.
     """
 
     loaded: Loaded
     system: str | None = None
-    adapted: bool = True
+    adapter: str | None = ""
     sampling: dict[str, Any] = field(default_factory=dict)
     turns: list[dict[str, str]] = field(default_factory=list)
     """Of user and assistant in turn."""
+
+    def __post_init__(self) -> None:
+        self.adapter = self.adapter or next(iter(self.adapters), None)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of all that can answer, in the order in which they were loaded."""
+        there = adapter_names(self.loaded.model)
+        loaded = [name for name in self.loaded.adapters if name in there]
+        return [*loaded, *(name for name in there if name not in loaded)]
+
+    def switch(self, name: str | None) -> None:
+        """Let another adapter answer from here on; the conversation stays.
+
+        Args:
+            name: None for the base alone.
+
+        Raises:
+            ValueError: if there is none of that name.
+        """
+        check_names(self.loaded.model, [] if name is None else [name])
+        self.adapter = name
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -78,10 +100,5 @@ class Chat:
         return self.turns.pop()["content"]
 
     def _answer(self, stream: bool) -> Completion:
-        def answer() -> Completion:
-            return generate(self.loaded, self.messages, format="chat", stream=stream, **self.sampling)[0]
-
-        if self.adapted:
-            return answer()
-        with disable_lora(self.loaded.model):
-            return answer()
+        who = self.adapter or (BASE if self.adapters else None)
+        return generate(self.loaded, self.messages, adapter_names=who, format="chat", stream=stream, **self.sampling)[0]

@@ -59,12 +59,12 @@ def base_of_adapter(adapter: str, base: str | None = None, revision: str | None 
         ValueError: if neither names one, or ``adapter_config.json`` cannot be read.
         FileNotFoundError: if the folder has no ``adapter_config.json``.
     """
-    named = _named_base(adapter)
+    named = named_base(adapter)
     if named is None:
         if base is None:
             raise ValueError(f"{_config_path(adapter)} names no base model: give --base")
         return Base(base, revision)
-    if base is None or folder_record(adapter).base_hash is not None or _place(base) == _place(named.name):
+    if base is None or folder_record(adapter).base_hash is not None or same_place(base, named.name):
         if revision is not None and named.revision is not None and revision != named.revision:
             _warn(f"the adapter in {adapter} was trained on revision {named.revision}, and is put on {revision}")
         return Base(base or named.name, revision or named.revision)
@@ -108,7 +108,7 @@ def check_base(adapter: str, record: TrainedOn, model: nn.Module, place: Base, *
     found = base_hash(model).value
     if found == record.base_hash:
         return
-    named = _named_base(adapter) if Path(adapter).is_dir() else None
+    named = named_base(adapter) if Path(adapter).is_dir() else None
     message = (
         f"the adapter in {adapter} was trained on {named.name if named else 'another base'}, "
         f"{short(record.base_hash)}, and {place.name} is {short(found)}: its weights or its config are not the same, "
@@ -180,7 +180,13 @@ def _config_path(adapter: str) -> Path:
     return path
 
 
-def _named_base(adapter: str) -> Base | None:
+def named_base(adapter: str) -> Base | None:
+    """The base model that the config of an adapter names.
+
+    Raises:
+        ValueError: if the config cannot be read.
+        FileNotFoundError: if there is none.
+    """
     from lit_lora.interchange.peft_folder import read_config
 
     path = _config_path(adapter)
@@ -200,6 +206,11 @@ def _named_base(adapter: str) -> Base | None:
 
 def _shown(value: Any) -> str:
     return "nothing" if value is None else repr(value)[:80]
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two names are of one base, as far as names tell."""
+    return _place(one) == _place(other)
 
 
 def _place(base: str) -> str:

@@ -20,16 +20,8 @@ from torch import Tensor
 
 from lit_lora.adapters.module_names import some
 from lit_lora.config import Combination, LoRAConfig
-from lit_lora.interchange.stored_factors import (
-    AdapterFactors,
-    Factors,
-    names_to_write,
-    padded,
-    read_factors,
-    same_base,
-    truncated,
-    write_factors,
-)
+from lit_lora.interchange.factors import Factors, common_rank, truncated
+from lit_lora.interchange.stored_factors import AdapterFactors, names_to_write, read_factors, same_base, write_factors
 
 _Combine = Callable[[list[Tensor], list[float]], Tensor]
 
@@ -74,28 +66,34 @@ def combine_adapters(
     for name in dict.fromkeys(name for adapter in read for name in adapter.layers):
         there = [(adapter.layers[name], w) for adapter, w in zip(read, factors, strict=True) if name in adapter.layers]
         layers[name] = _combined(name, [f for f, _ in there], [w for _, w in there], how, highest, combine)
-    rank = max(each.r for each in layers.values())
-    layers = {name: padded(each, rank) for name, each in layers.items()}
-    config = LoRAConfig(r=rank, lora_alpha=rank, target_modules=names_to_write(read, list(layers)))
+    rank = common_rank(list(layers.values()))
+    layers = {name: each.padded(rank) for name, each in layers.items()}
+    config = LoRAConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=names_to_write(read, list(layers)),
+        target_parameters=read[0].stored.config.target_parameters,
+    )
     return write_factors(output, layers, config, read, {})
 
 
 def _combined(
     name: str, factors: list[Factors], weights: list[float], how: Combination, r: int, combine: _Combine | None
 ) -> Factors:
-    shapes = {(each.lora_A.shape[1], len(each.lora_B), each.end_of_A) for each in factors}
-    if len(shapes) > 1:
-        raise ValueError(f"the adapters have other sizes of {name}, {sorted(shapes)}: they belong to different bases")
     first, dtype = factors[0], factors[0].lora_A.dtype
+    r = max(1, r // first.layout.unit)
+    if len(sizes := {each.sizes for each in factors}) > 1:
+        raise ValueError(f"the adapters have other sizes of {name}, {sorted(sizes)}: they belong to different bases")
     if how == "svd":
         return truncated(factors, weights, r, dtype).factors
     if how == "cat":
-        A = torch.cat([each.lora_A * w * each.scaling for each, w in zip(factors, weights, strict=True)])
-        return first._replace(lora_A=A, lora_B=torch.cat([each.lora_B for each in factors], dim=1), scaling=1.0)
+        A = torch.cat([each.lora_A * w * each.scaling for each, w in zip(factors, weights, strict=True)], dim=-2)
+        return first._replace(lora_A=A, lora_B=torch.cat([each.lora_B for each in factors], dim=-1), scaling=1.0)
     assert combine is not None
     if how.endswith("svd"):
         U, S, Vh = torch.linalg.svd(combine([each.product() for each in factors], weights), full_matrices=False)
-        return first._replace(lora_A=Vh[:r].to(dtype), lora_B=(U[:, :r] * S[:r]).to(dtype), scaling=1.0)
+        lora_B = U[..., :r] * S[..., None, :r]
+        return first._replace(lora_A=Vh[..., :r, :].to(dtype), lora_B=lora_B.to(dtype), scaling=1.0)
     if len({each.r for each in factors}) > 1:
         raise ValueError(
             f"the adapters have ranks {[each.r for each in factors]} in {name}, and {how!r} works on A and B for "
@@ -169,10 +167,29 @@ def _check(read: list[AdapterFactors], weights: list[float], how: str, r: int | 
     if not prunes and density is not None:
         raise ValueError(f"density has no effect on how {how!r}: leave it out")
     for adapter in read:
-        config = adapter.stored.config
-        if config.use_dora or adapter.others:
-            kind = "DoRA's lengths" if config.use_dora else some(adapter.others)
-            raise ValueError(
-                f"{adapter.stored.source} holds {kind}, of which there is no weighted sum with other adapters: merge "
-                "it into the base, or leave it out"
-            )
+        for kind, held in _no_products(adapter).items():
+            if held:
+                raise ValueError(
+                    f"{adapter.stored.source} holds {kind} ({some(held)}), of which there is no weighted sum with "
+                    "other adapters: merge it into the base, or leave it out"
+                )
+    parameters = [adapter.stored.config.target_parameters or [] for adapter in read]
+    if any(each != parameters[0] for each in parameters):
+        raise ValueError(
+            f"the adapters are on different parameters, {' and '.join(str(each) for each in parameters)}: a file does "
+            "not say which of its tensors are on which, so they can be combined where these lists are equal"
+        )
+
+
+def _no_products(adapter: AdapterFactors) -> dict[str, list[str]]:
+    """Kind -> names of tensors of which a weighted sum would be no adapter that does what the adapters do."""
+    ends = {
+        "DoRA's lengths": ".lora_magnitude_vector",
+        "rows of embeddings": ".token_adapter.trainable_tokens_delta",
+        "biases of LoRA": ".lora_B.bias",
+        "biases of the base": ".bias",
+    }
+    kinds: dict[str, list[str]] = {kind: [] for kind in (*ends, "modules trained in full")}
+    for name in adapter.others:
+        kinds[next((kind for kind, end in ends.items() if end in name), "modules trained in full")].append(name)
+    return kinds

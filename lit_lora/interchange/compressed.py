@@ -6,12 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lit_lora.interchange.stored_factors import (
-    read_factors,
-    relative_error,
-    truncated,
-    write_factors,
-)
+from lit_lora.interchange.factors import Factors, common_rank, relative_error, truncated
+from lit_lora.interchange.stored_factors import read_factors, target_of, write_factors
 
 
 class Compressed(NamedTuple):
@@ -31,7 +27,8 @@ def compress_adapter(
 ) -> Compressed:
     """Write an adapter at lower ranks, from its singular values; the base is not needed.
 
-    Rows of embeddings, copies, biases and DoRA's lengths stay as they are.
+    Experts and groups of a convolution are cut down each for itself, to one rank. Rows of embeddings, copies, biases
+    and DoRA's lengths stay as they are.
 
     Args:
         adapter: folder in PEFT's format, or an id on the Hub.
@@ -53,14 +50,27 @@ def compress_adapter(
     for name, factors in read.layers.items():
         whole_layer = truncated([factors], [1.0], None, factors.lora_A.dtype)
         values = whole_layer.singular_values
-        kept = r or next(rank for rank in range(1, len(values) + 1) if relative_error(values, rank) <= (max_error or 0))
-        cut = whole_layer.at(min(kept, factors.r))
+        ranks_of_part = range(1, values.shape[-1] + 1)
+        bound = max_error or 0
+        kept = (
+            max(1, r // factors.layout.unit)
+            if r
+            else next(k for k in ranks_of_part if relative_error(values, k) <= bound)
+        )
+        cut = whole_layer.at(min(kept, factors.lora_A.shape[-2]))
         layers[name], errors[name] = cut.factors, cut.error
         norm = float(values.norm())
         lost, whole = lost + (cut.error * norm) ** 2, whole + norm**2
+    highest = max(each.r for each in layers.values())
+    together: dict[str, list[Factors]] = {}
+    for name, each in layers.items():
+        together.setdefault(target_of(name), []).append(each)
+    ranks = {target: common_rank(of_target) for target, of_target in together.items()}
+    # A configuration has no name for the tensors of a parameter, and one for the two parts of an attention.
+    ranks |= {name: highest for name in read.parameters}
+    layers = {name: each.padded(ranks[target_of(name)]) for name, each in layers.items()}
     ranks = {name: each.r for name, each in layers.items()}
-    highest = max(ranks.values())
-    differing = {name: rank for name, rank in ranks.items() if rank != highest}
+    differing = {target_of(name): rank for name, rank in ranks.items() if rank != highest}
     config = replace(
         read.stored.config, r=highest, lora_alpha=highest, use_rslora=False,
         rank_pattern=differing, alpha_pattern=dict(differing),

@@ -12,7 +12,7 @@ from typing import Any
 
 from lit_lora.config import LoRAConfig
 
-_READ = {field.name for field in fields(LoRAConfig)} - {"adapter_dtype", "freeze_A", "init_lora_weights"}
+_READ = {field.name for field in fields(LoRAConfig)} - {"adapter_dtype", "eva_rho", "freeze_A", "init_lora_weights"}
 """Keys whose values are fields of ``LoRAConfig``, which checks them."""
 
 _HARMLESS = {

@@ -21,7 +21,7 @@ from lit_lora.adapters.layers import adapter_modules
 from lit_lora.adapters.matching import resolve_pattern
 from lit_lora.adapters.module_names import plain_name
 from lit_lora.adapters.named_adapters import named
-from lit_lora.adapters.trained_biases import trained_biases
+from lit_lora.adapters.trained_biases import further_biases, trained_biases
 from lit_lora.config import LoRAConfig
 from lit_lora.interchange.adapter_state import check_finite, check_state, load_adapter_state_dict, same_tensor
 from lit_lora.interchange.added_rows import grown_vocabulary, rows_in_whole_layers, with_added_rows
@@ -189,10 +189,17 @@ def fit_adapter(
             plan = plan_injection(model, config, from_file=True)
         except ValueError as error:
             raise ValueError(f"{Path(stored.source) / CONFIG_NAME}: {error}") from error
+        if config.bias == "all":
+            plan = _with_further_biases(model, plan, [tensor.name for tensor in header.values()])
         if stored.folder is None:
             return FittedAdapter(plan, None)
         state = _values(model, plan, stored, added, values, valueless=valueless)
     return FittedAdapter(plan, None if state is None else {name: state[name] for name in plan.shapes()})
+
+
+def _with_further_biases(model: nn.Module, plan: InjectionPlan, stored: list[str]) -> InjectionPlan:
+    biases = plan.biases | further_biases(model, plan.shapes(), stored)
+    return replace(plan, biases=biases, coverage=plan.coverage | ({"biases": len(biases)} if biases else {}))
 
 
 def stored_checksum(stored: StoredAdapter) -> str:

@@ -1,10 +1,8 @@
-"""The low-rank layers of an adapter in a folder as pairs of matrices, without its base: read, cut down, written.
-
-Shapes: I inputs, O outputs (of an embedding: V tokens, D hidden, with A ``(R, V)`` and B ``(D, R)``), R rank.
-"""
+"""The low-rank layers of an adapter in a folder as matrices, without its base: read and written."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,39 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_lora.adapters import lora_layer
 from lit_lora.adapters.matching import resolve_pattern, some
 from lit_lora.base.trained_on import KEY, TrainedOn, read_record
 from lit_lora.config import LoRAConfig
 from lit_lora.interchange.adapter_writing import write_adapter
+from lit_lora.interchange.factors import ENDS, Factors, Layout
 from lit_lora.interchange.peft_config import to_peft_config
 from lit_lora.interchange.peft_folder import CONFIG_NAME, PREFIX, find_weights, read_config
 from lit_lora.interchange.stored_adapter import StoredAdapter, read_adapter, stored_values
 
-_ENDS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
-
-
-class Factors(NamedTuple):
-    """What an adapter adds to one layer: ``scaling * B @ A``."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    end_of_A: str
-    """What A is called below its layer."""
-
-    @property
-    def r(self) -> int:
-        """Rank."""
-        return len(self.lora_A)
-
-    def product(self) -> Tensor:
-        """``scaling * B @ A``, float32."""
-        return (self.lora_B.float() @ self.lora_A.float()) * self.scaling
-
-    def named(self, layer: str) -> dict[str, Tensor]:
-        """Both, by their names in the model."""
-        return {f"{layer}.{self.end_of_A}": self.lora_A, f"{layer}.{_ENDS[self.end_of_A]}": self.lora_B}
+_OUTPUT = ".base_layer.out_proj"
+"""Of an attention of torch, which a configuration calls by the attention's name."""
 
 
 class AdapterFactors(NamedTuple):
@@ -53,97 +29,92 @@ class AdapterFactors(NamedTuple):
 
     stored: StoredAdapter
     layers: dict[str, Factors]
+    parameters: list[str]
+    """Those of ``layers`` that are on parameters, such as fused experts."""
     others: dict[str, Tensor]
-    """What is no pair of matrices: lengths of DoRA, rows of embeddings, copies, biases."""
+    """What is no product of matrices: lengths of DoRA, rows of embeddings, copies, biases."""
     record: TrainedOn
     content: dict[str, object]
     """Of ``adapter_config.json``."""
 
 
 def read_factors(folder_or_hub_id: str | Path) -> AdapterFactors:
-    """Read an adapter as pairs of matrices.
+    """Read an adapter as matrices.
 
     Raises:
-        ValueError: if it cannot be read, or adapts fused experts, whose matrices lie in one.
+        ValueError: if it cannot be read, or it is not known where its matrices end.
     """
     stored = read_adapter(folder_or_hub_id)
     assert stored.folder is not None
-    if stored.config.target_parameters:
-        raise ValueError(
-            f"{stored.source} adapts parameters ({some(stored.config.target_parameters)}): without the base it is not "
-            "known where one expert's matrices end. Only adapters of layers can be worked on so"
-        )
+    config = stored.config
     state = stored_values(stored)
-    pairs = {name.removesuffix(f".{end}"): end for name in state for end in _ENDS if name.endswith(f".{end}")}
-    alphas = resolve_pattern("alpha_pattern", stored.config.alpha_pattern, pairs)
+    pairs = {name.removesuffix(f".{end}"): end for name in state for end in ENDS if name.endswith(f".{end}")}
+    fused = [name for name in pairs if _is_parameter(name, config)]
+    _check_ranks_of_parameters(fused, stored)
+    targets = {name: target_of(name) for name in pairs if name not in fused}
+    ranks = resolve_pattern("rank_pattern", config.rank_pattern, targets.values())
+    alphas = resolve_pattern("alpha_pattern", config.alpha_pattern, targets.values())
     layers: dict[str, Factors] = {}
     for layer, end in pairs.items():
-        lora_A, lora_B = state.pop(f"{layer}.{end}"), state.pop(f"{layer}.{_ENDS[end]}", None)
+        lora_A, lora_B = state.pop(f"{layer}.{end}"), state.pop(f"{layer}.{ENDS[end]}", None)
         if lora_B is None:
             raise ValueError(f"{stored.source} holds A of {layer} and no B: take an undamaged copy")
-        if lora_A.ndim != 2 or ".base_layer." in layer:
+        target = targets.get(layer, "")
+        r, alpha = ranks.get(target, config.r), alphas.get(target, config.lora_alpha)
+        layout = _layout(lora_A, lora_B, end, r if layer in fused else None)
+        if layout is None:
             raise ValueError(
-                f"{stored.source} adapts {layer}, which is no linear layer and no embedding: only adapters of these "
-                "can be worked on without their base"
+                f"{stored.source} holds A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)} of {layer}, which do not "
+                f"belong together at rank {r}: take an undamaged copy"
             )
-        scaling = stored.config.scaling(len(lora_A), alphas.get(layer, stored.config.lora_alpha))
-        layers[layer] = Factors(lora_A, lora_B, scaling, end)
+        lora_A, lora_B = layout.apart(lora_A, lora_B)
+        found = Factors(lora_A, lora_B, 1.0, layout)
+        layers[layer] = found._replace(scaling=config.scaling(found.r, alpha))
     if not layers:
         raise ValueError(f"{stored.source} has no low-rank layers")
     record = read_record(find_weights(stored.folder))
-    return AdapterFactors(stored, layers, state, record, read_config(stored.folder / CONFIG_NAME))
+    return AdapterFactors(stored, layers, fused, state, record, read_config(stored.folder / CONFIG_NAME))
 
 
-class Cut(NamedTuple):
-    """A layer at a lower rank."""
-
-    factors: Factors
-    singular_values: Tensor
-    """Of the layer before."""
-
-    @property
-    def error(self) -> float:
-        """Frobenius norm of what is missing, relative to that of the layer."""
-        return relative_error(self.singular_values, self.factors.r)
-
-    def at(self, r: int) -> Cut:
-        """At a rank that is lower still."""
-        lora_A, lora_B = self.factors.lora_A[:r], self.factors.lora_B[:, :r]
-        return self._replace(factors=self.factors._replace(lora_A=lora_A, lora_B=lora_B))
+def target_of(name: str) -> str:
+    """What a configuration calls a layer."""
+    return name.removesuffix(_OUTPUT)
 
 
-def truncated(factors: Sequence[Factors], weights: Sequence[float], r: int | None, dtype: torch.dtype) -> Cut:
-    """The best sum of low rank of what several adapters add to a layer (Eckart-Young), and what it misses.
-
-    The sum is not made: its singular values are those of a product of two triangles, of the sum of ranks each.
-
-    Args:
-        factors: of one layer.
-        weights: one for each.
-        r: rank to keep; None for all.
-        dtype: of the result.
-    """
-    double = torch.float64
-    A = torch.cat([each.lora_A.to(double) for each in factors])
-    B = torch.cat([each.lora_B.to(double) * each.scaling * w for each, w in zip(factors, weights, strict=True)], dim=1)
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.t())
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.t(), full_matrices=False)
-    kept = len(S) if r is None else min(r, len(S))
-    lora_A, lora_B = Vh[:kept] @ Q_A.t(), Q_B @ (U[:, :kept] * S[:kept])
-    return Cut(Factors(lora_A.to(dtype), lora_B.to(dtype), 1.0, factors[0].end_of_A), S)
+def _is_parameter(name: str, config: LoRAConfig) -> bool:
+    """Whether this is on a parameter of a module, and not around a layer that ``target_modules`` names."""
+    if not config.target_parameters:
+        return False
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return re.fullmatch(targets, target_of(name)) is None
+    return not any(target_of(name) == entry or target_of(name).endswith(f".{entry}") for entry in targets)
 
 
-def relative_error(singular_values: Tensor, r: int) -> float:
-    """Frobenius norm of what rank ``r`` misses, relative to the whole."""
-    whole = float(singular_values.norm())
-    return float(singular_values[r:].norm()) / whole if whole else 0.0
+def _check_ranks_of_parameters(fused: Sequence[str], stored: StoredAdapter) -> None:
+    """A file does not say which parameter of a module its tensors are on, so they must have the same rank and scale."""
+    owners = [re.sub(r"(\.base_layer)+$", "", name) for name in fused]
+    held = {entry.rpartition(".")[2] for entry in stored.config.target_parameters or []}
+    names = [f"{owner}.{parameter}" for owner in owners for parameter in held]
+    for field in ("rank_pattern", "alpha_pattern"):
+        if found := resolve_pattern(field, getattr(stored.config, field), names):
+            raise ValueError(
+                f"{stored.source} has {field} for the parameters {some(found)}: without the base it is not known "
+                "which tensors are theirs. Only parameters of one rank and alpha can be worked on so"
+            )
 
 
-def padded(factors: Factors, r: int) -> Factors:
-    """The same at a higher rank."""
-    lora_A, lora_B = lora_layer.padded(factors.lora_A, factors.lora_B, r)
-    return factors._replace(lora_A=lora_A, lora_B=lora_B)
+def _layout(lora_A: Tensor, lora_B: Tensor, end: str, r: int | None) -> Layout | None:
+    """How matrices lie in these; with ``r``, they are on a parameter, of one expert or several. None if they do not."""
+    if lora_A.ndim < 2 or lora_B.ndim != lora_A.ndim or not lora_B.shape[1]:
+        return None
+    if r is not None:
+        experts, rest = divmod(len(lora_A), r)
+        return None if rest or lora_B.shape[1] != len(lora_A) else Layout(end, parts=experts, of="experts")
+    groups, rest = divmod(len(lora_A), lora_B.shape[1])
+    if rest or len(lora_B) % groups or (groups > 1 and lora_A.ndim == 2):
+        return None
+    return Layout(end, tuple(lora_A.shape[2:]), groups)
 
 
 def write_factors(
@@ -194,7 +165,10 @@ def names_to_write(adapters: Sequence[AdapterFactors], layers: Sequence[str]) ->
         and not each.stored.config.exclude_modules
         for each in adapters
     )
-    return sorted({entry for entries in lists for entry in entries}) if plain else sorted(layers)
+    if plain:
+        return sorted({entry for entries in lists for entry in entries})
+    parameters = {name for each in adapters for name in each.parameters}
+    return sorted({target_of(name) for name in layers if name not in parameters})
 
 
 def same_base(adapters: Sequence[AdapterFactors]) -> None:

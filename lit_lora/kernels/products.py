@@ -30,6 +30,9 @@ from lit_lora.kernels.cuda_way import HALF, has_no_values, sums_in_float32, take
 _SMALL = 2**20
 """Multiply-adds below which preparing oneDNN's kernel for a new shape costs more than it gives."""
 
+_FEWEST_ROWS = 16
+"""Numbers of rows for which oneDNN's kernels are shared start here."""
+
 
 @cache
 def _by_amd() -> bool:
@@ -57,6 +60,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _onednn_may_serve(x, weight):
         return F.linear(x, weight, bias)
     return _opaque_linear(x, weight, bias) if torch.compiler.is_compiling() else _linear_by_size(x, weight, bias)
+
+
+def linear_of_rows(x: Tensor, rows: slice, weight: Tensor) -> Tensor:
+    """``x[rows] @ weight.T``, without a graph, where the number of rows is another one with each call.
+
+    The rows next to these are multiplied with them and left out, so that few numbers of rows are met: see
+    :func:`shared_num_rows`.
+
+    Args:
+        x: ``(M, K)``.
+        rows: which to multiply, with both ends.
+        weight: ``(N, K)``.
+    """
+    num_rows = rows.stop - rows.start
+    num_together = min(shared_num_rows(num_rows, x, weight), len(x))
+    start = min(rows.start, len(x) - num_together)
+    product = linear(x[start : start + num_together], weight)
+    return product[rows.start - start :][:num_rows]
+
+
+def shared_num_rows(num_rows: int, x: Tensor, weight: Tensor) -> int:
+    """How many rows to multiply instead of ``num_rows``, so that one kernel serves products of several sizes.
+
+    Of each shape that oneDNN is given, it and torch keep a kernel, half a MB each. Whoever has another number of rows
+    each time rounds it up: to 16, and by an eighth at most above 128. A product without such a kernel is left as it is.
+
+    Args:
+        num_rows: at least 1.
+        x: for its dtype and device.
+        weight: ``(N, K)``.
+    """
+    by_torch = x.dtype is torch.bfloat16 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    by_us = _onednn_may_serve(x, weight) and num_rows * weight.numel() >= _SMALL
+    if not (by_torch or by_us):
+        return num_rows
+    step = max(_FEWEST_ROWS, (1 << (num_rows - 1).bit_length()) >> 4)
+    return -(-num_rows // step) * step
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lit_lora.base.quantized_experts import QuantizedExperts, tensors_in
+
 WORKSPACE = "workspace"
 """Category of what nobody has claimed."""
 
@@ -97,6 +99,8 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run the operator, and look at the storages of its result (and of its inputs, made before the tracker)."""
+        if QuantizedExperts in types:
+            return NotImplemented  # they make their values first, which is then seen here
         kwargs = kwargs or {}
         where = self._where(func)
         if not self._outputs_only:
@@ -126,7 +130,7 @@ class StorageTracker(TorchDispatchMode):
 
     def add(self, leaves: Iterable[Any], where: str = "") -> None:
         """Record the storages of these tensors from now on."""
-        for leaf in leaves:
+        for leaf in tensors_in(leaves):
             if not isinstance(leaf, Tensor) or leaf.device.type == "meta" or isinstance(leaf, DTensor):
                 continue  # a DTensor's own storage has the size of the whole and no memory; its share is seen by itself
             storage = leaf.untyped_storage()
@@ -165,7 +169,7 @@ class StorageTracker(TorchDispatchMode):
         if tensors is None:
             keys: Iterable[int] = [key for key, _ in self._live.values() if key not in self.categories]
         else:
-            tensors = list(tensors)
+            tensors = tensors_in(list(tensors))
             self.add(tensors)
             keys = [self._live[tensor.untyped_storage()._cdata][0] for tensor in tensors]
         for key in keys:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_lora.base import base_weight
 from lit_lora.base.architectures import architecture
+from lit_lora.base.expert_codes import is_experts
 from lit_lora.base.load import RANDOM, resolve_base, resolve_dtype
 from lit_lora.base.quantize import is_left_plain, quantize_
 from lit_lora.base.shards import Sharding, gathered_modules, shares
@@ -206,9 +207,11 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
     if settings.quantization is not None:
         at_once = max(
             (
-                module.weight.nbytes
+                parameter.nbytes
                 for name, module in model.named_modules()
-                if base_weight.is_linear_like(module) and not is_left_plain(name, settings.quantization)
+                for key, parameter in module.named_parameters(recurse=False)
+                if (base_weight.is_linear_like(module) and key == "weight") or is_experts(module, parameter)
+                if not is_left_plain(f"{name}.{key}", settings.quantization)
             ),
             default=0,
         )
@@ -216,7 +219,7 @@ def _load(settings: StepSettings, device: str, tracker: StorageTracker) -> tuple
             ends = (model.get_input_embeddings(), model.get_output_embeddings())
             at_once = sum({id(m.weight): m.weight.nbytes for m in ends if m is not None}.values())
             del ends
-        quantize_(model, settings.quantization)
+        quantize_(model, settings.quantization, experts=settings.devices == 1 and not settings.cpu_offload)
     tracker.claim("base")
     tracker.forget_the_dead()
     loaded = tracker.alive_bytes

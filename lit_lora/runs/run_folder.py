@@ -42,10 +42,16 @@ else:
 
 
 class RunFolder:
-    """A folder that this process has claimed, until :meth:`release`."""
+    """A folder that this process has claimed, until :meth:`release`.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the folder.
+        option: the setting that names it, for a message.
+    """
+
+    def __init__(self, path: Path, *, option: str = OPTION) -> None:
         self.path = path
+        self._option = option
         self._descriptor: int | None = None
         self._made: list[Path] = []
 
@@ -56,7 +62,7 @@ class RunFolder:
             OSError: if the folder cannot be made or written to; says what to set.
         """
         self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        make_folder(self.path, option=OPTION)
+        make_folder(self.path, option=self._option)
         while True:
             descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o666)
             try:

@@ -19,7 +19,7 @@ PROMPT = "> "
 
 
 def chat(
-    adapter: str | None = None,
+    adapter: list[str] | str | None = None,
     base: str | None = None,
     revision: str | None = None,
     quantization: QuantizationConfig | None = None,
@@ -40,7 +40,7 @@ def chat(
     Answers are on stdout, everything else on stderr. From a pipe each line of standard input is a turn, too.
 
     Args:
-        adapter: folder of an adapter in PEFT's format.
+        adapter: folder of an adapter in PEFT's format, or NAME=FOLDER; of several /adapter NAME chooses.
         base: base model, as in --model.base; by default the one that the adapter names.
         revision: branch, tag or commit of the base on the Hub; by default the one that the adapter names.
         quantization: how to quantize the base, such as --quantization.bits 4; by default as the adapter was trained.
@@ -64,7 +64,7 @@ def chat(
     check_sampling(temperature, top_p, seed, max_new_tokens)
     with readable():
         loaded = load(
-            adapter,
+            [adapter] if isinstance(adapter, str) else adapter,
             base=base,
             revision=revision,
             quantization=quantization,
@@ -74,14 +74,17 @@ def chat(
             other_base=other_base,
             trust_remote_code=trust_remote_code,
         )
-    if continues_text(loaded, "auto"):
-        _note("the adapter was trained on plain text, and is asked in the chat template")
+    if of_text := [name for name, asked in loaded.adapters.items() if continues_text(asked.trained_on, "auto")]:
+        which = "the adapter" if len(loaded.adapters) == 1 else ", ".join(of_text)
+        _note(f"{which} was trained on plain text, and is asked in the chat template")
     if seed is not None:
         import torch
 
         torch.manual_seed(seed)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    talk = _Talk(Chat(loaded, system, sampling=sampling), has_adapter=adapter is not None, stream=stream)
+    talk = _Talk(Chat(loaded, system, sampling=sampling), stream=stream)
+    if len(talk.chat.adapters) > 1:
+        _note(f"{talk.chat.adapter} answers; /adapter NAME switches to another of {', '.join(talk.chat.adapters)}")
     if sys.stdin.isatty():
         _note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends")
     for line in _lines():
@@ -92,16 +95,19 @@ def chat(
 class _Talk:
     """Lines in, answers and notes out."""
 
-    def __init__(self, chat: Chat, *, has_adapter: bool, stream: bool) -> None:
+    def __init__(self, chat: Chat, *, stream: bool) -> None:
         self.chat = chat
-        self.has_adapter = has_adapter
+        self.last = chat.adapter
         self.stream = stream
         self.commands: dict[str, tuple[Callable[[str], object], str]] = {
             "/help": (self._help, "this list"),
             "/new": (self._new, "forget what was said"),
             "/undo": (self._undo, "take back the last turn and its answer"),
             "/again": (self._again, "answer the last turn again"),
-            "/adapter": (self._adapter, "on or off: answer with the adapter, or as the base does"),
+            "/adapter": (
+                self._adapter,
+                "NAME, on or off: answer with that one, the last one, or as the base; alone lists them",
+            ),
             "/system": (self._system, "TEXT: the system message from here on; none without TEXT"),
             "/temperature": (self._temperature, "NUMBER: 0 for the most likely token each time"),
             "/save": (self._save, "FILE: add the conversation to it as a line of JSON, as training reads it"),
@@ -154,12 +160,19 @@ class _Talk:
         self._show(lambda: self.chat.again(stream=self.stream))
 
     def _adapter(self, wanted: str) -> None:
-        if not self.has_adapter:
+        if not self.chat.adapters:
             raise ValueError("there is no adapter: start with --adapter FOLDER")
-        if wanted not in ("", "on", "off"):
-            raise ValueError(f"/adapter takes on or off, got {wanted!r}")
-        self.chat.adapted = wanted == "on" if wanted else not self.chat.adapted
-        _note(f"the adapter is {'on' if self.chat.adapted else 'off'}")
+        if not wanted:
+            for name in [*self.chat.adapters, None]:
+                _note(f"{'>' if name == self.chat.adapter else ' '} {name or 'off: the base alone'}")
+            return
+        name = {"on": self.last, "off": None}.get(wanted, wanted)
+        try:
+            self.chat.switch(name)
+        except ValueError as error:
+            raise ValueError(f"/adapter takes NAME, on or off: {error}") from None
+        self.last = name or self.last
+        _note("the adapter is off" if name is None else f"the adapter is on: {name}")
 
     def _system(self, text: str) -> None:
         self.chat.system = text or None

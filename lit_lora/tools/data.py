@@ -23,9 +23,9 @@ OPTIONS = ("rows", "examples", "json", "html", "help")
 def data(arguments: list[str]) -> DataReport | None:
     """Look at data as the ``fit`` with these arguments would, and print what was found.
 
-    Takes what ``lit-lora fit`` takes, and the options of :func:`_own_options`. Exits with 1 where no row can be used.
+    Takes what ``lit-lora fit`` takes, and the options of :func:`own_options`. Exits with 1 where no row can be used.
     """
-    parser = _own_options()
+    parser = own_options()
     given = options(with_flag_values(arguments, FLAGS))
     own = [token for option in given if option.key in OPTIONS for token in option.tokens]
     chosen = parser.parse_args([*own, *(option.tokens[0] for option in given if not option.key)])
@@ -111,7 +111,8 @@ def _number(text: str, *, least: int = 0) -> int:
     return number
 
 
-def _own_options() -> argparse.ArgumentParser:
+def own_options() -> argparse.ArgumentParser:
+    """Those that ``fit`` does not have."""
     parser = argparse.ArgumentParser(
         prog="lit-lora data",
         usage="lit-lora data FILE --model MODEL [options]",

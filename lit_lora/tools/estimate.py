@@ -23,9 +23,9 @@ OFFLOADED = "lora_sharded_cpu_offload"
 def estimate(arguments: list[str]) -> None:
     """Trace the training step of the ``fit`` with these arguments, and print what it takes.
 
-    Takes what ``lit-lora fit`` takes, and the options of :func:`_options`. Exits with 1 for "does not fit".
+    Takes what ``lit-lora fit`` takes, and the options of :func:`own_options`. Exits with 1 for "does not fit".
     """
-    parser = _options()
+    parser = own_options()
     options, fit_arguments = parser.parse_known_args(arguments)
     for flag in fit_arguments:
         if flag.startswith("--") and (close := closest(flag.partition("=")[0], OPTIONS, cutoff=0.8)):
@@ -277,7 +277,8 @@ def _at_least_two(text: str) -> int:
     return int(text)
 
 
-def _options() -> argparse.ArgumentParser:
+def own_options() -> argparse.ArgumentParser:
+    """Those that ``fit`` does not have."""
     parser = argparse.ArgumentParser(
         prog="lit-lora estimate",
         allow_abbrev=False,

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_lora.config import QuantizationConfig
 
 if TYPE_CHECKING:
-    from lit_lora.base.trained_on import TrainedOn
     from lit_lora.evaluation.held_out import HeldOut
     from lit_lora.evaluation.score import Scores
 
@@ -83,11 +82,13 @@ def evaluate(
     from lit_lora.cli.progress import Counting
     from lit_lora.evaluation.answer_metrics import check_metrics
     from lit_lora.evaluation.held_out import read_held_out
-    from lit_lora.evaluation.load import load
+    from lit_lora.evaluation.load import load_in_turn
     from lit_lora.evaluation.score import Measured, score
     from lit_lora.interchange.adapter_folder import folder_record, local_folder
+    from lit_lora.interchange.adapter_naming import check_given_once
     from lit_lora.runs.said import readable
 
+    check_given_once(adapter)
     folders = [local_folder(one) for one in adapter]
     records = [folder_record(folder) for folder in folders]
     held_outs = [  # before anything is loaded
@@ -104,8 +105,7 @@ def evaluate(
         for record in records
     ]
     held_out = held_outs[0]
-    given = {"dtype": dtype, "quantization": quantization or (full_precision or None), "tokenizer": tokenizer}
-    _check_comparable(adapter, records, held_outs, given)
+    _check_asked_alike(adapter, held_outs)
     if names is not None:
         check_metrics(names, has_answers=bool(held_out.prompts))
     if not held_out.prompts and min_gain:
@@ -116,22 +116,22 @@ def evaluate(
         print("the adapter was trained on plain text, and is asked in the chat template", file=sys.stderr)
     found: dict[str, Scores] = {}
     base_scores: Measured | None = None
-    for name, folder in zip(adapter, folders, strict=True):
-        with readable():
-            loaded = load(
-                folder,
-                base=base,
-                revision=revision,
-                quantization=quantization,
-                full_precision=full_precision,
-                dtype=dtype,
-                tokenizer=tokenizer,
-                other_base=other_base,
-                trust_remote_code=trust_remote_code,
-            )
+    with readable():
+        take = load_in_turn(
+            dict(zip(adapter, folders, strict=True)),
+            base=base,
+            revision=revision,
+            quantization=quantization,
+            full_precision=full_precision,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            other_base=other_base,
+            trust_remote_code=trust_remote_code,
+        )
+    for name in adapter:
         with Counting() as progress:
             found[name] = score(
-                loaded,
+                take(name),
                 held_out,
                 metrics=names,
                 max_new_tokens=max_new_tokens,
@@ -141,7 +141,6 @@ def evaluate(
                 name="the adapter" if len(adapter) == 1 else name,
             )
         base_scores = found[name].base
-        del loaded  # one base at a time
     _show(held_out, found, show)
     print(f"\n{_said(found)}")
     if output is not None:
@@ -154,32 +153,13 @@ def evaluate(
             )
 
 
-def _check_comparable(
-    adapters: Sequence[str], records: Sequence[TrainedOn], held_outs: Sequence[HeldOut], given: dict[str, Any]
-) -> None:
-    """Check that one base, asked one way, can stand beside all adapters.
+def _check_asked_alike(adapters: Sequence[str], held_outs: Sequence[HeldOut]) -> None:
+    """Check that all adapters look at the data in one way.
 
     Raises:
         ValueError: naming what differs, and how to make it the same.
     """
-    if len(set(adapters)) < len(adapters):
-        raise ValueError(f"an adapter is named twice: {', '.join(adapters)}")
-    for name, record, held_out in zip(adapters[1:], records[1:], held_outs[1:], strict=True):
-        compared = {
-            "base": ("base_hash", "evaluate them one at a time"),
-            "dtype": ("dtype", "--dtype sets one for all"),
-            "quantization": ("quantization", "--quantization.bits or --full_precision sets one for all"),
-            "tokenizer": ("vocabulary_sha256", "--tokenizer sets one for all"),
-            "chat template": ("chat_template_sha256", "--tokenizer sets one for all"),
-        }
-        for what, (field, fix) in compared.items():
-            option = "tokenizer" if what == "chat template" else what
-            one, other = getattr(records[0], field), getattr(record, field)
-            if given.get(option) is None and None not in (one, other) and one != other:
-                raise ValueError(
-                    f"{adapters[0]} and {name} were trained with different settings ({what}: {one} and {other}), so "
-                    f"one base cannot stand beside both: {fix}"
-                )
+    for name, held_out in zip(adapters[1:], held_outs[1:], strict=True):
         first, second = (h._replace(examples=None) for h in (held_outs[0], held_out))  # type: ignore[arg-type]
         if first != second:
             fields = [n for n, a, b in zip(first._fields, first, second, strict=True) if a != b]

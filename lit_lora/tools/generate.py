@@ -1,17 +1,23 @@
-"""``lit-lora generate``: prompt in, text out, with and without an adapter."""
+"""``lit-lora generate``: prompts in, text out, with and without adapters."""
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_lora.config import QuantizationConfig
+
+if TYPE_CHECKING:
+    from lit_lora.evaluation.load import Loaded
+    from lit_lora.evaluation.requests import Request
 
 
 def generate(
     prompt: str,
     base: str | None = None,
-    adapter: str | None = None,
+    adapter: list[str] | str | None = None,
     revision: str | None = None,
     quantization: QuantizationConfig | None = None,
     full_precision: bool = False,
@@ -25,15 +31,21 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stream: bool = True,
+    batch_size: int | None = None,
+    output: str | None = None,
     other_base: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Answer one prompt, as the adapter was trained: through the chat template, or by continuing plain text.
+    """Answer a prompt, as the adapter was trained: through the chat template, or by continuing plain text.
+
+    Several adapters answer one after the other. Of a file of prompts each row may name its adapter, and the answers are
+    lines of JSON.
 
     Args:
-        prompt: the user's message, or the beginning of a text; "-" reads it from standard input.
+        prompt: the user's message, or the beginning of a text; "-" reads it from standard input. Or a file of prompts,
+            such as prompts.jsonl, with "prompt" or "messages" in each row and, where there are several, "adapter".
         base: base model, as in --model.base; by default the one that the adapter names.
-        adapter: folder of an adapter in PEFT's format.
+        adapter: folder of an adapter in PEFT's format, or NAME=FOLDER; can be given several times.
         revision: branch, tag or commit of the base on the Hub; by default the one that the adapter names.
         quantization: how to quantize the base, such as --quantization.bits 4; by default as the adapter was trained.
         full_precision: leave the base unquantized whatever the adapter was trained on.
@@ -47,6 +59,8 @@ def generate(
         top_p: sample from the smallest set of tokens of this total probability.
         seed: seed for sampling.
         stream: print tokens as they come.
+        batch_size: prompts of a file at a time, those of different adapters together; by default 16.
+        output: file to write the answers to a file of prompts to; by default they are printed.
         other_base: put the adapter on a base although its weights are not those that it was trained on.
         trust_remote_code: run code that comes with the base.
     """
@@ -56,16 +70,22 @@ def generate(
     if not text.strip():
         raise ValueError("the prompt is empty")
 
-    from lit_lora.adapters.merge import disable_lora
-    from lit_lora.evaluation import generate as answers
+    from lit_lora.evaluation.generate import check_sampling
     from lit_lora.evaluation.load import load
-    from lit_lora.language_model.generation import cut_note
+    from lit_lora.evaluation.requests import read_requests, request_file
+    from lit_lora.interchange.adapter_naming import named_folders
     from lit_lora.runs.said import readable
 
-    answers.check_sampling(temperature, top_p, seed, max_new_tokens)
+    check_sampling(temperature, top_p, seed, max_new_tokens)
+    adapters = None if adapter is None else named_folders([adapter] if isinstance(adapter, str) else adapter)
+    file = request_file(prompt)
+    _check_of_file(
+        file is not None, {"batch_size": batch_size, "output": output}, {"compare": compare or None, "system": system}
+    )
+    requests = [] if file is None else read_requests(file, list(adapters or []))
     with readable():
         loaded = load(
-            adapter,
+            adapters,
             base=base,
             revision=revision,
             quantization=quantization,
@@ -75,33 +95,85 @@ def generate(
             other_base=other_base,
             trust_remote_code=trust_remote_code,
         )
-    plain = answers.continues_text(loaded, format)
-    if plain and system is not None:
+    how = {
+        "format": format,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    if requests:
+        _answer_file(loaded, requests, output, batch_size=batch_size or 16, **how)
+    else:
+        _answer(loaded, text, system, compare=compare, stream=stream, **how)
+
+
+def _check_of_file(is_file: bool, of_file: dict[str, Any], of_one: dict[str, Any]) -> None:
+    for name, value in {**of_file, **of_one}.items():
+        if value is not None and is_file != (name in of_file):
+            raise ValueError(
+                f"--{name} is for one prompt: leave it out, rows of a file can say the same (a system message in "
+                "messages, null as adapter)"
+                if is_file
+                else f"--{name} is for a file of prompts, such as prompts.jsonl: leave it out"
+            )
+    if of_file["batch_size"] is not None and of_file["batch_size"] < 1:
+        raise ValueError(f"batch_size must be at least 1, got {of_file['batch_size']}")
+
+
+def _answer(loaded: Loaded, text: str, system: str | None, *, compare: bool, stream: bool, **how: Any) -> None:
+    """Print the answer of each adapter, and before them that of the base if it is to be compared."""
+    from lit_lora.evaluation.generate import BASE, continues_text, generate
+    from lit_lora.language_model.generation import cut_note
+
+    plain = {name: continues_text(loaded.asked(name).trained_on, how["format"]) for name in loaded.adapters or [""]}
+    if any(plain.values()) and system is not None:
         raise ValueError("--system has no place in plain text, which the adapter was trained on: --format chat has one")
-    if plain and format == "auto":
+    if any(plain.values()) and how["format"] == "auto":
         print("continuing the text, as the adapter was trained on plain text; --format chat answers", file=sys.stderr)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
-
-    def answer() -> None:
-        completions = answers.generate(
-            loaded,
-            text if plain else messages,
-            format=format,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stream=stream,
-        )
+    first, several = next(iter(plain)), len(plain) > 1
+    heads: dict[str, str] = {BASE: "without an adapter" if several else "without the adapter"} if compare else {}
+    heads |= {name: name if several else "with the adapter" for name in loaded.adapters}
+    for name in heads or [None]:
+        if name is not None and len(heads) > 1:
+            print(f"--- {heads[name]}")
+        asked = text if plain[first if name in (None, BASE) else name] else messages
+        completions = generate(loaded, asked, adapter_names=name, stream=stream, **how)
         if not stream:
             print(completions[0].text)
-        if note := cut_note(completions, max_new_tokens):
+        if note := cut_note(completions, how["max_new_tokens"]):
             print(note, file=sys.stderr)
 
-    if compare:
-        print("--- without the adapter")
-        with disable_lora(loaded.model):
-            answer()
-        print("--- with the adapter")
-    answer()
+
+def _answer_file(loaded: Loaded, requests: list[Request], output: str | None, **how: Any) -> None:
+    """Answer all rows, and write a line of JSON for each."""
+    from lit_lora.cli.progress import Counting
+    from lit_lora.evaluation.generate import generate
+    from lit_lora.files.atomic import atomic_write
+    from lit_lora.language_model.generation import cut_note
+
+    names = [request.adapter for request in requests] if loaded.adapters else None
+    with Counting() as progress:
+        completions = generate(
+            loaded,
+            [request.prompt for request in requests],
+            adapter_names=names,
+            progress=lambda done: progress("answered", done, len(requests)),
+            **how,
+        )
+    lines = [
+        json.dumps(
+            {"prompt": request.prompt, "adapter": request.adapter, "completion": answer.text, "cut": answer.cut},
+            ensure_ascii=False,
+        )
+        for request, answer in zip(requests, completions, strict=True)
+    ]
+    if output is None:
+        print("\n".join(lines))
+    else:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(output, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
+    if note := cut_note(completions, how["max_new_tokens"]):
+        print(note, file=sys.stderr)

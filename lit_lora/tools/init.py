@@ -54,7 +54,7 @@ def init(arguments: list[str]) -> Path:
     """
     given = options(with_flag_values(arguments, {*FLAGS, "--overwrite"}))
     own = [token for option in given if option.key in OPTIONS for token in option.tokens]
-    chosen = _own_options().parse_args([*own, *(option.tokens[0] for option in given if not option.key)])
+    chosen = own_options().parse_args([*own, *(option.tokens[0] for option in given if not option.key)])
     fit_arguments = as_for_fit([option for option in given if option.key and option.key not in OPTIONS], OPTIONS)
     if chosen.file is not None:
         fit_arguments.append(f"--data.train={chosen.file}")
@@ -269,7 +269,8 @@ def _write(output: Path, text: str) -> None:
     print(f"wrote {output}", file=sys.stderr)
 
 
-def _own_options() -> argparse.ArgumentParser:
+def own_options() -> argparse.ArgumentParser:
+    """Those that ``fit`` does not have."""
     parser = argparse.ArgumentParser(
         prog="lit-lora init",
         usage="lit-lora init FILE --model MODEL [--memory AMOUNT] [options]",

@@ -1,5 +1,6 @@
 """``lit-lora sweep``: a ``fit`` for each combination of some settings, and all of them side by side.
 
+With ``--trials`` it is no grid but a search: the values of each run follow from how those before it ended.
 Each is an ordinary run in a process and a folder of its own, so that it can be looked at, verified and resumed by
 itself. Sent again, a sweep goes on: a finished run says what it said, and a stopped one takes the steps that are left.
 """
@@ -13,7 +14,8 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,12 +26,17 @@ from lit_lora.cli.setting_check import refuse
 from lit_lora.files import strict_yaml
 from lit_lora.files.atomic import atomic_write
 from lit_lora.metrics import FILE_NAME, TrainingMetrics
+from lit_lora.runs.trials import Range, Trial, check_installed, next_values, read_range
 
 if TYPE_CHECKING:
     from lit_lora.report.outcome import Outcome
 
 RECORD = "sweep.json"
+TRIALS = "trials.json"
 PAGE = "report.html"
+OWN = ("output", "trials", "seed", "help")
+"""Options that are not those of ``fit``."""
+
 MOST_RUNS = 1000
 TAKEN = ("trainer.default_root_dir", "ckpt_path", "checkpoint.dirpath", "export.folder", "export.best_folder")
 """Settings that the sweep gives to each of its runs, or that would let one write over another."""
@@ -60,6 +67,13 @@ class _Result(NamedTuple):
     validation_loss: float
     """Both of the last step or validation; NaN where there is none."""
 
+    @property
+    def objective(self) -> float:
+        """What a search makes small; NaN if the run failed."""
+        if self.said.startswith("failed"):
+            return math.nan
+        return self.loss if math.isnan(self.validation_loss) else self.validation_loss
+
 
 def sweep(arguments: list[str]) -> Path:
     """Train with each combination of values, skip what is finished, and compare.
@@ -69,20 +83,61 @@ def sweep(arguments: list[str]) -> Path:
 
     Raises:
         RuntimeError: after all others have run, if a run ended with an error.
+        ValueError: if the folder holds another sweep, or this one is going on.
     """
     given = options(arguments)
-    own = [token for option in given if option.key in ("output", "help") for token in option.tokens]
-    chosen = _own_options().parse_args([*own, *(option.tokens[0] for option in given if not option.key)])
-    fit_arguments = [
-        token for option in given if option.key and option.key not in ("output", "help") for token in option.tokens
-    ]
+    own = [token for option in given if option.key in OWN for token in option.tokens]
+    chosen = own_options().parse_args([*own, *(option.tokens[0] for option in given if not option.key)])
+    fit_arguments = [token for option in given if option.key and option.key not in OWN for token in option.tokens]
     output = Path(chosen.output)
-    values = _values(chosen.values, {option.setting for option in given})
-    runs = list(_runs(values, output))
-    _check(fit_arguments, runs)
-    _claim(output, {"arguments": fit_arguments, "values": values})
+    space = _space(chosen.values, {option.setting for option in given}, chosen.trials, chosen.seed)
+    searches = chosen.trials is not None
+    if searches:
+        check_installed()
+    runs = list(_runs(_ends(space) if searches else itertools.product(*space.values()), space, output))
+    content = {"arguments": fit_arguments, "values": _as_given(space)}
+    with _claimed(output):
+        _check(fit_arguments, runs)
+        _note(output, {**content, "seed": chosen.seed or 0} if searches else content)
+        if searches:
+            results = _search(space, fit_arguments, output, chosen.trials, chosen.seed or 0)
+        else:
+            results = [_train(run, fit_arguments, f"{number} of {len(runs)}") for number, run in enumerate(runs, 1)]
+        return _compared(results, output)
 
-    results = [_train(run, fit_arguments, f"{number} of {len(runs)}") for number, run in enumerate(runs, 1)]
+
+def _search(
+    space: Mapping[str, Range | list[Any]], fit_arguments: Sequence[str], output: Path, num_trials: int, seed: int
+) -> list[_Result]:
+    """Train with values that follow from how the runs before ended; those that come again are not trained again."""
+    path = output / TRIALS
+    tried = [tuple(values) for values in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    results: list[_Result] = []
+    for number in range(num_trials):
+        if number == len(tried):
+            so_far = [Trial(result.run.values, result.objective) for result in results]
+            tried.append(tuple(next_values(space, so_far, seed=seed).values()))
+            atomic_write(path, lambda file: file.write(json.dumps(tried, indent=1).encode()))
+        if (first := tried.index(tried[number])) < number:
+            results.append(results[first])
+            continue
+        run = next(_runs([tried[number]], space, output, start=number + 1))
+        results.append(_train(run, fit_arguments, f"{number + 1} of {num_trials}"))
+    return [result for number, result in enumerate(results) if tried.index(tried[number]) == number]
+
+
+def _ends(space: Mapping[str, Range | list[Any]]) -> Iterator[tuple[Any, ...]]:
+    """Combinations that have each end of a range and each value of a list in them."""
+    most = max(len(values) for values in space.values())
+    for number in range(most):
+        yield tuple(values[min(number, len(values) - 1)] for values in space.values())
+
+
+def _as_given(space: Mapping[str, Range | list[Any]]) -> dict[str, Any]:
+    return {key: str(values) if isinstance(values, Range) else values for key, values in space.items()}
+
+
+def _compared(results: list[_Result], output: Path) -> Path:
     results.sort(key=lambda result: [math.inf if math.isnan(x) else x for x in (result.validation_loss, result.loss)])
     print(_table(results))
     shown = [str(result.folder) for result in results if result.folder is not None]
@@ -93,28 +148,38 @@ def sweep(arguments: list[str]) -> Path:
         write_report(shown, page)
         print(f"\nreport written to {page}")
     if failed := [result.run.name for result in results if result.said.startswith("failed")]:
-        raise RuntimeError(f"{len(failed)} of {len(runs)} runs ended with an error: {', '.join(failed)}; see above")
+        raise RuntimeError(f"{len(failed)} of {len(results)} runs ended with an error: {', '.join(failed)}; see above")
     return page
 
 
-def _values(words: Sequence[str], also_given: set[str]) -> dict[str, list[Any]]:
+def _space(
+    words: Sequence[str], also_given: set[str], num_trials: int | None, seed: int | None
+) -> dict[str, Range | list[Any]]:
     """The values of each setting that varies; mistakes end the program."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, Range | list[Any]] = {}
     problems = []
     for word in words:
         key, equals, text = word.partition("=")
         try:
-            listed = strict_yaml.parse(text if text.startswith("[") else f"[{text}]") if equals else None
+            listed = read_range(text) or strict_yaml.parse(text if text.startswith("[") else f"[{text}]")
         except YAMLError as error:
             problems.append(f"{word}: not a list of values ({strict_yaml.reason(error)})")
             continue
-        if not isinstance(listed, list) or not listed:
+        except ValueError as error:
+            problems.append(f"{key}={error}")
+            continue
+        if not equals or not isinstance(listed, Range | list) or not listed:
             problems.append(f"{word}: expected a setting and its values, as in model.lora.r=4,8,16")
         elif key in TAKEN:
             problems.append(f"{key}: the runs of a sweep have folders of their own, below --output")
         elif key in found or key in also_given:
             problems.append(f"{key} is given twice")
-        elif len({_text(value) for value in listed}) < len(listed):
+        elif isinstance(listed, Range) and num_trials is None:
+            problems.append(
+                f"{word}: a range is searched by a number of runs: give --trials 20, or list the values to try, as in "
+                f"{key}={listed.low},{listed.high}"
+            )
+        elif isinstance(listed, list) and len({_text(value) for value in listed}) < len(listed):
             problems.append(f"{word}: a value stands there twice")
         else:
             found[key] = listed
@@ -122,18 +187,24 @@ def _values(words: Sequence[str], also_given: set[str]) -> dict[str, list[Any]]:
                  for key in TAKEN if key in also_given]  # fmt: skip
     if not words:
         problems.append("nothing varies: name settings and their values, as in model.lora.r=4,8,16")
-    if (count := math.prod(map(len, found.values()))) > MOST_RUNS:
+    if num_trials is None and seed is not None:
+        problems.append("--seed: only a search has one, with --trials; that of the runs is --seed_everything")
+    count = math.prod(map(len, found.values())) if num_trials is None else num_trials
+    if count > MOST_RUNS:
         problems.append(f"{count:,} runs: no more than {MOST_RUNS:,} make one sweep")
     if problems:
         refuse(problems)
     return found
 
 
-def _runs(values: Mapping[str, Sequence[Any]], output: Path) -> Iterator[_Run]:
-    last_parts = [key.rpartition(".")[2] for key in values]
-    short = {key: last if last_parts.count(last) == 1 else key for key, last in zip(values, last_parts, strict=True)}
-    for number, combination in enumerate(itertools.product(*values.values()), 1):
-        set_to = dict(zip(values, combination, strict=True))
+def _runs(
+    combinations: Iterable[Sequence[Any]], keys: Iterable[str], output: Path, *, start: int = 1
+) -> Iterator[_Run]:
+    keys = list(keys)
+    last_parts = [key.rpartition(".")[2] for key in keys]
+    short = {key: last if last_parts.count(last) == 1 else key for key, last in zip(keys, last_parts, strict=True)}
+    for number, combination in enumerate(combinations, start):
+        set_to = dict(zip(keys, combination, strict=True))
         name = ",".join(f"{short[key]}={_text(value)}" for key, value in set_to.items())
         folder = re.sub(r"[^\w.,=+-]+", "_", f"{number:02d},{name}")[:100]
         yield _Run(name, set_to, output / folder)
@@ -154,7 +225,28 @@ def _check(fit_arguments: Sequence[str], runs: Sequence[_Run]) -> None:
             parse_fit([*fit_arguments, *run.arguments()])
 
 
-def _claim(output: Path, content: Mapping[str, Any]) -> None:
+@contextmanager
+def _claimed(output: Path) -> Iterator[None]:
+    """Within, no other process runs a sweep in this folder.
+
+    Raises:
+        ValueError: if one does.
+    """
+    from lit_lora.runs.run_folder import RunFolder
+
+    folder = RunFolder(output, option="--output")
+    if not folder.claim():
+        raise ValueError(
+            f"the sweep in {output} is going on ({folder.owner}): wait for its end or stop it, or give --output "
+            "another folder"
+        )
+    try:
+        yield
+    finally:
+        folder.release()
+
+
+def _note(output: Path, content: Mapping[str, Any]) -> None:
     """Note in the folder which sweep it holds.
 
     Raises:
@@ -163,7 +255,6 @@ def _claim(output: Path, content: Mapping[str, Any]) -> None:
     path, text = output / RECORD, json.dumps(content, indent=1)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{output} holds a sweep of other settings (see {path}): give --output another folder")
-    output.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
@@ -216,16 +307,34 @@ def _shown(loss: float) -> str:
     return "" if math.isnan(loss) else f"{loss:.4f}"
 
 
-def _own_options() -> argparse.ArgumentParser:
+def own_options() -> argparse.ArgumentParser:
+    """Those that ``fit`` does not have."""
     parser = argparse.ArgumentParser(
         prog="lit-lora sweep",
-        usage="lit-lora sweep SETTING=VALUE,VALUE,... [SETTING=...] [--output FOLDER] [options of fit]",
+        usage="lit-lora sweep SETTING=VALUE,VALUE,... [SETTING=...] [--trials N] [--output FOLDER] [options of fit]",
         allow_abbrev=False,
         description="Train once for each combination of values, each in a folder of its own, and compare. Sent again, "
-        "it goes on where it was stopped.",
+        "it goes on where it was stopped. With --trials, search instead: a setting can then be a range of numbers.",
         epilog="All other arguments are those of lit-lora fit, for all runs. A value that is a list stands in "
         "brackets: model.lora.target_modules=[all-linear,[q_proj,v_proj]].",
     )
-    parser.add_argument("values", metavar="SETTING=VALUE,...", nargs="*", help="as model.lora.r=4,8,16")
+    parser.add_argument(
+        "values", metavar="SETTING=VALUE,...", nargs="*",
+        help="as model.lora.r=4,8,16; with --trials also as model.optimization.learning_rate=1e-5..1e-3",
+    )  # fmt: skip
     parser.add_argument("--output", metavar="FOLDER", default="runs/sweep", help="of the runs (runs/sweep)")
+    parser.add_argument(
+        "--trials", metavar="N", type=_at_least(1),
+        help="runs of a search for the lowest validation loss, else loss (Optuna's TPE: pip install 'lit-lora[sweep]')",
+    )  # fmt: skip
+    parser.add_argument("--seed", metavar="NUMBER", type=_at_least(0), help="of the search (0)")
     return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text}")
+        return int(text)
+
+    return number

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from lit_lora.config import LATER_STARTS, LoRAConfig, QuantizationConfig
 from lit_lora.data.batches.packing import collate_padded
 from lit_lora.data.batches.sampler import plan_batches
 from lit_lora.data.datamodule import SFTDataModule
+from lit_lora.files.checkpoint import read_checkpoint
+from lit_lora.files.environment import CHECKPOINT_VARIABLE
+from lit_lora.training.training_state import KEY
 from lit_lora.wording import setting
 
 NUM_BATCHES = 16
@@ -51,7 +56,7 @@ def start_source(lora: LoRAConfig, trainer: Any, base: str, how_to_load: Mapping
     start = lora.init_lora_weights
     if start not in LATER_STARTS:
         return None
-    if trainer is None or trainer.state.fn != "fit" or trainer.ckpt_path is not None:
+    if trainer is None or trainer.state.fn != "fit" or _checkpoint(trainer) is not None:
         return ()
     if start == "loftq":
         return _unquantized(base, {**how_to_load, "quantization": None})
@@ -66,6 +71,26 @@ def start_source(lora: LoRAConfig, trainer: Any, base: str, how_to_load: Mapping
     batches = first_batches(data)
     rank_zero_info(f"Start {start!r}: from the first {len(batches)} batches")
     return batches
+
+
+def resumed_ranks(lora: LoRAConfig, trainer: Any) -> LoRAConfig:
+    """With the ranks that the data of the run chose, where a checkpoint of it is loaded.
+
+    Where the settings that they follow from are others now, they are left to be refused. Lightning's own
+    ``Trainer.fit(ckpt_path=...)`` says too late which checkpoint it loads: there they are chosen again.
+    """
+    path = None if trainer is None else _checkpoint(trainer)
+    if lora.eva_rho == 1 or path is None:
+        return lora
+    saved = read_checkpoint(path).get(KEY, {}).get("settings", {}).get("lora", {})
+    if any(saved.get(name) != getattr(lora, name) for name in ("r", "lora_alpha", "eva_rho", "init_lora_weights")):
+        return lora
+    return replace(lora, **{name: saved[name] for name in ("target_modules", "rank_pattern", "alpha_pattern")})
+
+
+def _checkpoint(trainer: Any) -> Any:
+    """What is going to be loaded, where it is known; None otherwise."""
+    return os.environ.get(CHECKPOINT_VARIABLE) or trainer.ckpt_path
 
 
 def first_batches(data: SFTDataModule, number: int = NUM_BATCHES) -> list[dict[str, Tensor]]:

@@ -283,6 +283,12 @@ class _Gated(nn.Linear):
         return super().forward(x).sigmoid()
 
 
+class _Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(4, 64, 64))
+
+
 def test_a_layer_that_transformers_passed_over_is_named():
     model = nn.ModuleDict({"plain": nn.Linear(64, 64)})
     quantize_(model, QuantizationConfig())
@@ -292,14 +298,11 @@ def test_a_layer_that_transformers_passed_over_is_named():
     finish_quantization_(model, QuantizationConfig(skip_modules=["gate"]))
 
 
-def test_experts_that_stay_in_full_precision_are_told():
-    model = nn.ModuleDict({"plain": nn.Linear(64, 64)})
-    quantize_(model, QuantizationConfig())
-    model["experts"] = nn.Module()
-    model["experts"].gate_up_proj = nn.Parameter(torch.zeros(4, 64, 64))
-    with pytest.warns(UserWarning, match=r"fused experts \(experts.gate_up_proj, ...\) are not quantized: 9\d% of"):
-        finish_quantization_(model, QuantizationConfig())
-    finish_quantization_(model, QuantizationConfig(skip_modules=["experts"]))
+def test_experts_of_a_divided_base_have_to_be_left_in_full_precision():
+    model = nn.ModuleDict({"plain": nn.Linear(64, 64), "experts": _Experts()})
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj holds fused experts.*add experts to quantization.skip"):
+        quantize_(model, QuantizationConfig(), experts=False)
+    quantize_(model, QuantizationConfig(skip_modules=["experts"]), experts=False)
 
 
 def test_a_layer_that_cannot_be_quantized_is_named():

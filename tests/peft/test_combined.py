@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lit_lora import combine_adapters, compress_adapter, load_adapter, save_adapter
+from lit_lora import LoRAConfig, combine_adapters, compress_adapter, inject_lora, load_adapter, save_adapter
 from lit_lora.adapters.layers import lora_layers
 from lit_lora.base.trained_on import TrainedOn, note, read_record
 from lit_lora.interchange.stored_factors import read_factors
@@ -23,6 +23,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
     pytest.mark.filterwarnings("ignore:The density 1.0"),
+    pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed"),
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor:UserWarning"),  # its own lora_B.bias
+    pytest.mark.filterwarnings("ignore:not adapted"),
 ]
 
 IDS = torch.arange(24).view(2, 12) + 3
@@ -117,6 +120,7 @@ def test_what_dare_keeps_is_a_matter_of_the_seed_and_peft_s_for_one_layer(how: A
     [
         ({"r": 2}, {"how": "linear"}, r"ranks \[4, 2\] in .* 'svd' or 'cat'"),
         ({"use_dora": True}, {}, "DoRA's lengths"),
+        ({"lora_bias": True, "target_modules": ["q_proj"]}, {}, r"biases of LoRA \(.*lora_B.bias"),
         ({"modules_to_save": ["lm_head"]}, {}, "lm_head.weight"),
         ({"target_modules": ["k_proj"], "trainable_token_indices": [3]}, {}, "trainable_tokens_delta"),
         ({}, {"how": "ties"}, "needs density"),
@@ -191,13 +195,24 @@ def test_a_bound_on_the_error_chooses_the_ranks(tmp_path: Path) -> None:
         compress_adapter(tmp_path / "before", tmp_path / "after", r=2, max_error=0.5)
 
 
-def test_fused_experts_are_refused_by_name(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = language_model("Mixtral", num_local_experts=4)
-    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"]))
-    model.save_pretrained(str(tmp_path / "experts"))
-    with pytest.raises(ValueError, match=r"adapts parameters .*experts.down_proj"):
-        compress_adapter(tmp_path / "experts", tmp_path / "after", r=2)
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"rank_pattern": {"experts.down_proj": 2}}, "has rank_pattern for the parameters .*experts.down_proj"),
+        ({"alpha_pattern": {"gate_up_proj": 2}}, "has alpha_pattern for the parameters .*experts.gate_up_proj"),
+        ({"target_parameters": ["experts.down_proj"]}, "are on different parameters"),
+    ],
+)
+def test_experts_that_a_file_does_not_tell_apart_are_named(fields: Any, named: str, tmp_path: Path) -> None:
+    folders = []
+    for number, more in enumerate(({}, fields)):
+        model = language_model("Mixtral", num_local_experts=4)
+        both = ["experts.gate_up_proj", "experts.down_proj"]
+        inject_lora(model, LoRAConfig(**{"target_modules": [], "target_parameters": both, "r": 4, **more}))
+        folders.append(save_adapter(model, tmp_path / str(number)))
+    with pytest.raises(ValueError, match=named):
+        combine_adapters(folders, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 def test_both_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

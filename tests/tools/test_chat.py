@@ -91,7 +91,7 @@ def test_a_conversation_is_kept_as_training_data(said, tmp_path: Path) -> None:
         ("/hlep", "no command '/hlep': did you mean '/help'?"),
         ("/undo", "nothing has been said yet"),
         ("/again", "nothing has been said yet"),
-        ("/adapter maybe", "/adapter takes on or off, got 'maybe'"),
+        ("/adapter maybe", "/adapter takes NAME, on or off: no adapter 'maybe'; there are 'run'"),
         ("/temperature warm", "/temperature takes a number, got 'warm'"),
         ("/temperature -1", "expected temperature >= 0"),
         ("/save", "/save takes the name of a file"),
@@ -116,7 +116,7 @@ def test_ctrl_c_takes_the_turn_back(adapter: Path, monkeypatch, capsys) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    talk = verb._Talk(chat, has_adapter=True, stream=False)
+    talk = verb._Talk(chat, stream=False)
     with monkeypatch.context() as patch:
         patch.setattr("lit_lora.evaluation.chat.generate", interrupted)
         assert talk.take("say two")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,6 +94,57 @@ def test_a_run_that_fails_does_not_end_the_others(capfd: pytest.CaptureFixture[s
     assert read_outcome("both/02,train=train.jsonl").result == "proved"  # type: ignore[union-attr]
 
 
+def test_a_search_that_is_killed_goes_on_with_the_trials_it_would_have_had(capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ("model.optimization.learning_rate=1e-5..1e-2", "model.lora.target_modules=[all-linear,[q_proj,v_proj]]",
+             "model.lora.r=2..8", "--trials=2", "--seed=5", *FIT)  # fmt: skip
+    command = [sys.executable, "-m", "lit_lora", "sweep", *asked]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+    assert killed.stdout is not None
+    assert any("=== run 2 of 2" in line for line in killed.stdout)  # waits for it
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    record = Path("runs/sweep/trials.json")
+    first, second = json.loads(record.read_text())
+    (folder,) = Path("runs/sweep").glob("01,*")
+    before = (folder / "metrics.jsonl").stat().st_mtime_ns
+
+    record.write_text(json.dumps([first]))  # as if it had been killed a moment earlier
+    sweep(*asked)
+    said = capfd.readouterr().out
+    assert json.loads(record.read_text()) == [first, second]
+    assert said.count(" is there: ") == 1
+    assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
+    names = [path.name for path in sorted(Path("runs/sweep").glob("0*"))]
+    assert [name.split(",")[:2] for name in names] == [
+        [f"{number:02d}", f"learning_rate={values[0]}"] for number, values in enumerate((first, second), 1)
+    ]
+    assert len(said[said.index("validation loss") :].splitlines()[1:3]) == 2
+    page = Path("runs/sweep/report.html").read_text()
+    assert all(name in page for name in names)
+
+
+def test_a_second_sweep_in_one_folder_is_turned_away_while_the_first_goes_on() -> None:
+    command = [sys.executable, "-m", "lit_lora", "sweep", "model.lora.r=2,4", *FIT, "--trainer.max_steps=100000"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+    try:
+        assert first.stdout is not None
+        assert any("=== run 1 of 2" in line for line in first.stdout)  # waits for it
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode == 1
+        assert f"the sweep in runs/sweep is going on (process {first.pid} on " in second.stderr
+        assert "give --output another folder" in second.stderr
+        assert "=== run" not in second.stdout
+        assert first.poll() is None
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+    from lit_lora.tools.sweep import _claimed
+
+    with _claimed(Path("runs/sweep")):
+        pass  # a killed one leaves nothing to clear away
+    assert not Path("runs/sweep/.lock").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -101,6 +155,13 @@ def test_a_run_that_fails_does_not_end_the_others(capfd: pytest.CaptureFixture[s
         (["model.lora.r=2,4", "model.lora.r=8"], "model.lora.r is given twice"),
         (["model.lora.r=2,4", "--model.lora.r=8"], "model.lora.r is given twice"),
         (["model.lora.r=2,2"], "stands there twice"),
+        (["model.lora.r=2..8"], "a range is searched by a number of runs: give --trials 20, or list the values to try"),
+        (["model.lora.r=8..2", "--trials=2"], "expected the lower end of a range first"),
+        (["model.lora.r=2..8", "--trials=0"], "expected a whole number from 1 up, got 0"),
+        (["model.lora.r=2..8", "--trials=2000"], "2,000 runs"),
+        (["model.lora.r=2,8", "--seed=1"], "only a search has one"),
+        (["model.lora.r=-1..8", "--trials=2"], "r must be"),
+        (["model.lora.r=2..8", "model.lora.lora_dropout=0.0..1.5", "--trials=2"], "dropout"),
         (["trainer.default_root_dir=a,b"], "folders of their own"),
         (["model.lora.r=2,4", "--ckpt_path=last"], "folders of their own"),
         (["model.lora.rank=2,4"], "rank"),

@@ -1,0 +1,88 @@
+"""Answers of a batch that is kept full are those of each prompt alone, and cost no rows that are done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lit_lora import LoRAConfig, inject_lora
+from lit_lora.base.byte_tokenizer import byte_tokenizer
+from lit_lora.data.chats.turn_end import TurnEnd
+from lit_lora.language_model import generation
+from lit_lora.language_model.full_batches import can_be_kept_full
+from lit_lora.language_model.generation import complete
+from tests.tiny import language_model
+
+KEPT_FULL: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "GPTNeoX": {},
+    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "Bloom": {"n_layer": 2, "n_head": 4},
+    "Falcon": {"alibi": True, "new_decoder_architecture": False},
+    "Mixtral": {"num_local_experts": 4, "sliding_window": None},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "Gemma2": {"head_dim": 8, "sliding_window": 4},
+    "Phi3": {"pad_token_id": 0},
+    "Mamba": {"state_size": 4},
+}
+STOPS = list(range(0, 260, 9))
+PROMPTS = [[5 + index, *(3 + (index * 7 + place) % 250 for place in range(index % 6))] for index in range(11)]
+
+
+def answers(model: Any, *, batch_size: int, end: TurnEnd, max_new_tokens: int = 20, **options: Any) -> list[Any]:
+    return complete(
+        model, byte_tokenizer(), PROMPTS, end=end, batch_size=batch_size, max_new_tokens=max_new_tokens, **options
+    )
+
+
+def adapted(kind: str, fields: dict[str, Any]) -> Any:
+    model = language_model(kind, **{"vocab_size": 260, **fields})
+    exclude = ["out_proj", "dt_proj"] if kind == "Mamba" else None
+    adapters = LoRAConfig(r=2, target_modules="all-linear", exclude_modules=exclude, init_lora_weights=False)
+    inject_lora(model, adapters)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:not adapted")  # experts
+@pytest.mark.parametrize("kind", [*KEPT_FULL, *OTHERS])
+@pytest.mark.parametrize("strings", [(), ("e", "zz")])
+def test_answers_are_those_of_generate(kind, strings, monkeypatch):
+    model = adapted(kind, (KEPT_FULL | OTHERS)[kind])
+    end = TurnEnd(STOPS[:8] if strings else STOPS, strings)
+    got = answers(model, batch_size=4, end=end)
+    assert can_be_kept_full(model) == (kind in KEPT_FULL)
+    monkeypatch.setattr(generation, "can_be_kept_full", lambda model: False)
+    assert got == answers(model, batch_size=1, end=end)
+    assert len({len(answer.text) for answer in got}) > 1
+
+
+def test_no_row_is_computed_after_its_answer(monkeypatch):
+    model = adapted("Llama", {})
+    end, rows, done = TurnEnd(STOPS, ()), [], []
+    model.model.register_forward_hook(lambda _, args, kwargs, out: rows.append(out[0].shape[0]), with_kwargs=True)
+    got = answers(model, batch_size=4, end=end, progress=done.append)
+    here, at_most = sum(rows), max(rows)
+    assert at_most == 4
+    assert done == sorted(set(done))
+    assert done[-1] == len(PROMPTS)
+    rows.clear()
+    alone = answers(model, batch_size=1, end=end)
+    assert alone == got
+    assert here == sum(rows)
+    rows.clear()
+    monkeypatch.setattr(generation, "can_be_kept_full", lambda model: False)
+    answers(model, batch_size=4, end=end)
+    assert sum(rows) > here
+
+
+def test_sampling_and_shown_answers_are_left_to_generate(monkeypatch):
+    model = adapted("Llama", {})
+    monkeypatch.setattr(generation, "complete_in_full_batches", lambda *_, **__: pytest.fail("kept full"))
+    torch.manual_seed(0)
+    assert len(answers(model, batch_size=4, end=TurnEnd(STOPS, ()), temperature=1.0)) == len(PROMPTS)
