@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import signal
@@ -16,6 +17,7 @@ from lit_lora.__main__ import main
 from lit_lora.base.byte_tokenizer import byte_tokenizer
 from lit_lora.data.chats import chat_template
 from lit_lora.data.chats.chat_template import ChatTemplate
+from lit_lora.data.chats.turn_end import turn_end
 from lit_lora.files.compute_limit import LimitExceeded, compute_limit
 from tests.tiny import config
 
@@ -32,6 +34,7 @@ GROWING = ["{{ 'a' * 9999999999 }}", "{{ range(99999) | map('string') | join * 9
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A model whose tokenizer gets its template from a test, and data."""
+    gc.collect()  # what runs before have left has no turn within a limit
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-lora"])
     monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
@@ -56,6 +59,14 @@ def test_a_chat_template_without_end_is_stopped_and_its_tokenizer_named(folder, 
     assert caught.value.code == 1
     assert "the chat template of base does not come to an end on 1 conversation" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("template", [*ENDLESS, *GROWING])
+def test_it_is_stopped_where_only_the_end_of_an_answer_is_looked_for(folder, template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(LimitExceeded, match="does not come to an end"):
+        turn_end(tokenizer)
 
 
 @pytest.mark.parametrize(
