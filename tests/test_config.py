@@ -91,6 +91,7 @@ REFUSED: dict[tuple[Any, str], list[Any]] = {
     (LoRAConfig, "bias"): ["some", None, True, ["all"]],
     (LoRAConfig, "ensure_weight_tying"): ["true", 1, None],
     (LoRAConfig, "use_dora"): ["true", 1, None, np.bool_(True)],
+    (LoRAConfig, "eva_rho"): [0.5, "2", True, None, float("nan"), float("inf"), 2.0],
     (LoRAConfig, "freeze_A"): ["true", 1, None],
     (LoRAConfig, "lora_bias"): ["true", 1, None],
     (LoRAConfig, "init_lora_weights"): ["mica", 1, None, "", np.bool_(True), torch.float32],
