@@ -66,7 +66,8 @@ def further_biases(model: nn.Module, planned: Collection[str], stored: Collectio
     """
     own = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     names = {name: name.replace(".base_layer.", ".") for name in stored if "bias" in name and name not in planned}
-    return {name: own[held] for name, held in names.items() if held in own}
+    # That of a module which is trained as a whole is in the file a second time: it is the copy's.
+    return {name: own[held] for name, held in names.items() if held in own and held not in planned}
 
 
 def note_biases(model: nn.Module, biases: Mapping[str, nn.Parameter]) -> None:
