@@ -66,10 +66,9 @@ def warn_of_untrained_tokens(trainer: Any, tokenizer: PreTrainedTokenizerBase) -
 def _written(tokenizer: PreTrainedTokenizerBase, added: dict[int, str]) -> set[int]:
     """Added tokens that the template writes in a short conversation."""
     template = ChatTemplate(tokenizer)
-    with template.limit([[{}] * 2]):
-        needs = TemplateNeeds(template)
-        turns = [{"role": role, "content": needs.content("x")} for role in ("user", "assistant")]
-        text = needs.rendered(turns) or ""
+    needs = TemplateNeeds(template)
+    turns = [{"role": role, "content": needs.content("x")} for role in ("user", "assistant")]
+    text = needs.rendered(turns) or ""
     return {token_id for token_id, token in added.items() if token in text} | {
         token_id for token_id in turn_end(tokenizer).ids if token_id in added
     }

@@ -6,8 +6,8 @@ of another one is found by rendering with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, cast
 
@@ -54,6 +54,7 @@ class ChatTemplate:
         self.date = date
         self.built_in = chat_template(tokenizer)
         """None where the tokenizer has its own."""
+        self._is_limited = False
 
     @property
     def name(self) -> str:
@@ -89,7 +90,7 @@ class ChatTemplate:
         *,
         generation: bool = False,
     ) -> str:
-        """The text of a conversation.
+        """The text of a conversation, rendered under a limit: within :meth:`limit` under that one.
 
         Args:
             messages: the conversation.
@@ -100,7 +101,7 @@ class ChatTemplate:
         Raises:
             BadRow: if the template fails of them.
         """
-        try:
+        with self._running(messages):
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,  # type: ignore[arg-type]
@@ -109,10 +110,6 @@ class ChatTemplate:
                 add_generation_prompt=generation,
                 **(options or {}),
             )
-        except (LimitExceeded, MemoryError):
-            raise
-        except Exception as error:  # a template is a program and fails like one
-            raise BadRow(_said(error)) from error
         assert isinstance(text, str)
         return text
 
@@ -124,7 +121,7 @@ class ChatTemplate:
         self, messages: Conversation, tools: Sequence[Any] | None = None, options: Mapping[str, Any] | None = None
     ) -> list[tuple[int, int]]:
         """Characters ``[start, end)`` of what :meth:`render` gives that the template says the assistant generates."""
-        try:
+        with self._running(messages):
             _, spans = cast(Any, render_jinja_template)(
                 [messages],
                 tools=tools,
@@ -132,14 +129,24 @@ class ChatTemplate:
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **(options or {})},
             )
-        except (LimitExceeded, MemoryError):
-            raise
-        except Exception as error:  # likewise
-            raise BadRow(_said(error)) from error
         return list(spans[0])
 
-    def limit(self, contents: Sequence[Any]) -> AbstractContextManager[None]:
+    @contextmanager
+    def _running(self, messages: Conversation) -> Iterator[None]:
+        """Within, its program runs: under a limit, and how it fails is told as a row's."""
+        with nullcontext() if self._is_limited else self.limit([messages]):
+            try:
+                yield
+            except (LimitExceeded, MemoryError):
+                raise
+            except Exception as error:  # a template is a program and fails like one
+                raise BadRow(_said(error)) from error
+
+    @contextmanager
+    def limit(self, contents: Sequence[Any]) -> Iterator[None]:
         """For rendering these contents: a template that loops without end, or doubles a text over and over, is stopped.
+
+        What is rendered one by one has such a limit anyhow; this is one for all of them, set once.
 
         Raises:
             ValueError: if it raises to powers.
@@ -156,7 +163,12 @@ class ChatTemplate:
         )
         seconds = RENDER_LIMIT_S + 0.01 * num_turns + 1e-6 * num_characters
         memory = None if num_characters > _LARGE else RENDER_LIMIT_BYTES + 100 * num_characters
-        return compute_limit(seconds, message, memory_bytes=memory)
+        was_limited, self._is_limited = self._is_limited, True
+        try:
+            with compute_limit(seconds, message, memory_bytes=memory):
+                yield
+        finally:
+            self._is_limited = was_limited
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:

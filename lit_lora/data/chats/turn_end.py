@@ -113,21 +113,19 @@ def _any_of(texts: Sequence[str] | set[str]) -> re.Pattern[str]:
 
 def _after_answer(template: ChatTemplate, *, followed: bool = False) -> str:
     """What the template writes after the answer, up to a following question; nothing where it refuses them."""
-    with template.limit([[{}] * 3]):
-        needs = TemplateNeeds(template)
-        question = {"role": "user", "content": needs.content(_QUESTION)}
-        answer = {"role": "assistant", "content": needs.content(_ANSWER)}
-        text = needs.rendered([question, answer, *([question] if followed else [])]) or ""
+    needs = TemplateNeeds(template)
+    question = {"role": "user", "content": needs.content(_QUESTION)}
+    answer = {"role": "assistant", "content": needs.content(_ANSWER)}
+    text = needs.rendered([question, answer, *([question] if followed else [])]) or ""
     after = text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
     return after.rpartition(_QUESTION)[0] if followed else after
 
 
 def _call_end(template: ChatTemplate) -> list[int]:
     """The special token that a tool call ends with, or else what begins a tool's result; none where there is none."""
-    with template.limit([[{}] * 10]):
-        needs = TemplateNeeds(template)
-        call = needs.rendered_call().rstrip()
-        followed = needs.rendered_call(followed=True)
+    needs = TemplateNeeds(template)
+    call = needs.rendered_call().rstrip()
+    followed = needs.rendered_call(followed=True)
     tokens = _added_tokens(template.tokenizer, call)
     added = template.tokenizer.added_tokens_decoder
     if tokens and tokens[-1][0] + len(added[tokens[-1][1]].content) == len(call) and added[tokens[-1][1]].special:
