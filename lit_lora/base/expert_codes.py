@@ -16,6 +16,7 @@ from torch.nn.modules.module import (
 
 from lit_lora.base.base_weight import bitsandbytes
 from lit_lora.base.int8_rows import quantize_rows
+from lit_lora.base.left_plain import is_left_plain
 from lit_lora.base.quantized_experts import Codes, QuantizedExperts
 from lit_lora.config import QuantizationConfig
 
@@ -92,7 +93,7 @@ def quantized_while_loading(quantization: QuantizationConfig) -> Iterator[None]:
 def _is_wanted(name: str, module: nn.Module, parameter: Tensor, quantization: QuantizationConfig) -> bool:
     if isinstance(parameter, QuantizedExperts) or not is_experts(module, parameter):
         return False
-    return not any(f".{skip}." in f".{name}." for skip in quantization.skip_modules or [])
+    return not is_left_plain(name, quantization)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from lit_lora.base.base_weight import is_linear_like
 from lit_lora.base.expert_codes import quantize_experts_
 from lit_lora.base.freed_memory import return_freed_memory
-from lit_lora.base.quantize import is_left_plain, quantized_layer
+from lit_lora.base.left_plain import is_left_plain
+from lit_lora.base.quantize import quantized_layer
 from lit_lora.base.repeated_layers import repeated_layers
 from lit_lora.base.shards import Sharding
 from lit_lora.config import QuantizationConfig

@@ -22,11 +22,9 @@ from lit_lora.base.base_weight import (
 )
 from lit_lora.base.expert_codes import dequantize_experts_, is_experts, quantize_experts_
 from lit_lora.base.int8_rows import Int8Embedding, Int8Head, quantize_embeddings_
+from lit_lora.base.left_plain import HEADS, is_left_plain, is_named_by
 from lit_lora.base.quantized_forward import prepare_base_layer
 from lit_lora.config import QuantizationConfig
-
-_HEADS = ("lm_head", "embed_out", "output_projection")
-"""What transformers' models call their output head."""
 
 
 def transformers_quantization_config(quantization: QuantizationConfig, dtype: torch.dtype) -> Any:
@@ -39,7 +37,7 @@ def transformers_quantization_config(quantization: QuantizationConfig, dtype: to
     bitsandbytes()
     skip: list[str] | None = None  # transformers then leaves the head alone, but only then
     if quantization.skip_modules is not None:
-        skip = [rf"(?:.*\.)?{re.escape(entry)}" for entry in quantization.skip_modules] + list(_HEADS)
+        skip = [rf"(?:.*\.)?{re.escape(entry)}" for entry in quantization.skip_modules] + list(HEADS)
     if quantization.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     if quantization.block_size != 64:
@@ -111,7 +109,7 @@ def check_skipped(model: nn.Module, quantization: QuantizationConfig) -> None:
         ValueError: naming those that do not.
     """
     names = {name for name, _ in model.named_modules()}
-    idle = [skip for skip in quantization.skip_modules or [] if not any(_matches(name, skip) for name in names)]
+    idle = [skip for skip in quantization.skip_modules or [] if not any(is_named_by(skip, name) for name in names)]
     if idle:
         raise ValueError(f"skip_modules {idle} match no module: leave them out")
 
@@ -248,15 +246,6 @@ def forget_quantization(model: Any) -> None:
             setattr(model, name, False)
     if hasattr(getattr(model, "config", None), "quantization_config"):
         del model.config.quantization_config
-
-
-def is_left_plain(name: str, quantization: QuantizationConfig) -> bool:
-    """Whether :func:`quantize_` leaves the linear layer of this name alone."""
-    return any(_matches(name, skip) for skip in (*_HEADS, *(quantization.skip_modules or [])))
-
-
-def _matches(name: str, entry: str) -> bool:
-    return f".{entry}." in f".{name}."
 
 
 def _compute_dtype(quantization: QuantizationConfig, dtype: torch.dtype) -> torch.dtype:

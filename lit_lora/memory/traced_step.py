@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lit_lora.base import base_weight
 from lit_lora.base.architectures import architecture
 from lit_lora.base.expert_codes import is_experts
+from lit_lora.base.left_plain import is_left_plain
 from lit_lora.base.load import RANDOM, resolve_base, resolve_dtype
-from lit_lora.base.quantize import is_left_plain, quantize_
+from lit_lora.base.quantize import quantize_
 from lit_lora.base.shards import Sharding, gathered_modules, shares
 from lit_lora.base.whole_model import readable
 from lit_lora.build import make_trainable
