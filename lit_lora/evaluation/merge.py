@@ -154,27 +154,30 @@ def merge(
         opened = open_base(place.name, quantization=quantization, **options)
     if not isinstance(opened, str) and into == "dequantized" and quantization is None:
         raise ValueError(_UNKNOWN_QUANTIZATION.format(setting("into", into), setting("model.quantization.bits", 4)))
+    if into == "auto" and is_quantized_already(place.name, place.revision):
+        into = "dequantized"
+    elif into == "auto" and quantization is None:
+        into = "base"
+    candidates = _CHOICE if into == "auto" else (into,)
 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     tried: dict[str, float] = {}
+    model: Any
     try:
         if isinstance(opened, str):
 
             def merged_whole(into: str) -> tuple[Any, dict[str, list[Tensor]]]:
                 return _merged_whole(place, adapter, record, into, quantization, options, texts, other_base)
 
-            if into == "auto" and is_quantized_already(place.name, place.revision):
-                into = "dequantized"
-            elif into == "auto" and quantization is None:
-                into = "base"
-            elif into == "auto":
-                for name in _CHOICE:
-                    model, references = merged_whole(name)
-                    tried[name] = measure_drift(references[ON_QUANTIZED], sample_logits(model, texts)).kl
-                    del model
-                into = _nearest(tried)
-            model, references = merged_whole(into)
+            for into in candidates:
+                model = None  # of several one is in memory at a time
+                model, references = merged_whole(into)
+                if len(candidates) > 1:
+                    tried[into] = measure_drift(references[ON_QUANTIZED], sample_logits(model, texts)).kl
+            if tried and _nearest(tried) != into:
+                into, model = _nearest(tried), None
+                model, references = merged_whole(into)
             stop_strings = _end_answers_as_trained(model, chosen, record)
             model.save_pretrained(partial)
             if into == "4bit":
@@ -189,12 +192,11 @@ def merge(
             references = {}
             if quantization is not None:
                 references[ON_QUANTIZED] = parts.logits(texts, quantized=True)
-            if into == "auto" and quantization is not None:
-                for name in _CHOICE:
+            if into == "auto":
+                for name in candidates:
                     logits = parts.merged_logits(texts, dequantized=name == "dequantized")
                     tried[name] = measure_drift(references[ON_QUANTIZED], logits).kl
-            if into == "auto":
-                into = _nearest(tried) if tried else "base"
+                into = _nearest(tried)
             if into == "base":
                 references[ON_BASE] = parts.logits(texts, quantized=False)
             partial.mkdir(parents=True)
