@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_lora import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter, unmerge_lora
 from lit_lora.interchange.peft_format import adapter_state_dict
 from tests.conformance.conformance_models import ARCHITECTURES, base_of, outputs
+from tests.table_cell import Cell, Differs, same, same_keys
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA": {},
@@ -29,22 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Name -> fields; the module to save is the architecture's."""
 TARGETS = ("attention", "all-linear", "ends")
 DIRECTIONS = ("PEFT writes", "we write")
-TOLERANCE = 1e-4
-"""Of the largest value of what is compared."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What became of one."""
-
-    status: str
-    """equal, different, refused (by us) or PEFT (which fails itself)."""
-    why: str = ""
-    """Of what is not equal; of what is, what PEFT merges into something else, or not at all."""
-
-
-class _Differs(Exception):
-    """Naming what."""
+_same = partial(same, tolerance=1e-4)
 
 
 class _PeftFails(Exception):
@@ -61,7 +47,7 @@ def run_cell(architecture: str, targets: str, variant: str, direction: str) -> C
             return Cell("equal", compare(architecture, fields, Path(folder)))
         except _PeftFails as error:
             return Cell("PEFT", str(error))
-        except _Differs as error:
+        except Differs as error:
             return Cell("different", str(error))
         except ValueError as error:  # what we refuse, we refuse so
             try:
@@ -88,11 +74,11 @@ def _peft_writes(architecture: str, fields: dict[str, Any], folder: Path) -> str
     load_adapter(ours, folder, trainable=True)
     got = _run(ours, architecture)
     _same("output", got[0], expected[0])
-    _same_keys("gradients", got[1], expected[1])
+    same_keys("gradients", got[1], expected[1])
     for name, gradient in expected[1].items():
         _same(f"gradient of {name}", got[1][name], gradient)
     save_adapter(ours, folder / "again")
-    _same_keys("file", _file(folder / "again"), _file(folder))
+    same_keys("file", _file(folder / "again"), _file(folder))
     return _check_merge(ours, architecture, got[0], lambda: theirs.merge_and_unload())
 
 
@@ -106,7 +92,7 @@ def _we_write(architecture: str, fields: dict[str, Any], folder: Path) -> str:
     theirs = _by_peft(lambda: peft.PeftModel.from_pretrained(copy.deepcopy(base_of(architecture)), folder).eval())
     _same("output", _by_peft(lambda: outputs(theirs, architecture)), expected)
     read = _by_peft(lambda: peft.get_peft_model_state_dict(theirs, save_embedding_layers=False))
-    _same_keys(
+    same_keys(
         "tensors", {key.removeprefix("base_model.model."): t for key, t in read.items()}, adapter_state_dict(ours)
     )
     return _check_merge(ours, architecture, expected, lambda: theirs.merge_and_unload())
@@ -139,13 +125,13 @@ def _check_merge(ours: Any, architecture: str, before: Tensor, theirs: Any) -> s
         _same("merged", outputs(ours, architecture), before)
         unmerge_lora(ours)
         if not torch.equal(outputs(ours, architecture), unmerged):
-            raise _Differs("unmerged")
+            raise Differs("unmerged")
         merge_lora(ours)
         merged = outputs(ours, architecture)
         _same("merged and unloaded", merged, before)
         try:
             _same("", _by_peft(lambda: outputs(theirs(), architecture)), before)
-        except _Differs:
+        except Differs:
             return "PEFT merges into another function"  # https://github.com/huggingface/peft/issues/2777
         except _PeftFails as error:
             return f"merged by us alone; {error}"
@@ -182,22 +168,11 @@ def _move(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
 
 
-def _same(what: str, got: Tensor, expected: Tensor) -> None:
-    distance = (got - expected).abs().max().item()
-    if not distance <= TOLERANCE * max(1.0, expected.abs().max().item()):
-        raise _Differs(f"{what} by {distance:.2g}")
-
-
-def _same_keys(what: str, got: dict[str, Any], expected: dict[str, Any]) -> None:
-    if got.keys() != expected.keys():
-        raise _Differs(f"{what}: {sorted(got.keys() ^ expected.keys())[:3]}")
-
-
 def _by_peft(call: Any) -> Any:
     """What PEFT gives; its failures are its own."""
     try:
         return call()
-    except _Differs:
+    except Differs:
         raise
     except Exception as error:
         raise _PeftFails(f"{type(error).__name__}: {_first_line(error)}") from error

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import peft
 import transformers
 
-from tests.conformance.conformance_cell import DIRECTIONS, TARGETS, VARIANTS, Cell
+from tests.conformance.conformance_cell import DIRECTIONS, TARGETS, VARIANTS
 from tests.conformance.conformance_models import ARCHITECTURES
+from tests.table_cell import Cell
 
 Key = tuple[str, str, str, str]
 """Architecture, targets, variant, direction."""

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.conformance_cell import DIRECTIONS, TARGETS, VARIANTS, Cell, run_cell
+from tests.conformance.conformance_cell import DIRECTIONS, TARGETS, VARIANTS, run_cell
 from tests.conformance.conformance_models import ARCHITECTURES
 from tests.conformance.conformance_page import Key, page
+from tests.table_cell import Cell
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 

@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,24 +21,10 @@ from lit_lora.adapters.layers import lora_layers
 from lit_lora.evaluation.export_targets import Source, export_to
 from tests.exports.export_layouts import architecture_of, as_in_gguf, read_gguf, stored
 from tests.small_adapters import MODELS, RANKS, small_adapter
+from tests.table_cell import Cell, Differs, same, same_keys
 
 IDS = torch.arange(3, 24).view(3, 7)
-TOLERANCE = 1e-5
-"""Of the largest value of what is compared."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What became of one."""
-
-    status: str
-    """equal, different or refused."""
-    why: str = ""
-    """Of what is not equal."""
-
-
-class _Differs(Exception):
-    """Naming what."""
+_same = partial(same, tolerance=1e-5)
 
 
 class _Made(NamedTuple):
@@ -84,7 +70,7 @@ def _one_layer(fields: dict[str, Any]) -> dict[str, Any]:
 def _run(made: _Made, target: str) -> Cell:
     try:
         TARGETS[target](made)
-    except _Differs as error:
+    except Differs as error:
         return Cell("different", str(error))
     except ValueError as error:
         return Cell("refused", str(error).replace(str(made.folder), "FOLDER"))
@@ -118,14 +104,13 @@ def _ollama(made: _Made) -> None:
     _compare_gguf(made, folder / "model.gguf")
     text = (folder / "Modelfile").read_text()
     if not re.match(r'FROM ./model.gguf\nTEMPLATE """.+"""\nPARAMETER stop', text, re.DOTALL):
-        raise _Differs("Modelfile")
+        raise Differs("Modelfile")
 
 
 def _compare_gguf(made: _Made, path: Path) -> None:
     got = read_gguf(path)
     expected = as_in_gguf(stored(made.folder / "hf"), architecture_of(path), made.config)
-    if got.keys() != expected.keys():
-        raise _Differs(f"names: {sorted(got.keys() ^ expected.keys())[:3]}")
+    same_keys("names", got, expected)
     for name, tensor in expected.items():
         _same(name, got[name], tensor)
 
@@ -141,7 +126,7 @@ def _gguf_adapter(made: _Made) -> None:
         delta = 0.0 if a is None or b is None else alpha / len(a) * b @ a
         _same(name, weight + delta, merged[name])
     if tensors:
-        raise _Differs(f"{next(iter(tensors))} is of no layer")
+        raise Differs(f"{next(iter(tensors))} is of no layer")
 
 
 def _alpha(path: Path) -> float:
@@ -158,9 +143,9 @@ def _mlx(made: _Made) -> None:
         a, b = (tensors.pop(f"{name}.lora_{half}") for half in "ab")
         _same(name, settings["scale"] * b.T @ a.T, layer.delta_weight().detach())
         if name.split(".", 3)[3] not in settings["keys"]:
-            raise _Differs(f"{name} is not in the keys")
+            raise Differs(f"{name} is not in the keys")
     if tensors:
-        raise _Differs(f"{next(iter(tensors))} is of no layer")
+        raise Differs(f"{next(iter(tensors))} is of no layer")
 
 
 TARGETS: dict[str, Callable[[_Made], None]] = {
@@ -179,11 +164,3 @@ TARGETS: dict[str, Callable[[_Made], None]] = {
 def _logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model.eval()(IDS).logits
-
-
-def _same(what: str, got: Tensor, expected: Tensor) -> None:
-    if got.shape != expected.shape:
-        raise _Differs(f"{what}: {tuple(got.shape)}, not {tuple(expected.shape)}")
-    distance = (got - expected).abs().max().item()
-    if not distance <= TOLERANCE * max(1.0, expected.abs().max().item()):
-        raise _Differs(f"{what} by {distance:.2g}")

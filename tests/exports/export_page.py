@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import peft
 import transformers
 
-from tests.exports.export_cell import ROWS, TARGETS, Cell
+from tests.exports.export_cell import ROWS, TARGETS
+from tests.table_cell import Cell
 
 _TEXT = """
 A row is a tiny model with random weights and an adapter of two ranks and scales on all of its linear layers; a column

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from lit_lora.interchange.gguf_kinds import KINDS
-from tests.exports.export_cell import ROWS, TARGETS, Cell, run_row
+from tests.exports.export_cell import ROWS, TARGETS, run_row
 from tests.exports.export_page import page
 from tests.small_adapters import MODELS
+from tests.table_cell import Cell
 
 PAGE = Path(__file__).parents[2] / "docs" / "export_table.md"
 GGUF = ("gguf", "gguf, adapter", "ollama")
