@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from lit_lora.base.known_models import model_folder
+from tests.started_runs import lit_lora
 
 REAL_MODEL = "smollm2-135m-instruct"
 
@@ -57,3 +59,17 @@ def real_model() -> str:
 def requests() -> Path:
     """The quickstart's data: 1000 requests in plain English with their JSON."""
     return Path(__file__).parents[1] / "configs" / "data" / "requests_train.jsonl"
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
+    """Runs the command line with what comes over a pipe: (stdout, stderr)."""
+
+    def said(*arguments: object, stdin: str = "", **options: object) -> tuple[str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        lit_lora(*arguments, **options)
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return said

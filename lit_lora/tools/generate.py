@@ -77,12 +77,13 @@ def generate(
     from lit_lora.runs.said import readable
 
     check_sampling(temperature, top_p, seed, max_new_tokens)
-    adapters = None if adapter is None else named_folders([adapter] if isinstance(adapter, str) else adapter)
+    adapters = [adapter] if isinstance(adapter, str) else adapter
+    names = [] if adapters is None else list(named_folders(adapters))
     file = request_file(prompt)
     _check_of_file(
         file is not None, {"batch_size": batch_size, "output": output}, {"compare": compare or None, "system": system}
     )
-    requests = [] if file is None else read_requests(file, list(adapters or []))
+    requests = [] if file is None else read_requests(file, names)
     with readable():
         loaded = load(
             adapters,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,25 +26,12 @@ from lit_lora.evaluation.chat import Chat
 from lit_lora.evaluation.load import Loaded, load_in_turn
 from tests.chat_tokenizers import chat_tokenizer
 from tests.several_adapters import ADAPTERS, PROMPTS, folder_of, make_place
-from tests.started_runs import lit_lora as run
 from tests.started_runs import write_rows
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("several"))
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
-    def said(*arguments: object, stdin: str = "") -> tuple[str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        run(*arguments)
-        captured = capsys.readouterr()
-        return captured.out, captured.err
-
-    return said
 
 
 @cache
@@ -254,4 +241,12 @@ def test_a_name_that_no_adapter_has_ends_no_conversation(line: str, message: str
     folders = ["--adapter", folder_of(place, "linear"), "--adapter", folder_of(place, "other"), "--max_new_tokens=4"]
     out, err = said("chat", *folders, stdin=f"{line}\nwhy\n")
     assert message in err
+    assert out == lit_lora.generate(by_itself(place, "linear"), "why", max_new_tokens=4)[0].text + "\n"
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_a_run_may_have_an_equals_sign_in_its_name(verb: str, place: Path, said: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(place / "linear", tmp_path / "02,r=8")
+    prompt = ["why"] if verb == "generate" else []
+    out, _ = said(verb, *prompt, "--adapter", folder / "adapter", "--max_new_tokens=4", "--stream=false", stdin="why\n")
     assert out == lit_lora.generate(by_itself(place, "linear"), "why", max_new_tokens=4)[0].text + "\n"

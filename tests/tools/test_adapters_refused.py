@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,25 +14,12 @@ from transformers import AutoModelForCausalLM
 from lit_lora import QuantizationConfig
 from tests.chat_tokenizers import chat_tokenizer
 from tests.several_adapters import ADAPTERS, folder_of, make_adapter, make_place
-from tests.started_runs import lit_lora as run
 from tests.started_runs import make_base, write_rows
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("several"))
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
-    def said(*arguments: object, stdin: str = "") -> tuple[str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        run(*arguments)
-        captured = capsys.readouterr()
-        return captured.out, captured.err
-
-    return said
 
 
 def _other_base(place: Path, to: Path) -> str:

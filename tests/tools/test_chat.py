@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ import lit_lora
 from lit_lora.evaluation.chat import Chat
 from lit_lora.tools import chat as verb
 from tests.started_runs import fit, make_base, questions
-from tests.started_runs import lit_lora as run
 
 # Lightning 2.6 calls jsonargparse in ways that jsonargparse 4.53 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -26,17 +25,14 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def said(adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def said(adapter: Path, said: Callable[..., tuple[str, str]]) -> Callable[..., tuple[str, str]]:
     """Over a pipe: lines in, (answers, notes) out."""
 
-    def said(*lines: str, **options: object) -> tuple[str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
-        run("chat", **{"adapter": adapter, "max_new_tokens": 12, **options})
-        captured = capsys.readouterr()
-        return captured.out, captured.err
+    def chatted(*lines: str, **options: object) -> tuple[str, str]:
+        given = {"adapter": adapter, "max_new_tokens": 12, **options}
+        return said("chat", stdin="".join(line + "\n" for line in lines), **given)
 
-    return said
+    return chatted
 
 
 @pytest.mark.parametrize("stream", ["true", "false"])
