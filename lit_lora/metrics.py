@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lit_lora.files.atomic import atomic_write
+from lit_lora.files.atomic import atomic_text
 
 FILE_NAME = "metrics.jsonl"
 """Of the record, in the folder of a run."""
@@ -117,9 +117,7 @@ class TrainingMetrics:
 
     def save(self, path: str | Path) -> None:
         """Write all as JSON lines; the file is replaced whole."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, lambda file: file.write(self.to_jsonl().encode()))
+        atomic_text(path, self.to_jsonl())
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingMetrics:

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_lora.files.atomic import atomic_write
+from lit_lora.files.atomic import atomic_text
 
 _DEFAULT_INTERVAL = 50  # steps; Trainer's own default, for a Trainer that never logs (barebones)
 
@@ -105,9 +105,7 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plain(content), indent=1) + "\n"
-    atomic_write(path, lambda stream: stream.write(text.encode()))
+    atomic_text(path, json.dumps(plain(content), indent=1) + "\n")
 
 
 def state_key(callback: pl.Callback, **settings: object) -> str:

@@ -44,6 +44,17 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     atomic_write_all([FileToWrite(Path(path), write)])
 
 
+def atomic_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all; its folder is made if it is not there.
+
+    Raises:
+        OSError: as :func:`atomic_write`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
 def atomic_write_all(files: Sequence[FileToWrite]) -> None:
     """Write several files, all of them complete and checked before the first takes its name.
 

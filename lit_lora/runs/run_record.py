@@ -21,7 +21,7 @@ from lit_lora.base.base_hash import base_hash
 from lit_lora.callbacks import HFAdapterExport, Verdict
 from lit_lora.callbacks._support.trainer import why_past_its_end
 from lit_lora.callbacks.verdict import Check, NotProvedError
-from lit_lora.files.atomic import atomic_write, make_folder, remove_partial_files
+from lit_lora.files.atomic import atomic_text, make_folder, remove_partial_files
 from lit_lora.files.csv_log import PatientCSVLogger
 from lit_lora.metrics import FILE_NAME
 from lit_lora.module import LoRALightningModule
@@ -279,9 +279,8 @@ class PredictionWriter(BasePredictionWriter):
         """Write all at once."""
         rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for batch in predictions for entry in batch]
-        atomic_write(path, lambda file: file.write("".join(lines).encode()))
+        atomic_text(path, "".join(lines))
         print(f"{len(lines)} generations in {path}")
         num_cut = sum(entry.get("cut", False) for batch in predictions for entry in batch)
         if num_cut and isinstance(pl_module, LoRALightningModule):

@@ -90,10 +90,9 @@ def _print(text: str) -> None:
 
 
 def _write(path: str, text: str) -> None:
-    from lit_lora.files.atomic import atomic_write
+    from lit_lora.files.atomic import atomic_text
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: file.write(text.encode()))
+    atomic_text(path, text)
     print(f"wrote {path}", file=sys.stderr)
 
 

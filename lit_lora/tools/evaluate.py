@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_lora.config import QuantizationConfig
@@ -192,13 +191,11 @@ def _said(found: dict[str, Scores]) -> str:
 
 def _write(output: str, found: dict[str, Scores]) -> None:
     """Scores and answers as JSON: of one adapter as such, of several by their names."""
-    from lit_lora.files.atomic import atomic_write
+    from lit_lora.files.atomic import atomic_text
 
     scores = [one.to_dict() for one in found.values()]
     content: dict[str, Any] = scores[0] if len(scores) == 1 else {"adapters": dict(zip(found, scores, strict=True))}
-    encoded = json.dumps(content, ensure_ascii=False, indent=1).encode()
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(output, lambda file: file.write(encoded))
+    atomic_text(output, json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def _show(held_out: HeldOut, found: dict[str, Scores], count: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_lora.config import QuantizationConfig
@@ -152,7 +151,7 @@ def _answer_file(loaded: Loaded, requests: list[Request], output: str | None, **
     """Answer all rows, and write a line of JSON for each."""
     from lit_lora.cli.progress import Counting
     from lit_lora.evaluation.generate import generate
-    from lit_lora.files.atomic import atomic_write
+    from lit_lora.files.atomic import atomic_text
     from lit_lora.language_model.generation import cut_note
 
     names = [request.adapter for request in requests] if loaded.adapters else None
@@ -174,7 +173,6 @@ def _answer_file(loaded: Loaded, requests: list[Request], output: str | None, **
     if output is None:
         print("\n".join(lines))
     else:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(output, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
+        atomic_text(output, "".join(line + "\n" for line in lines))
     if note := cut_note(completions, how["max_new_tokens"]):
         print(note, file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 from lit_lora.config import QuantizationConfig
@@ -54,7 +53,7 @@ def harness(
     from lit_lora.adapters.merge import disable_lora
     from lit_lora.evaluation.harness import find_tasks, run_tasks, table
     from lit_lora.evaluation.load import load
-    from lit_lora.files.atomic import atomic_write
+    from lit_lora.files.atomic import atomic_text
 
     manager = find_tasks(tasks, folder)  # before anything is loaded
     loaded = load(
@@ -70,5 +69,4 @@ def harness(
         found["adapter"] = run_tasks(loaded, tasks, manager, **options)
     print(table(found))
     if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(output, lambda file: file.write(json.dumps(found, indent=1, default=str).encode()))
+        atomic_text(output, json.dumps(found, indent=1, default=str))

@@ -261,10 +261,9 @@ def _header(
 
 
 def _write(output: Path, text: str) -> None:
-    from lit_lora.files.atomic import atomic_write
+    from lit_lora.files.atomic import atomic_text
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(output, lambda file: file.write(text.encode()))
+    atomic_text(output, text)
     print(text, end="")
     print(f"wrote {output}", file=sys.stderr)
 
