@@ -20,12 +20,15 @@ from torch import Tensor
 from lit_lora.config import LoRAConfig
 
 METADATA_KEY = "lit_lora_sha256"
-_WITHOUT_EFFECT = ("lora_dropout", "init_lora_weights", "freeze_A")
+_WITHOUT_EFFECT = ("lora_dropout", "init_lora_weights", "eva_rho", "freeze_A")
 """Fields that a loaded adapter computes the same without."""
 
-_LATER = ("target_parameters", "trainable_token_indices", "use_dora", "bias", "lora_bias", "ensure_weight_tying")
-"""Fields that adapters of earlier versions were written without: they count where they are set."""
-_UNSET = (None, False, "none")
+_FIRST = (
+    "r lora_alpha target_modules exclude_modules modules_to_save layers_to_transform layers_pattern rank_pattern "
+    "alpha_pattern use_rslora adapter_dtype"
+).split()
+"""Fields of the first version: they count also at their defaults; each later one only where it is set, so that adapters
+of earlier versions keep their checksums."""
 
 
 def adapter_checksum(tensors: Mapping[str, Tensor], config: LoRAConfig) -> str:
@@ -35,10 +38,11 @@ def adapter_checksum(tensors: Mapping[str, Tensor], config: LoRAConfig) -> str:
         tensors: as they are in the file.
         config: as it is read from the file beside it.
     """
+    unset = asdict(LoRAConfig())
     fields = {
         name: value
         for name, value in asdict(config).items()
-        if name not in _WITHOUT_EFFECT and (name not in _LATER or value not in _UNSET)
+        if name in _FIRST or (name not in _WITHOUT_EFFECT and value != unset[name])
     }
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):

@@ -144,8 +144,7 @@ def reader(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> Stranger:
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "?"} for row in rows]
     stranger.write("pairs.jsonl", pairs)
     stranger.write("test.jsonl", rows[:4])
-    asked = [{"prompt": "1 + 1?", "adapter": name} for name in ("lora_standard", "mlp", None)]
-    stranger.write("prompts.jsonl", asked)
+    (stranger.folder / "prompts.jsonl").write_text(blocks("docs/inference.md", "json")[0].text)
     text = "".join(f'"{row["prompt"]}","{row["completion"]}"\n' for row in rows)
     (stranger.folder / "my.csv").write_text(f"asked,said\n{text}")
     return stranger

@@ -219,6 +219,7 @@ def test_every_block_is_of_a_kind_that_a_test_runs():
         (b.page, b.language): b for page in PAGES for b in blocks(page) if b.language not in ("bash", "python", "yaml")
     }
     expected = {("README.md", ""), ("README.md", "json"), ("docs/data.md", "json"), ("docs/runs.md", "text")}
+    expected |= {("docs/inference.md", "json")}
     expected |= {(f"docs/tutorials/{name}.md", "json") for name in ("your_own_data", "tool_calls")}
     expected |= {("docs/tutorials/from_peft_or_trl.md", "text")}
     assert set(others) == expected
