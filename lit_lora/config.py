@@ -175,6 +175,11 @@ class LoRAConfig:
         rows = self.trainable_token_indices
         return rows if isinstance(rows, dict) else {embedding: rows} if rows is not None else {}
 
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows that a vocabulary has at least to hold the tokens of ``trainable_token_indices``."""
+        return 1 + max((i for ids in self.rows_to_train("").values() for i in ids), default=-1)
+
     def check_for_training(self) -> None:
         """Adapters that others trained may have any scale; what is to be trained needs one above zero.
 

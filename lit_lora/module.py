@@ -40,7 +40,7 @@ from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import ActivationBudget
 from lit_lora.rewrites import compilation
 from lit_lora.training import hyperparameters, on_cuda, training_record, training_state
-from lit_lora.training.new_tokens import hold_new_tokens
+from lit_lora.training.new_tokens import hold_new_tokens, rows_needed
 from lit_lora.training.optimization import Optimization
 from lit_lora.training.resume_settings import Difference
 from lit_lora.training.sharded_strategy import LoRAShardedStrategy
@@ -192,10 +192,14 @@ class LoRALightningModule(TokenLossModule):
             check_sharded(self.step, self.lora)
         check_device(self.step, torch.get_default_device())
         start = self._starting_adapter()
-        model = self._load_divided() if self._sharding is not None and not own_base else self.load_base()
+        data = getattr(self._trainer, "datamodule", None)
+        if self._sharding is not None and not own_base:
+            rows = rows_needed(self.lora if start is None else start.lora, data)
+            model: nn.Module = load_sharded_base(self.base, self._sharding, rows=rows, **self._how_to_load)
+        else:
+            model = self.load_base()
         if own_base:
             forget_base(model)  # what was loaded may have been changed
-        data = getattr(self._trainer, "datamodule", None)
         hold = hold_new_tokens if start is None else start.hold_new_tokens
         self.lora = hold(model, resumed_ranks(self.lora, self._trainer), data)
         own_loss = type(self).compute_loss is not LoRALightningModule.compute_loss
@@ -226,10 +230,6 @@ class LoRALightningModule(TokenLossModule):
     def _sharding(self) -> Sharding | None:
         strategy = None if self._trainer is None else self._trainer.strategy
         return strategy.sharding if isinstance(strategy, LoRAShardedStrategy) else None
-
-    def _load_divided(self) -> nn.Module:
-        assert self._sharding is not None
-        return load_sharded_base(self.base, self._sharding, **self._how_to_load)
 
     @property
     def _how_to_load(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_lora.adapters.lora_layer import FORWARDED
-from lit_lora.base.shards import device_of
+from lit_lora.base.shards import device_of, is_share, whole
 from lit_lora.config import LoRAConfig
 from lit_lora.wording import in_words_of
 
@@ -58,7 +58,7 @@ class TrainableTokens(nn.Module):
         self.register_buffer("slots_V", slots_V, persistent=False)
         self._tied_to = (tied_to,)  # a tuple, to not register it a second time
         if tied_to is None:
-            rows = weight.detach()[ids_K].to(getattr(torch, config.adapter_dtype))
+            rows = whole(weight.detach())[ids_K].to(getattr(torch, config.adapter_dtype))
             self.token_adapter = nn.Module()
             self.token_adapter.trainable_tokens_delta = nn.Parameter(rows)
 
@@ -80,9 +80,9 @@ class TrainableTokens(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """With the rows in place, as a head's weight is read."""
+        """With the rows in place, as a head's weight is read; of a divided one outside of a pass, the frozen share."""
         weight = self.base_layer.weight
-        if not self.enabled or self.merged:
+        if not self.enabled or self.merged or is_share(weight):
             return weight
         return weight.index_copy(0, self.ids_K, self.rows_KD.to(weight.dtype))
 

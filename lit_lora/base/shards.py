@@ -74,6 +74,17 @@ class Sharding:
                 kept = nn.Parameter(frozen.to(device, dtype), requires_grad=False)
             module.register_parameter(name, kept)
 
+    def join_(self, module: nn.Module) -> bool:
+        """Give a module that was cut its whole weights again, until it is cut again; every process must.
+
+        Returns:
+            Whether it was cut.
+        """
+        cut = {n: p for n, p in module.named_parameters(recurse=False) if hasattr(p, _ROWS)}
+        for name, parameter in cut.items():
+            module.register_parameter(name, nn.Parameter(whole(self._share(parameter).detach()), requires_grad=False))
+        return bool(cut)
+
     def _rows_of(self, tensor: Tensor) -> Tensor:
         parts, rank = tensor.chunk(self.mesh.size()), self.mesh.get_local_rank()
         return parts[rank] if rank < len(parts) else tensor[:0]
@@ -205,6 +216,22 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     on_device: Any = tensor.to(device_of(tensor))
     return on_device.full_tensor()
+
+
+def is_share(tensor: Tensor) -> bool:
+    """Whether this is a process's share of a tensor, which tells where it is and how large, and has no values now."""
+    return isinstance(tensor, DTensor)
+
+
+def set_row_(weight: Tensor, row: int, values: Tensor) -> None:
+    """Give a row of a frozen weight other values, which may be divided; every process must."""
+    if not isinstance(weight, DTensor):
+        weight[row] = values
+        return
+    share, a_share = weight.to_local(), -(-len(weight) // weight.device_mesh.size())
+    row -= weight.device_mesh.get_local_rank() * a_share
+    if 0 <= row < len(share):
+        share[row] = values
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from lit_lora.base.filled import fill_
 from lit_lora.base.repeated_layers import repeated_layers
 from lit_lora.base.shards import Sharding, check_takes_codes
 from lit_lora.base.stored import Stored, opened, why_whole
+from lit_lora.base.vocabulary import grow_vocabulary, num_rows
 from lit_lora.config import QuantizationConfig
 
 
@@ -34,6 +35,7 @@ def load_sharded_base(
     device: torch.device | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    rows: int = 0,
 ) -> PreTrainedModel:
     """As :func:`lit_lora.base.load.load_base_model`, of which this process keeps its share; every process must call it.
 
@@ -45,6 +47,7 @@ def load_sharded_base(
         device: where to.
         revision: on the Hub.
         trust_remote_code: run code that comes with the model.
+        rows: of embedding and head, at least, as of :func:`lit_lora.base.vocabulary.grow_vocabulary`.
 
     Raises:
         FileNotFoundError: as there.
@@ -67,8 +70,25 @@ def load_sharded_base(
             model = _one_after_another(asked, sharding)
         else:
             _read_(model, stored, asked, location, sharding)
+    _grow_(model, rows, sharding, asked.device)
     sharding.shard_(model.requires_grad_(False))
     return model.train()
+
+
+def _grow_(model: PreTrainedModel, rows: int, sharding: Sharding, device: torch.device) -> None:
+    """More rows of embedding and head, which are whole meanwhile, as they are whenever the model runs."""
+    if num_rows(model) >= rows:
+        return
+    were_cut = [sharding.join_(model.get_input_embeddings())]
+    model.tie_weights()
+    if (head := model.get_output_embeddings()) is not None:
+        were_cut.append(sharding.join_(head))
+    grow_vocabulary(model, rows)
+    if any(were_cut):
+        sharding.cut_(model.get_input_embeddings(), device, {})
+        model.tie_weights()
+        if head is not None:
+            sharding.cut_(model.get_output_embeddings(), device, {})
 
 
 def _read_(model: PreTrainedModel, stored: Stored, asked: load.Wanted, location: str, sharding: Sharding) -> None:

@@ -32,6 +32,7 @@ from lit_lora.interchange.adapter_folder import (
 from lit_lora.interchange.adapter_naming import named_folders
 from lit_lora.interchange.adapter_tokenizer import tokenizer_for
 from lit_lora.interchange.peft_format import load_adapter
+from lit_lora.interchange.stored_adapter import read_adapter
 from lit_lora.wording import setting
 
 log = logging.getLogger(__name__)
@@ -226,8 +227,11 @@ def _load_base(adapters: Mapping[str, Stored], place: Base, options: _Options) -
                     f"the base is quantized to {quantization.bits} bits, as the adapter was trained ({source}); "
                     f"{setting('full_precision')} leaves it as it is"
                 )
-    sharding = sharding_in_use()
-    model = (load_base_model if sharding is None else partial(load_sharded_base, sharding=sharding))(
+    load_one = load_base_model
+    if (sharding := sharding_in_use()) is not None:
+        rows = max((read_adapter(one.folder).config.vocabulary_rows for one in adapters.values()), default=0)
+        load_one = partial(load_sharded_base, sharding=sharding, rows=rows)
+    model = load_one(
         place.name,
         dtype=options.dtype or trained_dtype(record, device),
         quantization=quantization,

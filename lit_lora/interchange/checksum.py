@@ -24,9 +24,9 @@ _WITHOUT_EFFECT = ("lora_dropout", "init_lora_weights", "eva_rho", "freeze_A")
 """Fields that a loaded adapter computes the same without."""
 
 _FIRST = (
-    "r lora_alpha target_modules exclude_modules modules_to_save layers_to_transform layers_pattern rank_pattern "
-    "alpha_pattern use_rslora adapter_dtype"
-).split()
+    "r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "use_rslora", "adapter_dtype",
+)  # fmt: skip
 """Fields of the first version: they count also at their defaults; each later one only where it is set, so that adapters
 of earlier versions keep their checksums."""
 

@@ -26,6 +26,15 @@ class AddsTokens(Protocol):
         ...
 
 
+def rows_needed(lora: LoRAConfig, data: Any) -> int:
+    """Rows of a vocabulary with the tokens that are trained and those that ``data`` adds; 0 where there are none."""
+    return max(lora.vocabulary_rows, *(1 + i for i in _added(data)), 0)
+
+
+def _added(data: Any) -> dict[int, Any]:
+    return data.tokenizer and data.new_tokens.pieces if isinstance(data, AddsTokens) else {}
+
+
 def hold_new_tokens(model: Any, lora: LoRAConfig, data: Any) -> LoRAConfig:
     """Make room in a base for the tokens that are trained, those that ``data`` adds among them.
 
@@ -37,14 +46,14 @@ def hold_new_tokens(model: Any, lora: LoRAConfig, data: Any) -> LoRAConfig:
     Returns:
         ``lora`` with the rows of the new tokens: in the embedding, and in a head of its own.
     """
-    adds = data.tokenizer and data.new_tokens.pieces if isinstance(data, AddsTokens) else {}
+    adds = _added(data)
     if as_pretrained(model) is None or not (adds or lora.trainable_token_indices):  # images have no tokens at all
         return lora
     modules = named_modules(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     name_of = {id(module): name for name, module in modules.items()}
     rows = lora.rows_to_train(name_of[id(embedding)])
-    grow_vocabulary(model, 1 + max((i for ids in (*rows.values(), adds) for i in ids), default=-1))
+    grow_vocabulary(model, rows_needed(lora, data))
     if not adds:
         return lora
     fill_rows(model, {row: pieces for row, pieces in adds.items() if not any(row in ids for ids in rows.values())})

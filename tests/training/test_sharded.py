@@ -46,6 +46,12 @@ CASES: dict[str, dict[str, Any]] = {
         "lora": {"modules_to_save": ["lm_head"]}, "max_steps": 4,
     },
     "DoRA over 4 bits": {"quantization": QLORA, "lora": {"use_dora": True}, "max_steps": 4},
+    "new tokens, over 4 bits": {
+        "quantization": QLORA, "data": {"new_tokens": ["it is"]}, "stored": True, "max_steps": 4,
+    },
+    "new tokens and others, tied ends": {
+        "data": {"new_tokens": ["it is"]}, "lora": {"trainable_token_indices": [33, 101]}, "tied": True, "max_steps": 4,
+    },
     "validated": {
         "data": {"validation_fraction": 0.4}, "max_steps": 4,
         "trainer_options": {"num_sanity_val_steps": -1, "val_check_interval": 2},

@@ -28,12 +28,13 @@ pytestmark = [
 
 
 class Trained:
-    """A tiny model that has learned answers of several lengths, to an odd number of questions."""
+    """A tiny model that has learned answers of several lengths, a new token in one, to an odd number of questions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.base = make_base(folder / "base", num_hidden_layers=3)
-        self.adapter = fit(self.base, questions(folder / "train.jsonl"), folder / "run", max_steps=25)
+        train = questions(folder / "train.jsonl")
+        self.adapter = fit(self.base, train, folder / "run", max_steps=25, **{"data__new_tokens+": "maybe"})
         (self.checkpoint,) = (folder / "run" / "checkpoints").glob("*.ckpt")
         rows = [{"prompt": prompt, "completion": answer} for prompt, answer in ANSWERS.items()]
         self.data = write_rows(folder / "data.jsonl", [*rows, {"prompt": "say five", "completion": "a long answer"}])
@@ -44,6 +45,7 @@ class Trained:
         lightning = [
             *("--model.base", self.base, "--model.lora.r", "16", "--ckpt_path", str(self.checkpoint)),
             *("--data.train", self.data, "--data.validation", self.data, "--data.test", self.data),
+            *("--data.new_tokens+", "maybe"),
             *("--data.cache_dir", str(self.folder / "cache"), "--trainer.accelerator", "cpu"),
             *("--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", str(out), *trainer),
         ]
