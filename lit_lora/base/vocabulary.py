@@ -30,8 +30,8 @@ def grow_vocabulary(model: Any, rows: int) -> None:
     if is_sharded(model):
         raise ValueError(
             f"the adapter has tokens up to {rows - 1}, the base model's vocabulary ends at {before - 1}, and a base "
-            "that is divided among processes gets rows only where the adapter names them (trainable_token_indices), not "
-            "for a whole embedding in its file: load it on one process"
+            "that is divided among processes gets rows only where the adapter names them (trainable_token_indices), "
+            "not for a whole embedding in its file: load it on one process"
         )
     for name, layer in {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}.items():
         if layer is not None and not isinstance(layer, (nn.Embedding, nn.Linear)):
