@@ -4,8 +4,9 @@
 
 Two tasks: GSM8K (4 examples a step, 10 % of 1000 rows to validate on), and the quickstart's data by its own recipe,
 with exact match on its 100 held-out examples. Each run is a process of its own, the two types in turn, so that noise
-falls on both. On two cores 5 to 12 minutes a run. Writes ``half_precision{.csv,.md,.png}`` into
-``benchmarks/results/``, after every run.
+falls on both. On two cores 5 to 12 minutes a run: name ``--tasks`` and ``--seeds`` to do a part. Rows of the table that
+is there already stay, so parts add up, also those made side by side. Writes
+``half_precision{.csv,_curves.csv,.md,.png}`` into ``benchmarks/results/``, after every run.
 
 float32 against bfloat16: the difference of the mean final validation losses has to lie within the spread of the seeds.
 """
@@ -27,6 +28,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parent.parent / "configs" / "data"
 DTYPES = ("float32", "bfloat16")
+KEY = ("task", "seed", "dtype")
+TEXTS = ("task", "dtype", "processor", "losses")
 
 
 def main() -> None:
@@ -42,16 +45,15 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(run(arguments, *arguments.one)))
         return
-    rows = []
     for task in arguments.tasks:
         for seed in arguments.seeds:
             for dtype in DTYPES:
                 command = [sys.executable, "-m", "benchmarks.half_precision", *sys.argv[1:], "--one", task, str(seed)]
                 finished = subprocess.run([*command, dtype], stdout=subprocess.PIPE, text=True, check=True)
-                rows.append(json.loads(finished.stdout.splitlines()[-1]))
-                shown = {name: value for name, value in rows[-1].items() if name != "losses"}
-                print(shown, flush=True)
-                write(rows, arguments)
+                row = json.loads(finished.stdout.splitlines()[-1])
+                losses = row.pop("losses")
+                print(row, flush=True)
+                write(row, losses, arguments)
 
 
 def run(arguments: argparse.Namespace, task: str, seed: str, dtype: str) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def run(arguments: argparse.Namespace, task: str, seed: str, dtype: str) -> dict
     trainer.limit_val_batches = 1.0
     after = trainer.validate(module, data, verbose=False)[0]["val_loss"]
     found = {
-        "task": task, "seed": int(seed), "dtype": dtype, "val_loss": after,
+        "task": task, "seed": int(seed), "dtype": dtype, "steps": arguments.steps, "val_loss": after,
         "train_loss_last_25": statistics.mean(step.loss for step in steps[-25:]),
         "tokens_per_s": sum(s.num_tokens for s in steps[2:]) / sum(s.step_time_s for s in steps[2:]),
         "exact_match": "", "processor": processor(), "threads": torch.get_num_threads(),
@@ -107,22 +109,20 @@ def _exact_match(adapter: str, base: str, dtype: str) -> int:
     return sum(a.text.strip() == row[-1]["content"] for a, row in zip(answers, rows, strict=True))
 
 
-def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """The table and the plot of the runs so far."""
+def write(row: dict[str, Any], losses: list[float], arguments: argparse.Namespace) -> None:
+    """The table and the plot of the runs so far, with one more."""
     import torch
 
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
-    columns = [name for name in rows[0] if name not in ("losses", "processor", "threads")]
-    with (folder / "half_precision.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = _with(folder / "half_precision.csv", [row], arguments.steps)
+    curve = [{**{name: row[name] for name in KEY}, "steps": arguments.steps, "losses": json.dumps(losses)}]
+    curves = _with(folder / "half_precision_curves.csv", curve, arguments.steps)
     lines = [
         "# bfloat16 against float32 on a CPU",
         "",
         f"`python -m benchmarks.half_precision --gsm8k train.jsonl --steps {arguments.steps}`, "
-        f"{datetime.date.today()}, {rows[0]['processor']}, {rows[0]['threads']} threads, torch {torch.__version__}, "
+        f"{datetime.date.today()}, {row['processor']}, {row['threads']} threads a run, torch {torch.__version__}, "
         f"Python {platform.python_version()}; {arguments.base}, r = 8 on all linear layers.",
         "",
         "| task | dtype | final validation loss, by seed | mean | spread | training loss, last 25 steps | tokens/s | "
@@ -143,10 +143,27 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
                 f"{statistics.median(row['tokens_per_s'] for row in mine):.0f} | {matches} |"
             )
     (folder / "half_precision.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    _plot(folder / "half_precision.png", rows)
+    _plot(folder / "half_precision.png", curves)
+
+
+def _with(path: Path, new: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """The rows of a file, those of as many steps, with new ones in their places; written."""
+    known: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            read = csv.DictReader(file)
+            known = [{n: v if n in TEXTS or not v else json.loads(v) for n, v in row.items()} for row in read]
+    rows = {tuple(row[name] for name in KEY): row for row in (*known, *new) if row["steps"] == steps}
+    ordered = [rows[key] for key in sorted(rows)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(new[0]))
+        writer.writeheader()
+        writer.writerows(ordered)
+    return ordered
 
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """``rows``: KEY and ``losses``, JSON."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -156,10 +173,10 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for row in (row for row in rows if row["task"] == task):
-            losses = row["losses"]
+            losses = json.loads(row["losses"])
             smooth = [statistics.mean(losses[max(0, step - 9) : step + 1]) for step in range(len(losses))]
             style = {"color": "C0" if row["dtype"] == "float32" else "C1", "linewidth": 1, "alpha": 0.8}
-            axis.plot(range(1, len(losses) + 1), smooth, label=row["dtype"] if row["seed"] == 0 else None, **style)
+            axis.plot(range(1, len(losses) + 1), smooth, label=f"{row['dtype']}, seed {row['seed']}", **style)
         axis.set(title=task, xlabel="optimizer step", ylabel="training loss, nats/token (running mean of 10)")
         axis.legend()
     figure.tight_layout()

@@ -214,7 +214,7 @@ class QuantizationConfig:
     """Weights that share one scale (4 bits only)."""
 
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """dtype that weights are dequantized to for a product. auto: bfloat16 on CUDA, float32 on a CPU."""
+    """dtype that weights are dequantized to for a product. auto: that of the base's other weights."""
 
     skip_modules: list[str] | None = None
     """Modules to keep in full precision, by name; the output head always is, unless ``embedding_bits`` is set."""

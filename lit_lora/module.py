@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
@@ -40,6 +41,7 @@ from lit_lora.language_model.trial import choose_path
 from lit_lora.memory.activation_budget import ActivationBudget
 from lit_lora.rewrites import compilation
 from lit_lora.training import hyperparameters, on_cuda, training_record, training_state
+from lit_lora.training.base_dtype import base_dtype
 from lit_lora.training.new_tokens import hold_new_tokens, rows_needed
 from lit_lora.training.optimization import Optimization
 from lit_lora.training.resume_settings import Difference
@@ -80,7 +82,8 @@ class LoRALightningModule(TokenLossModule):
                 Of ``lora`` only ``lora_dropout``, ``adapter_dtype`` and ``freeze_A`` count: the rest is the adapter's.
             lora: which layers get adapters, of what rank.
             quantization: how to quantize the frozen base; None for full precision.
-            dtype: dtype of the base's weights; auto is float32 on a CPU, bfloat16 on CUDA, float16 before Ampere.
+            dtype: dtype of the base's weights; auto is bfloat16 where the device multiplies it (CUDA from Ampere on, a
+                CPU with AVX512-BF16 or AMX), else float16 on CUDA, float32 on a CPU; a run that goes on keeps its own.
             revision: branch, tag or commit of the base on the Hub.
             trust_remote_code: run code that comes with the base or the tokenizer.
             optimization: learning rate, its schedule, weight decay.
@@ -231,10 +234,11 @@ class LoRALightningModule(TokenLossModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         return strategy.sharding if isinstance(strategy, LoRAShardedStrategy) else None
 
-    @property
+    @cached_property
     def _how_to_load(self) -> dict[str, Any]:
         names = ("quantization", "revision", "trust_remote_code")
-        return {"dtype": self.dtype_name, **{name: getattr(self, name) for name in names}}
+        dtype = base_dtype(self.dtype_name, torch.get_default_device(), self._trainer)
+        return {"dtype": dtype, **{name: getattr(self, name) for name in names}}
 
     @property
     def _packs(self) -> bool:
@@ -323,7 +327,8 @@ class LoRALightningModule(TokenLossModule):
         Raises:
             ValueError: naming what differs.
         """
-        state, self._differences = training_state.check(checkpoint, self._identity, self._adapter())
+        goes_on = self._trainer is not None and self.trainer.state.fn == "fit"
+        state, self._differences = training_state.check(checkpoint, self._identity, self._adapter(), goes_on=goes_on)
         self._resume_state = state
         self.setting_changes = list(state["changes"])
         if self._trainer is not None:  # without one, nothing is continued
@@ -389,12 +394,7 @@ class LoRALightningModule(TokenLossModule):
         Lightning's own key for hyper-parameters is not used: its command line would let the file override options.
         """
         state = read_checkpoint(checkpoint_path).get(training_state.KEY, {})
-        saved = dict(state.get("settings", {}))
-        if (commit := training_record.saved(state).revision) and "base" not in kwargs:  # where none was asked for
-            saved = {**saved, "revision": commit}
-        kinds = {"lora": LoRAConfig, "quantization": QuantizationConfig}
-        kinds |= {"optimization": OptimizationConfig, "step": StepConfig}
-        saved |= {name: kind(**saved[name]) for name, kind in kinds.items() if saved.get(name) is not None}
+        saved = training_record.settings_as_trained(state, same_base="base" not in kwargs)
         trust = kwargs.pop("trust_remote_code", False)  # never taken from a file
         with starting_adapter.from_checkpoint(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, **{**saved, **kwargs, "trust_remote_code": trust})

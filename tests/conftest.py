@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# Before the first product: `auto` holds a base in float32 on every machine, also in the processes that tests start.
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
+
 from lit_lora.base.known_models import model_folder
 from tests.started_runs import lit_lora
 

@@ -87,14 +87,18 @@ def _assert_same(first, second, **tolerance):
 
 @pytest.mark.parametrize("collate", [collate_packed, collate_padded])
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulating_equals_one_batch_on_ragged_examples(base, tmp_path, accumulate, collate):
-    whole, parts = _module(base), _module(base)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_accumulating_equals_one_batch_on_ragged_examples(base, tmp_path, accumulate, collate, dtype):
+    """To the rounding of a base in that dtype; means of means would be off by tenths."""
+    near = 1 if dtype == "float32" else 500
+    whole, parts = _module(base, dtype=dtype), _module(base, dtype=dtype)
     _trainer(tmp_path, max_steps=2).fit(whole, _loader(4, collate))
     _trainer(tmp_path, max_steps=2, accumulate_grad_batches=accumulate).fit(parts, _loader(4 // accumulate, collate))
-    _assert_same(_adapters(whole), _adapters(parts), rtol=1e-4, atol=1e-6)
+    if dtype == "float32":  # AdamW's first steps go by signs, and the smallest gradients have either in bfloat16
+        _assert_same(_adapters(whole), _adapters(parts), rtol=1e-4, atol=1e-6)
     for a, b in zip(whole.training_metrics.steps, parts.training_metrics.steps, strict=True):
-        assert a.loss == pytest.approx(b.loss, rel=1e-5)
-        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
+        assert a.loss == pytest.approx(b.loss, rel=1e-5 * near)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4 * near)
         assert (a.num_tokens, a.num_target_tokens) == (b.num_tokens, b.num_target_tokens)
 
 

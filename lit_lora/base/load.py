@@ -38,6 +38,7 @@ from lit_lora.base.trained_on import note
 from lit_lora.base.whole_model import check_no_adapter, load_whole, readable
 from lit_lora.config import QuantizationConfig
 from lit_lora.files.meant import closest, did_you_mean
+from lit_lora.kernels.cpu_features import multiplies_bfloat16
 from lit_lora.kernels.cuda_cards import half_dtype, prepare_attention
 from lit_lora.wording import advice
 
@@ -66,8 +67,8 @@ def load_base_model(
 
     Args:
         base: see the table at the top of this file.
-        dtype: of the weights; "auto" is float32 on a CPU, and bfloat16 on CUDA, or float16 on cards that have none
-            (before capability 8.0).
+        dtype: of the weights; "auto" is bfloat16 on CUDA, or float16 on cards that have none (before capability 8.0);
+            on a CPU bfloat16 where it has instructions for its products (AVX512-BF16, AMX), else float32.
         quantization: how to quantize fused experts, while loading, and linear layers: while loading too, or after it
             where transformers cannot (other block sizes than 64, GGUF files), which needs memory for all of them first.
         device: where to; the default device if None.
@@ -296,7 +297,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     """The torch dtype for a name; "auto" by device."""
     resolved: Any = dtype
     if dtype == "auto":
-        resolved = half_dtype(device) if device.type == "cuda" else torch.float32
+        half = device.type == "cuda" or (device.type == "cpu" and multiplies_bfloat16())
+        resolved = half_dtype(device) if half else torch.float32
     elif isinstance(dtype, str):
         resolved = getattr(torch, dtype, None)
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:

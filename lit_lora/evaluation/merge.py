@@ -109,8 +109,8 @@ def merge(
             quantized base computes with; "auto" measures both on the sample and takes the one that is nearer to the
             model as trained; "4bit" quantizes the dequantized result again, which loses precision.
         quantization: how the base was quantized in training; by default as the adapter says, or its run's config.yaml.
-        dtype: dtype of the merged weights; by default that of the base in training. auto is bfloat16 on CUDA and
-            float32 on a CPU.
+        dtype: dtype of the merged weights; by default that of the base in training. auto is what this device
+            takes for a base.
         tokenizer: name or folder of another tokenizer than the adapter's.
         sample: file of texts to measure the drift on, in any format that training reads; by default one that ships.
         num_samples: how many of its texts.

@@ -56,7 +56,7 @@ def start_source(lora: LoRAConfig, trainer: Any, base: str, how_to_load: Mapping
     start = lora.init_lora_weights
     if start not in LATER_STARTS:
         return None
-    if trainer is None or trainer.state.fn != "fit" or _checkpoint(trainer) is not None:
+    if trainer is None or trainer.state.fn != "fit" or checkpoint_to_load(trainer) is not None:
         return ()
     if start == "loftq":
         return _unquantized(base, {**how_to_load, "quantization": None})
@@ -79,7 +79,7 @@ def resumed_ranks(lora: LoRAConfig, trainer: Any) -> LoRAConfig:
     Where the settings that they follow from are others now, they are left to be refused. Lightning's own
     ``Trainer.fit(ckpt_path=...)`` says too late which checkpoint it loads: there they are chosen again.
     """
-    path = None if trainer is None else _checkpoint(trainer)
+    path = None if trainer is None else checkpoint_to_load(trainer)
     if lora.eva_rho == 1 or path is None:
         return lora
     saved = read_checkpoint(path).get(KEY, {}).get("settings", {}).get("lora", {})
@@ -88,7 +88,7 @@ def resumed_ranks(lora: LoRAConfig, trainer: Any) -> LoRAConfig:
     return replace(lora, **{name: saved[name] for name in ("target_modules", "rank_pattern", "alpha_pattern")})
 
 
-def _checkpoint(trainer: Any) -> Any:
+def checkpoint_to_load(trainer: Any) -> Any:
     """What is going to be loaded, where it is known; None otherwise."""
     return os.environ.get(CHECKPOINT_VARIABLE) or trainer.ckpt_path
 

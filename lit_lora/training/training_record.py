@@ -12,6 +12,7 @@ from torch import nn
 
 from lit_lora.base import trained_on
 from lit_lora.base.trained_on import TrainedOn
+from lit_lora.config import LoRAConfig, OptimizationConfig, QuantizationConfig, StepConfig
 
 _KEY = "trained_on"
 """Of the record in lit_lora's part of a checkpoint."""
@@ -30,6 +31,23 @@ def save(model: nn.Module, state: dict[str, Any]) -> None:
 def saved(state: dict[str, Any]) -> TrainedOn:
     """The record in the state of a checkpoint; nothing is known where there is none."""
     return trained_on.from_json(state[_KEY]) if _KEY in state else TrainedOn()
+
+
+def settings_as_trained(state: dict[str, Any], *, same_base: bool) -> dict[str, Any]:
+    """The settings of the module whose state is in a checkpoint, with what was found where they left it open.
+
+    Args:
+        state: lit_lora's part of the checkpoint.
+        same_base: whether its base is taken from where it was.
+    """
+    settings = dict(state.get("settings", {}))
+    if (commit := saved(state).revision) and same_base:  # where none was asked for
+        settings["revision"] = commit
+    if settings.get("dtype") == "auto" and state.get("base_dtype"):
+        settings["dtype"] = state["base_dtype"]
+    kinds = {"lora": LoRAConfig, "quantization": QuantizationConfig}
+    kinds |= {"optimization": OptimizationConfig, "step": StepConfig}
+    return settings | {n: kind(**settings[n]) for n, kind in kinds.items() if settings.get(n) is not None}
 
 
 def check_tokenizer(trainer: Trainer, record: TrainedOn) -> None:

@@ -29,6 +29,7 @@ from lit_lora.training import optimization, resume_settings
 from lit_lora.training.metrics_record import MetricsRecord
 from lit_lora.training.resume_settings import Difference
 from lit_lora.training.step_metrics import StepRecorder, StepWindow
+from lit_lora.wording import setting
 
 KEY = "lit_lora"
 """Where all of this lies in a checkpoint."""
@@ -119,9 +120,15 @@ def read(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(
-    checkpoint: dict[str, Any], identity: Identity, parameters: Mapping[str, Tensor]
+    checkpoint: dict[str, Any], identity: Identity, parameters: Mapping[str, Tensor], *, goes_on: bool
 ) -> tuple[dict[str, Any], list[Difference]]:
     """Check that a checkpoint belongs to this base and these adapters.
+
+    Args:
+        checkpoint: as it was read.
+        identity: of the module.
+        parameters: the adapters', by name.
+        goes_on: whether its training is gone on with.
 
     Returns:
         What :func:`collect` saved, and settings that differ from it and are applied.
@@ -144,6 +151,12 @@ def check(
             + "; ".join(map(str, refused))
             + ". Set them as saved to resume, or start a new run"
         )
+    began_in, now_in = state.get("base_dtype"), _dtype_of(identity.model)
+    if goes_on and began_in != now_in and identity.settings.get("dtype") == "auto":
+        raise ValueError(
+            f"the run began with a base in {began_in}, and this machine would go on in {now_in}: set "
+            f"{setting('model.dtype', began_in)}"
+        )
     ours = base_hash(identity.model).value
     if state["base_hash"] != ours:
         raise ValueError(
@@ -151,8 +164,8 @@ def check(
             f"{short(state['base_hash'])}; this is {identity.base!r}, {short(ours)}, whose weights or config are not "
             "the same. Set model.base to the base that it was trained on"
         )
-    if state.get("base_dtype") != _dtype_of(identity.model):
-        applied.append(Difference("dtype of the base", state.get("base_dtype"), _dtype_of(identity.model)))
+    if began_in != now_in:
+        applied.append(Difference("dtype of the base", began_in, now_in))
     _check_keys(checkpoint["state_dict"], parameters)
     return state, applied
 
