@@ -27,6 +27,7 @@ from lit_lora.report.outcome import read_outcome
 from lit_lora.runs import sha256sums
 from lit_lora.runs.run_folder import CONFIG_NAME
 from lit_lora.training import training_state
+from lit_lora.training.base_dtype import kept_dtype
 
 REPEATED = ("loss", "grad_norm", "param_norm", "learning_rate", "loss_scale", "num_tokens", "num_target_tokens")
 """Of a step: all but the time that it took."""
@@ -123,17 +124,20 @@ class _Run:
     """In what this machine differs from that of the run; empty if in nothing that is recorded."""
     data: dict[str, str]
     """Digests of what it was trained on."""
+    dtype: str | None
+    """What its base was held in, where a checkpoint says so."""
 
 
 def _read(folder: Path) -> _Run:
     metrics = TrainingMetrics.from_jsonl((folder / FILE_NAME).read_text(encoding="utf-8"))
     checkpoints: dict[int, Path] = {}
     marks: dict[int, Mark] = {}
-    problems = []
+    problems, dtype = [], None
     for path in sorted((folder / "checkpoints").glob("*.ckpt")):
         try:
             content = read_checkpoint(path)
-            record, step = training_state.read(content)["record"], int(content["global_step"])
+            state, step = training_state.read(content), int(content["global_step"])
+            record, dtype = state["record"], state.get("base_dtype")
             checkpoints[step], marks[step] = path, Mark(record["num_bytes"], record["sha256"])
         except (DamagedCheckpointError, ValueError, KeyError, TypeError) as error:
             problems.append(str(error))
@@ -146,7 +150,7 @@ def _read(folder: Path) -> _Run:
         differing.append(f"{now['num_processes']} processes are repeated by one")
     steps = {step.step: step for step in metrics.steps}
     data = known["data"].get("sha256", {})
-    return _Run(folder, steps, checkpoints, marks, problems, now["num_processes"], "; ".join(differing), data)
+    return _Run(folder, steps, checkpoints, marks, problems, now["num_processes"], "; ".join(differing), data, dtype)
 
 
 def _circumstances(folder: Path) -> dict[str, Any]:
@@ -241,7 +245,8 @@ def _repeated(run: _Run, start: int, until: int, work: Path, replay: Replay) -> 
         for path in with_set_aside(run.folder / FILE_NAME):
             shutil.copy2(path, work)
     try:
-        replay(run.folder / CONFIG_NAME, checkpoint, work, until, run.num_processes)
+        with kept_dtype(run.dtype):
+            replay(run.folder / CONFIG_NAME, checkpoint, work, until, run.num_processes)
         steps = {step.step: step for step in TrainingMetrics.load(work / FILE_NAME).steps}
     except (ValueError, OSError, RuntimeError) as error:
         return Finding(name, False, f"cannot be repeated: {error}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,11 +17,23 @@ from lit_lora.training.start_source import checkpoint_to_load
 from lit_lora.training.training_state import KEY
 from lit_lora.wording import setting
 
+_KEPT: ContextVar[str | None] = ContextVar("_KEPT", default=None)
+
+
+@contextmanager
+def kept_dtype(dtype: str | None) -> Iterator[None]:
+    """Within, runs hold their bases as a run did that is repeated, where "auto" is set; None if that is not known."""
+    token = _KEPT.set(dtype)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
 
 def base_dtype(dtype: str, device: torch.device, trainer: Any) -> str:
     """The dtype that is set; of "auto", that of the checkpoint that the run goes on from, else what the device takes.
 
-    Processes take bfloat16 on their processors only if all of them do.
+    Processes on different processors take bfloat16 only if all of them do.
 
     Args:
         dtype: as set.
@@ -29,7 +44,7 @@ def base_dtype(dtype: str, device: torch.device, trainer: Any) -> str:
         return dtype
     takes = _name(resolve_dtype(dtype, device))
     path = None if trainer is None else checkpoint_to_load(trainer)
-    saved = None if path is None else read_checkpoint(path).get(KEY, {}).get("base_dtype")
+    saved = _KEPT.get() if path is None else read_checkpoint(path).get(KEY, {}).get("base_dtype")
     if saved is not None:
         if saved != takes:
             rank_zero_info(

@@ -17,7 +17,7 @@ from lit_lora.interchange.adapter_folder import folder_record
 from lit_lora.kernels import cpu_features
 from lit_lora.training import base_dtype
 from lit_lora.training.metrics_record import TrainingMetrics
-from tests.started_runs import fit, make_base, questions
+from tests.started_runs import fit, lit_lora, make_base, questions
 from tests.training.resume_project import run
 from tests.training.test_exact_resume import assert_same_end, project  # noqa: F401 (a fixture)
 
@@ -114,6 +114,7 @@ def test_a_run_keeps_its_own_on_another_processor(processor, tmp_path, caplog, b
     train(tmp_path / "run", 5, ckpt_path="last")
     other = "float32" if began == "bfloat16" else "bfloat16"
     assert f"the base is in {began}, as the run began; --model.dtype {other} changes it" in caplog.text
+    lit_lora("verify", tmp_path / "run")  # exits where it differs
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert began_in(tmp_path / "run") == began
     assert folder_record(str(tmp_path / "run" / "adapter")).dtype == began
