@@ -17,14 +17,11 @@ Shapes: M rows, K inner dimension, N columns.
 
 from __future__ import annotations
 
-import platform
-from functools import cache
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_lora.kernels.cpu_features import by_amd
 from lit_lora.kernels.cuda_way import HALF, has_no_values, sums_in_float32, takes_cuda_way
 
 _SMALL = 2**20
@@ -34,19 +31,10 @@ _FEWEST_ROWS = 16
 """Numbers of rows for which oneDNN's kernels are shared start here."""
 
 
-@cache
-def _by_amd() -> bool:
-    try:
-        described = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        described = platform.processor()
-    return "AuthenticAMD" in described
-
-
 @torch.compiler.assume_constant_result
 def onednn_is_faster() -> bool:
     """Whether large products go to oneDNN: torch was built with it, and the processor is one by AMD."""
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled) and _by_amd()
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled) and by_amd()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

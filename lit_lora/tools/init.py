@@ -18,6 +18,7 @@ from lit_lora.cli.command_line import options, settings, with_flag_values
 from lit_lora.cli.commented_config import Choice, commented
 from lit_lora.cli.setting_check import refuse
 from lit_lora.cli.short_names import FLAGS, as_for_fit
+from lit_lora.kernels.cpu_features import multiplies_bfloat16
 from lit_lora.tools.starting_values import accumulation, adapter_choices, data_choices, run_choices
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ OPTIONS = ("memory", "device", "output", "overwrite", "help")
 """Beside those of ``fit``."""
 
 _BATCH = ("data.batch_size", "data.max_tokens_per_batch")
-_HALF = "half of the base's memory: in float32, the default on a CPU, no step fits"
+_HALF = "half of the base's memory: in float32, the default on this CPU, no step fits"
 _FOUR = "QLoRA: with 16 bits a weight no step fits, however small its batch"
 _EIGHT = "the embedding and the head too: with them in 16 bits no step fits"
 _AGAIN = "without it no step fits; a third more time, the same result"
@@ -207,7 +208,7 @@ def _ways_to_hold(config: Any, as_given: dict[str, Any], device: str) -> Iterato
     stored = load_config(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
     if any(key.startswith("model.quantization") for key in as_given) or hasattr(stored, "quantization_config"):
         return
-    if device == "cpu" and "model.dtype" not in as_given:
+    if device == "cpu" and "model.dtype" not in as_given and not multiplies_bfloat16():
         yield [Choice("model.dtype", "bfloat16", _HALF)]
     bits = Choice("model.quantization.bits", 4, _FOUR)
     yield [bits]

@@ -21,7 +21,7 @@ ROWS, INNER, COLUMNS = 160, 96, 128  # above the size from which oneDNN is asked
 
 @pytest.fixture(params=["AMD", "another maker"])
 def maker(request, monkeypatch):
-    monkeypatch.setattr(products, "_by_amd", lambda: request.param == "AMD")
+    monkeypatch.setattr(products, "by_amd", lambda: request.param == "AMD")
     return request.param
 
 
@@ -116,7 +116,7 @@ class HeapInfo(ctypes.Structure):
 
 heap_info = ctypes.CDLL(None).mallinfo2
 heap_info.restype = HeapInfo
-products._by_amd = lambda: True
+products.by_amd = lambda: True
 weight, rows = torch.randn(576, 576), torch.randn(1200, 576)
 for num_rows in range(500, 1200):
     products.linear(rows[:num_rows], weight)

@@ -97,7 +97,7 @@ def loss_and_gradients(model: PreTrainedModel, lengths: tuple[int, ...]) -> dict
 @pytest.fixture(params=[False, True], ids=["torch's products", "oneDNN's"])
 def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who multiplies, whatever the processor and however small."""
-    monkeypatch.setattr(products, "_by_amd", lambda: request.param)
+    monkeypatch.setattr(products, "by_amd", lambda: request.param)
     monkeypatch.setattr(products, "_SMALL", 0)
 
 

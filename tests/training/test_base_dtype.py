@@ -41,23 +41,25 @@ def processor(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("features", "limit", "expected"),
+    ("features", "amd", "limit", "expected"),
     [
-        (["avx2"], None, False),
-        (["avx512_f", "avx512_vnni"], None, False),
-        (["avx512_f", "avx512_bf16"], None, True),
-        (["avx512_f", "amx_bf16"], "", True),
-        (["avx512_bf16"], "AVX512_CORE", False),
-        (["avx512_bf16"], "avx512_core_vnni", False),
-        (["avx512_bf16"], "avx512_core_bf16", True),
-        (["avx512_bf16"], "ALL", True),
-        (["amx_bf16"], "AVX512_CORE_AMX", True),
-        (["amx_bf16"], "AVX2", False),
-        (["avx2"], "AVX512_CORE_AMX", False),
+        (["avx2"], True, None, False),
+        (["avx512_f", "avx512_vnni"], True, None, False),
+        (["avx512_f", "avx512_bf16"], True, None, True),
+        (["avx512_f", "avx512_bf16"], False, None, False),
+        (["avx512_bf16", "amx_bf16"], False, "", True),
+        (["avx512_bf16"], True, "AVX512_CORE", False),
+        (["avx512_bf16"], True, "avx512_core_vnni", False),
+        (["avx512_bf16"], True, "avx512_core_bf16", True),
+        (["avx512_bf16"], True, "ALL", True),
+        (["amx_bf16"], False, "AVX512_CORE_AMX", True),
+        (["amx_bf16"], False, "AVX2", False),
+        (["avx2"], True, "AVX512_CORE_AMX", False),
     ],
 )
-def test_features_choose(monkeypatch, features, limit, expected):
+def test_features_choose(monkeypatch, features, amd, limit, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(features, True), raising=False)
+    monkeypatch.setattr(cpu_features, "by_amd", lambda: amd)
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if limit is not None:
