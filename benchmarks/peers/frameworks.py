@@ -76,6 +76,7 @@ def lit_lora(
         job["base"],
         lora=LoRAConfig(r=8, lora_alpha=16),
         quantization=QuantizationConfig() if job["quantized"] else None,
+        dtype="auto" if clock.on_cuda else job.get("dtype", "float32"),
         optimization=OptimizationConfig(job["learning_rate"], lr_schedule="constant", warmup_ratio=0.0),
         step=StepConfig(**step),
     )
@@ -113,11 +114,12 @@ def _peft_model(job: Job, attention: str = "sdpa") -> Any:
         return PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": torch.float32}
+    dtype = getattr(torch, job.get("dtype", "float32"))
+    options: dict[str, Any] = {"dtype": dtype}
     if job["quantized"]:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_compute_dtype=dtype,
         )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(resolve_base(job["base"])[0], **options)
     return PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
@@ -142,6 +144,7 @@ def _arguments(job: Job) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": device_of(job) == "cpu",
+        "bf16": device_of(job) == "cpu" and job.get("dtype") == "bfloat16",
         "disable_tqdm": True,
     }
 
@@ -203,7 +206,7 @@ def trl(job: Job, **options: Any) -> dict[str, Any]:
 
     model = _peft_model(job)
     rows = [{"input_ids": ids, "completion_mask": [int(m) for m in mask]} for ids, mask in examples_of(job)]
-    arguments = {**_arguments(job), "bf16": False, "max_length": None, "completion_only_loss": True, **options}
+    arguments = {**_arguments(job), "max_length": None, "completion_only_loss": True, **options}
     return _train(
         job,
         lambda clock: SFTTrainer(

@@ -1,4 +1,4 @@
-"""The products that a step cannot do without, alone: what the share of the limit is a share of. Float32, on a CPU."""
+"""The products that a step cannot do without, alone: what the share of the limit is a share of. On a CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def limit(job: Job, *, onednn: bool = True) -> dict[str, Any]:
 
     torch.set_num_threads(job["threads"])
     torch.backends.mkldnn.enabled = onednn
-    model = load_base_model(job["base"], dtype="float32")
+    model = load_base_model(job["base"], dtype=job.get("dtype", "float32"))
+    dtype = model.dtype
     config = model.config
     layers = [[m.weight.detach() for m in layer.modules() if isinstance(m, nn.Linear)] for layer in model.model.layers]
     head = model.get_output_embeddings().weight.detach()
@@ -36,11 +37,11 @@ def limit(job: Job, *, onednn: bool = True) -> dict[str, Any]:
     for start in range(0, len(examples), size):
         batch = examples[start : start + size]
         lengths = [max(i for i, keep in enumerate(mask) if keep) + 1 for _, mask in batch]
-        x = {n: torch.randn(sum(lengths), n) for n in widths}
-        down = torch.randn(sum(lengths), 8)
-        hidden = torch.randn(sum(sum(mask) for _, mask in batch), config.hidden_size)
+        x = {n: torch.randn(sum(lengths), n, dtype=dtype) for n in widths}
+        down = torch.randn(sum(lengths), 8, dtype=dtype)
+        hidden = torch.randn(sum(sum(mask) for _, mask in batch), config.hidden_size, dtype=dtype)
         query, key, value = (
-            torch.randn(1, num_heads, sum(lengths), config.head_dim, requires_grad=True)
+            torch.randn(1, num_heads, sum(lengths), config.head_dim, dtype=dtype, requires_grad=True)
             for num_heads in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         )
         attention_s.append(0.0)

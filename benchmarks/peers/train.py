@@ -9,6 +9,9 @@ timed before the adapter gradients of lit_lora and PEFT agree on the first batch
     python -m benchmarks.peers.train --data gsm8k.jsonl --workload dense        # packed to --length tokens
     python -m benchmarks.peers.train --data gsm8k.jsonl --ablation              # each technique of lit_lora off in turn
 
+``--dtype bfloat16`` holds the base so in all of them, and peers get ``bf16=True``, with which they compute so; adapters
+are float32 everywhere. Parity is shown in float32 all the same.
+
 ``--data`` is a JSONL file that ``lit-lora fit`` can read, of natural text. Peers: ``pip install -e .[bench]``.
 Run it on a machine that does nothing else.
 """
@@ -49,12 +52,14 @@ def main() -> None:
     parser.add_argument("--frameworks", nargs="+", default=None)
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--quantized", action="store_true", help="NF4 base with double quantization")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base; see above")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--name", default=None, help="of the result files")
     args = parser.parse_args()
     frameworks = args.frameworks or (ABLATION if args.ablation else LORA)
     name = args.name or "_".join(
         ["ablation" if args.ablation else "train", args.workload, "qlora" if args.quantized else "lora"]
+        + ["bf16"] * (args.dtype == "bfloat16")
     )
     with tempfile.TemporaryDirectory() as folder:
         job = _prepare(args, Path(folder))
@@ -107,6 +112,7 @@ def _prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "learning_rate": 2e-4,
         "threads": args.threads,
         "quantized": args.quantized,
+        "dtype": args.dtype,
     }
     (folder / "job.json").write_text(json.dumps(job))
     return job
