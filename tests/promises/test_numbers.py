@@ -79,6 +79,29 @@ def test_the_table_of_speed_is_what_was_measured():
             assert losses == pytest.approx([of["first_loss"], of["last_loss"]], abs=1e-4)
 
 
+STARTS = {"freeze_A": "LoRA-FA", "freeze_A` with `eva": "eva, LoRA-FA", "use_rslora": "rsLoRA", "use_dora": "DoRA"}
+STARTS |= {"lora_plus_ratio` 4": "LoRA+ (4)", "4 bits, `loftq`, less 4 bits": "4 bits, loftq"}
+"""Rows of the table in docs/adapters.md that are called otherwise in the measurement."""
+
+
+def test_the_table_of_starts_is_what_was_measured():
+    page = (PROJECT / "docs/adapters.md").read_text()
+    rows = measured("starts")
+    losses = {(row["variant"], row["seed"]): float(row["val_loss"]) for row in rows}
+    (first, *shown) = cells_below("| | difference, by seed |", page)
+    assert first[0] == "the default start"
+    assert {STARTS.get(name, name) for name, *_ in shown} == {v for v, _ in losses} - {"default"}
+    for name, by_seed, mean, step_s, start_s in shown:
+        variant = STARTS.get(name, name)
+        reference = "4 bits" if variant == "4 bits, loftq" else "default"
+        differences = [losses[variant, seed] - losses[reference, seed] for seed in "012"]
+        assert by_seed.split(", ") == [f"{difference:+.3f}" for difference in differences]
+        assert float(mean) == pytest.approx(sum(differences) / 3, abs=6e-4)
+        mine = [row for row in rows if row["variant"] == variant]
+        assert float(step_s) == pytest.approx(median(float(row["step_s"]) for row in mine), abs=6e-3)
+        assert float(start_s) == pytest.approx(median(float(row["start_s"]) for row in mine), abs=0.6)
+
+
 RATIO = re.compile(r"(\d+\.\d+)\s(?:times|of the memory)[^(.;]*\(([\d,]+) / ([\d,]+)\)")
 
 
