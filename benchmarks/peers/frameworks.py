@@ -231,6 +231,7 @@ def parity(job: Job) -> dict[str, Any]:
     from lit_lora.language_model.forward import language_model_loss
     from lit_lora.language_model.trial import choose_path
 
+    job = {**job, "dtype": "float32"}
     first = examples_of(job)[: job["batch_size"]]
     device = torch.device(device_of(job))
     quantization = QuantizationConfig() if job["quantized"] else None

@@ -22,7 +22,7 @@ def limit(job: Job, *, onednn: bool = True) -> dict[str, Any]:
 
     from lit_lora import load_base_model
     from lit_lora.kernels.products import linear, matmul
-    from lit_lora.language_model.attention import SeqLens, packed_attention_forward
+    from lit_lora.language_model.attention import SeqLens, no_mask, packed_attention_forward
 
     torch.set_num_threads(job["threads"])
     torch.backends.mkldnn.enabled = onednn
@@ -57,7 +57,13 @@ def limit(job: Job, *, onednn: bool = True) -> dict[str, Any]:
                 matmul(down.t(), x[out])
             began_s = time.time()
             attended, _ = packed_attention_forward(
-                nn.Module(), query, key, value, None, cu_seq_lens_q=torch.zeros(1), seq_lens=SeqLens(lengths)
+                nn.Module(),
+                query,
+                key,
+                value,
+                no_mask(query.device),
+                cu_seq_lens_q=torch.zeros(1),
+                seq_lens=SeqLens(lengths),
             )
             attended.backward(attended.detach())
             attention_s[-1] += time.time() - began_s
