@@ -12,9 +12,10 @@ are compressed): what is larger than its file by far is no checkpoint.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -175,8 +176,23 @@ def newest_checkpoint(*folders: str | Path) -> tuple[Path | None, list[str]]:
 
     Returns:
         Its path (None if there is none), and what was wrong with each newer one. One that cannot be read at all counts
-        as newer where its name says so, or nothing is older.
+        as newer where its name says so, or nothing is older. What a run that is going on removes meanwhile is no
+        damage: the folders are looked at again.
     """
+    for _ in range(_LOOKS):
+        path, problems, is_moving = _newest_now(folders)
+        if path is not None or not is_moving:
+            break
+    return path, problems
+
+
+_LOOKS = 20
+"""Times to look at folders whose files come and go."""
+
+
+def _newest_now(folders: Sequence[str | Path]) -> tuple[Path | None, list[str], bool]:
+    """As :func:`newest_checkpoint`, and whether one of the files has gone meanwhile."""
+    is_moving = False
     unreadable: dict[Path, str] = {}
     ranked: list[tuple[float, list[tuple[_Saved, Path]]]] = []
     for folder in folders:
@@ -187,7 +203,10 @@ def newest_checkpoint(*folders: str | Path) -> tuple[Path | None, list[str]]:
                 if saved.whole:
                     found.append((saved, path))
             except (DamagedCheckpointError, OSError) as error:
-                unreadable[path] = str(error)
+                if os.path.lexists(path):
+                    unreadable[path] = str(error)
+                else:
+                    is_moving = True
         found.sort(key=lambda entry: (entry[0].number, entry[0].step, entry[0].at_s), reverse=True)
         if found:
             ranked.append((max(saved.at_s for saved, _ in found), found))
@@ -198,11 +217,14 @@ def newest_checkpoint(*folders: str | Path) -> tuple[Path | None, list[str]]:
         try:
             read_checkpoint(path)
         except (DamagedCheckpointError, OSError) as error:
-            problems.append(str(error))
+            if os.path.lexists(path):
+                problems.append(str(error))
+            else:
+                is_moving = True
         else:
             newer = [why for other, why in unreadable.items() if other.parent != path.parent or other.name > path.name]
-            return path, newer + problems
-    return None, [*unreadable.values(), *problems]
+            return path, newer + problems, is_moving
+    return None, [*unreadable.values(), *problems], is_moving
 
 
 def checksum(content: Any) -> str:
