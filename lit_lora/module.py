@@ -82,7 +82,7 @@ class LoRALightningModule(TokenLossModule):
                 Of ``lora`` only ``lora_dropout``, ``adapter_dtype`` and ``freeze_A`` count: the rest is the adapter's.
             lora: which layers get adapters, of what rank.
             quantization: how to quantize the frozen base; None for full precision.
-            dtype: dtype of the base's weights; auto is bfloat16 where the device is fast at it (CUDA from Ampere on, AMX,
+            dtype: dtype of the base's weights; auto is bfloat16 where the device is fast at it (CUDA from Ampere, AMX,
                 AVX512-BF16 of AMD), else float16 on CUDA, float32 on a CPU; a run that goes on keeps its own.
             revision: branch, tag or commit of the base on the Hub.
             trust_remote_code: run code that comes with the base or the tokenizer.
