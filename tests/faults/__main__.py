@@ -307,6 +307,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # threads would not survive the fork
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # float32 on every machine, as in the tests
     from tests.faults.bad_inputs import bad_inputs
     from tests.faults.hostile_files import hostile_files
 

@@ -36,7 +36,6 @@ class TwoProcesses:
         config = project.config(name)
         config["trainer"] |= trainer
         config["model"]["lora"]["lora_dropout"] = 0.0  # another number of processes draws others
-        config["model"]["dtype"] = "float32"  # and takes sums in another order
         path = project.folder / f"{log}.yaml"
         path.write_text(yaml.safe_dump(config))
         self.log = project.folder / f"{log}.log"
