@@ -25,6 +25,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.earlier_rows import earlier_rows
+
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parent.parent / "configs" / "data"
 DTYPES = ("float32", "bfloat16")
@@ -148,11 +150,7 @@ def write(row: dict[str, Any], losses: list[float], arguments: argparse.Namespac
 
 def _with(path: Path, new: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
     """The rows of a file, those of as many steps, with new ones in their places; written."""
-    known: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            read = csv.DictReader(file)
-            known = [{n: v if n in TEXTS or not v else json.loads(v) for n, v in row.items()} for row in read]
+    known = earlier_rows(path, TEXTS)
     rows = {tuple(row[name] for name in KEY): row for row in (*known, *new) if row["steps"] == steps}
     ordered = [rows[key] for key in sorted(rows)]
     with path.open("w", newline="", encoding="utf-8") as file:

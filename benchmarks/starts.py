@@ -28,6 +28,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.earlier_rows import earlier_rows
+
 RESULTS = Path(__file__).parent / "results"
 RATE = 1e-3
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -149,14 +151,7 @@ def run(arguments: argparse.Namespace, variant: str, seed: str) -> dict[str, Any
 
 def known(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of an earlier part of the same table."""
-    path = Path(arguments.output) / "starts.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows: list[dict[str, Any]] = [
-            {name: value if name in TEXTS else json.loads(value) for name, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+    rows = earlier_rows(Path(arguments.output) / "starts.csv", TEXTS)
     same = ("steps", "limit", "batch_size", "precision")
     return [row for row in rows if all(row[name] == getattr(arguments, name) for name in same)]
 

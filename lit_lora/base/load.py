@@ -68,7 +68,7 @@ def load_base_model(
     Args:
         base: see the table at the top of this file.
         dtype: of the weights; "auto" is bfloat16 on CUDA, or float16 on cards that have none (before capability 8.0);
-            on a CPU bfloat16 where it has instructions for its products (AVX512-BF16, AMX), else float32.
+            on a CPU bfloat16 where its products are faster (AMX, AVX512-BF16 of AMD), else float32.
         quantization: how to quantize fused experts, while loading, and linear layers: while loading too, or after it
             where transformers cannot (other block sizes than 64, GGUF files), which needs memory for all of them first.
         device: where to; the default device if None.
