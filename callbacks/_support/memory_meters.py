@@ -6,6 +6,7 @@ Neither waits for the device: CUDA's counters are kept by the allocator on the C
 from __future__ import annotations
 
 import functools
+import mmap
 import os
 import re
 from pathlib import Path
@@ -147,10 +148,10 @@ def _peak_kib() -> int:
 def _kernel_forgets_peak_on_request() -> bool:
     """Try it: raise the resident memory, let go, and see whether the peak comes down after the request."""
     try:
-        ballast = bytearray(40 * MIB)  # above malloc's largest mmap threshold: freeing it gives it back
-        ballast[::4096] = b"x" * len(ballast[::4096])
-        before = _peak_kib()
-        del ballast
+        # Of the system's own: malloc may hold as much already, and then neither taking nor freeing it changes anything.
+        with mmap.mmap(-1, 40 * MIB) as ballast:
+            ballast[::4096] = b"x" * len(range(0, len(ballast), 4096))
+            before = _peak_kib()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         return 0 < _peak_kib() < before - 8 * 1024
     except OSError:
