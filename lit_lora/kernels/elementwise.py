@@ -6,7 +6,8 @@ kernel, which ``F.rms_norm`` takes on CUDA, and the two others are written in Tr
 All compute in float32 and round once, where the chains round after each operator.
 
 On a CPU the same formulas run on torch's operators, a few rows at a time, so that their float32 copies are read from
-where they were just written. On tensors without values nothing runs, and what the kernels would allocate is allocated.
+where they were just written, and enough of them that each thread has some. On tensors without values nothing runs, and
+what the kernels would allocate is allocated.
 
 Shapes: B batch, T tokens, H heads, E head dimension (its halves rotate together), D hidden.
 """
@@ -22,8 +23,9 @@ from torch.nn import functional as F
 
 from lit_lora.kernels.cuda_way import HALF, computes_half, has_no_values, runs_triton
 
-_IN_CACHE = 2**15
-"""Elements that are computed together on a CPU: as many float32 copies as a formula has fit its second cache."""
+_IN_CACHE = 2**16
+"""Elements that a thread of a CPU computes together: as many float32 copies as a formula has fit its second cache, and
+more than the 32,768 below which torch takes one thread for all."""
 
 
 def serves(x: Tensor) -> bool:
@@ -128,17 +130,23 @@ def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool
 
         rotate_(turned, (query, key), cos, sin, back=back)
     elif not has_no_values(query):
-        for out, x in zip(turned, (query, key), strict=True):
-            out.copy_(_rotated_by_operators(x.float(), cos.float()[:, None], sin.float()[:, None], back=back))
+        wide_cos, wide_sin = cos.float()[:, :, None], sin.float()[:, :, None]
+        for out, x in zip(outs, (query, key), strict=True):
+            out.copy_(_rotated_by_operators(x.transpose(1, 2).float(), wide_cos, wide_sin, back=back))
     return turned
 
 
 def _rotated_by_operators(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
-    half = x.shape[-1] // 2
+    (x1, x2), (sin1, sin2) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    out = x * cos
+    out1, out2 = out.chunk(2, dim=-1)
     if back:
-        x_sin = x * sin
-        return x * cos + torch.cat((x_sin[..., half:], -x_sin[..., :half]), dim=-1)
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+        out1.addcmul_(x2, sin2)
+        out2.addcmul_(x1, sin1, value=-1)
+    else:
+        out1.addcmul_(x2, sin1, value=-1)
+        out2.addcmul_(x1, sin2)
+    return out
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -149,7 +157,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return elementwise_triton.swiglu(gate, up)
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if not has_no_values(gate):
-        _by_rows(lambda out, gate, up: out.copy_(F.silu(gate.float()).mul_(up)), out, gate, up)
+        _by_rows(lambda out, gate, up: out.copy_(F.silu(gate.float()).mul_(up.float())), out, gate, up)
     return out
 
 
@@ -162,10 +170,12 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
     grad_up = torch.empty_like(grad)
 
     def compute(gate: Tensor, up: Tensor, grad: Tensor, grad_up: Tensor) -> None:
-        wide, grad_product = gate.float(), grad.float()
+        wide, grad_product = gate.to(torch.float32, copy=True), grad.float()
         sigmoid = wide.sigmoid()
-        grad_up.copy_((wide * sigmoid).mul_(grad_product))
-        grad.copy_((grad_product * up).mul_(sigmoid).mul_(sigmoid.neg().add_(1).mul_(wide).add_(1)))
+        silu = wide.mul_(sigmoid)
+        grad_up.copy_(silu * grad_product)
+        slope = sigmoid.addcmul_(silu, sigmoid, value=-1).add_(silu)
+        grad.copy_(grad_product.mul_(up.float()).mul_(slope))
 
     if not has_no_values(gate):
         _by_rows(compute, gate, up, grad, grad_up)
@@ -175,6 +185,9 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
 def _by_rows(compute: Callable[..., object], *tensors: Tensor) -> None:
     """Call ``compute`` with the same few rows of each; what it writes into is contiguous."""
     matrices = [x.reshape(-1, x.shape[-1]) for x in tensors]
-    size = max(1, _IN_CACHE // max(x.shape[1] for x in matrices))
+    if torch.compiler.is_compiling():  # it fuses the formula, whose copies then do not exist
+        compute(*matrices)
+        return
+    size = max(1, torch.get_num_threads() * _IN_CACHE // max(x.shape[1] for x in matrices))
     for rows in zip(*(x.split(size) for x in matrices), strict=True):
         compute(*rows)
