@@ -35,7 +35,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     stream: bool = False,
     tools: Sequence[dict[str, Any]] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -54,7 +54,7 @@ def generate(
         temperature: 0 for the most likely token each time; above 0 to sample.
         top_p: sample from the smallest set of tokens of this total probability.
         seed: for sampling.
-        batch_size: prompts at a time.
+        batch_size: prompts at a time; by default 25, on a CPU what 16,384 tokens hold.
         tools: JSON schemas of the tools that may be called, shown as the chat template shows them.
         stream: print the answer to a single prompt as it comes, or where its end is known only then, when it is there.
         progress: called with the number of prompts that are answered.

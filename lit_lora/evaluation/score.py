@@ -15,7 +15,7 @@ from lit_lora.evaluation.held_out import HeldOut, read_held_out, with_calls
 from lit_lora.evaluation.likelihood import mean_loss, token_metrics, token_sums
 from lit_lora.evaluation.load import Loaded
 from lit_lora.evaluation.significance import Interval, interval, p_value, said
-from lit_lora.language_model.generation import Completion, complete
+from lit_lora.language_model.generation import PROMPTS_AT_A_TIME, Completion, complete
 from lit_lora.wording import setting
 
 BASE = "the base"
@@ -149,7 +149,7 @@ def score(
     *,
     metrics: Sequence[str] | None = None,
     max_new_tokens: int = 64,
-    batch_size: int = 25,
+    batch_size: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     base: Measured | None = None,
     name: str = "the adapter",
@@ -162,7 +162,7 @@ def score(
         metrics: of ``exact_match``, ``token_accuracy``, ``perplexity``, ``rouge``, ``bleu`` and ``json``; None for
             the first three, and json where every expected answer is a JSON object.
         max_new_tokens: longest answer, in tokens.
-        batch_size: prompts at a time.
+        batch_size: prompts at a time; by default 25, for answers on a CPU what 16,384 tokens hold.
         progress: called with what is answered ("without the adapter", ...), how many are, and of how many.
         base: what the base came to with the same data, if that is known.
         name: of the adapter, for ``progress``.
@@ -181,7 +181,7 @@ def score(
     asks = any(metric in ANSWER_METRICS for metric in names)
 
     def sums() -> Any:
-        return token_sums(loaded.model, loaded.tokenizer, held_out, batch_size=batch_size)
+        return token_sums(loaded.model, loaded.tokenizer, held_out, batch_size=batch_size or PROMPTS_AT_A_TIME)
 
     after = sums()  # first: a loss that is no number needs no answers
     if base is None:
@@ -237,7 +237,7 @@ def _answers(
     name: str,
     *,
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | None,
     progress: Callable[[str, int, int], None] | None,
 ) -> Answers:
     model, tokenizer, _ = loaded

@@ -1,9 +1,11 @@
 """Greedy answers with the batch kept full: a row leaves once it has its answer, and waiting prompts take its place.
 
 transformers' ``generate`` computes each row until the last one of the batch has its answer. On a CPU, where a step
-costs by its rows, much of that work is for answers that are there already.
+costs by its rows, much of that work is for answers that are there already. What the prompts that enter together begin
+with, a system prompt mostly, is read once.
 
-Shapes: B rows, L places of the cache; those before a prompt that is shorter than others are masked.
+Shapes: B rows, H key heads, L places of the cache, E head dimension, V vocab; the places before what a prompt that is
+shorter than others has of its own are masked.
 """
 
 from __future__ import annotations
@@ -11,15 +13,26 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from lit_lora.base.shards import is_sharded
+
+_ROOM = 64
+"""Places that memory is set aside for beyond those that are used."""
+
+_WORTH_A_PASS = 64
+"""Tokens that a pass over a shared beginning has to save."""
+
+_TOKENS = 2**14
+"""Places of a batch, in the memory of which there are keys and values of each layer."""
+
+_FEWEST_ROWS, _MOST_ROWS = 4, 128
 
 
 def can_be_kept_full(model: PreTrainedModel) -> bool:
@@ -41,7 +54,7 @@ def complete_in_full_batches(
     *,
     has_ended: Callable[[list[int]], bool],
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """The most likely tokens after each prompt, with those that end the answer.
@@ -51,9 +64,13 @@ def complete_in_full_batches(
         prompts: token ids of each.
         has_ended: whether these tokens are a whole answer.
         max_new_tokens: longest answer.
-        batch_size: prompts at a time; those of similar length enter together.
+        batch_size: prompts at a time; those of similar length enter together. By default as many as have room in
+            16,384 tokens with their longest answers, 4 to 128: the more rows a product has, the less each costs.
         progress: called with the number of answers that are there.
     """
+    if batch_size is None:
+        longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+        batch_size = min(max(_TOKENS // longest, _FEWEST_ROWS), _MOST_ROWS)
     answers: list[list[int]] = [[] for _ in prompts]
     waiting = deque(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))
     batch, num_answered = _Batch(model), 0
@@ -92,61 +109,147 @@ class _Batch:
         self.takes_positions = "position_ids" in takes
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.rows: list[_Row] = []
-        self.cache = DynamicCache(config=model.config)
+        self.layers: list[_Layer] = []
         self.mask_BL = torch.zeros((0, 0), dtype=torch.long)
 
     def enter(self, rows: list[_Row]) -> None:
-        """Read the prompts of new rows, and give each its first token."""
+        """Read the prompts of new rows, what all of them begin with once, and give each its first token."""
+        layers = [_Layer() for _ in DynamicCache(config=self.model.config).layers]
+        shared = _shared_beginning([row.prompt for row in rows])
+        if shared:
+            ids_1L = torch.tensor([rows[0].prompt[:shared]])
+            self._logits(ids_1L, torch.ones_like(ids_1L), layers)
+            for layer in layers:
+                layer.repeat_row(len(rows))
         longest = max(len(row.prompt) for row in rows)
         ids_BL = torch.zeros((len(rows), longest), dtype=torch.long)
         mask_BL = torch.zeros_like(ids_BL)
+        mask_BL[:, :shared] = 1
         for place, row in enumerate(rows):
-            ids_BL[place, longest - len(row.prompt) :] = torch.tensor(row.prompt)
-            mask_BL[place, longest - len(row.prompt) :] = 1
-        cache = DynamicCache(config=self.model.config)
-        self._run(rows, ids_BL, mask_BL, cache)
+            own = row.prompt[shared:]
+            ids_BL[place, longest - len(own) :] = torch.tensor(own)
+            mask_BL[place, longest - len(own) :] = 1
+        self._answer(rows, ids_BL[:, shared:], mask_BL, layers)
         if self.rows:
             length = max(longest, self.mask_BL.shape[1])
-            cache = _over_pairs(lambda *pair: torch.cat([_padded(x, length) for x in pair]), self.cache, cache)
-            mask_BL = torch.cat([_padded(mask[..., None], length)[..., 0] for mask in (self.mask_BL, mask_BL)])
-        self.rows, self.cache, self.mask_BL = [*self.rows, *rows], cache, mask_BL
+            for layer, other in zip(layers, self.layers, strict=True):
+                layer.put_before(other, length)
+            masks = (self.mask_BL, mask_BL)
+            mask_BL = torch.cat([pad(mask, (length - mask.shape[1], 0)) for mask in masks])
+        self.rows, self.layers, self.mask_BL = [*self.rows, *rows], layers, mask_BL
 
     def step(self) -> None:
         """Give each row its next token."""
         last_B1 = torch.tensor([row.answer[-1:] for row in self.rows])
         self.mask_BL = pad(self.mask_BL, (0, 1), value=1)
-        self._run(self.rows, last_B1, self.mask_BL, self.cache)
+        self._answer(self.rows, last_B1, self.mask_BL, self.layers)
 
     def keep(self, places: list[int]) -> None:
-        """Let the other rows go, and with them the places that only they had."""
-        self.rows, self.mask_BL = [self.rows[place] for place in places], self.mask_BL[places]
+        """Let the other rows go, and with them the places that only they had; the last rows move up."""
+        order = list(range(len(places)))
+        left = sorted(set(order) - set(places))
+        moved = [place for place in places if place >= len(places)]
+        for here, there in zip(left, moved, strict=True):
+            order[here] = there
+        self.rows, self.mask_BL = [self.rows[place] for place in order], self.mask_BL[order]
         unused = int(self.mask_BL.any(dim=0).int().argmax())
         self.mask_BL = self.mask_BL[:, unused:]
-        self.cache = _over_pairs(lambda x: x[places, :, unused:], self.cache)
+        for layer in self.layers:
+            layer.keep(left, moved, len(order), unused)
 
-    def _run(self, rows: list[_Row], ids_BL: Tensor, mask_BL: Tensor, cache: DynamicCache) -> None:
+    def _answer(self, rows: list[_Row], ids_BL: Tensor, mask_BL: Tensor, layers: list[_Layer]) -> None:
+        logits_BV = self._logits(ids_BL, mask_BL, layers)[:, -1]
+        for row, token in zip(rows, logits_BV.argmax(-1).tolist(), strict=True):
+            row.answer.append(token)
+
+    def _logits(self, ids_BL: Tensor, mask_BL: Tensor, layers: list[_Layer]) -> Tensor:
         positions_BL = (mask_BL.cumsum(-1) - 1).clamp_min(0)[:, -ids_BL.shape[1] :]
-        logits = self.model(
+        logits: Tensor = self.model(
             input_ids=ids_BL,
             attention_mask=None if mask_BL.all() else mask_BL,
-            past_key_values=cache,
+            past_key_values=Cache(layers=layers),
             use_cache=True,
             **({"position_ids": positions_BL} if self.takes_positions else {}),
             **self.options,
         ).logits
-        for row, token in zip(rows, logits[:, -1].float().argmax(-1).tolist(), strict=True):
-            row.answer.append(token)
+        return logits
 
 
-def _padded(x_BHLD: Tensor, length: int) -> Tensor:
-    """With zeros before it, ``length`` places."""
-    return pad(x_BHLD, (0, 0, length - x_BHLD.shape[-2], 0))
+def _shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with; 0 where a pass of their own costs more than it saves."""
+    most = min(len(prompt) for prompt in prompts) - 1
+    shared = 0
+    while shared < most and all(prompt[shared] == prompts[0][shared] for prompt in prompts):
+        shared += 1
+    return shared if shared * (len(prompts) - 1) >= _WORTH_A_PASS else 0
 
 
-def _over_pairs(function: Callable[..., Tensor], *caches: DynamicCache) -> DynamicCache:
-    """A cache of what ``function`` makes of the keys, and of the values, of each layer."""
-    made: list[tuple[Tensor | None, ...]] = []
-    for layers in zip(*caches, strict=True):
-        there = layers[0][0] is not None  # some layers use the keys and values of an earlier one
-        made.append(tuple(function(*(layer[i] for layer in layers)) if there else None for i in (0, 1)))
-    return DynamicCache(made)
+class _Layer(DynamicLayer):
+    """Keys and values of a layer, ``(B, H, L, E)``, as views of memory that has room for more places.
+
+    A new token is written there, and a row that leaves is overwritten by the last one: transformers' own layer copies
+    what all rows hold each time. A layer that uses the keys and values of an earlier one stays empty.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stores: list[Tensor] = []
+        self.start = 0
+        """Of the first place in the memory."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of new places, and return all."""
+        held, num_new = self.get_seq_length(), key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.start + held + num_new
+        if not self.stores or end > self.stores[0].shape[-2]:
+            stores = [_room(new, len(new), held + num_new) for new in (key_states, value_states)]
+            if held:
+                for store, old in zip(stores, (self.keys, self.values), strict=True):
+                    store[..., :held, :] = old
+            self.stores, self.start, end = stores, 0, held + num_new
+        for store, new in zip(self.stores, (key_states, value_states), strict=True):
+            store[: len(new), :, end - num_new : end] = new
+        self._see(len(key_states), end)
+        return self.keys, self.values
+
+    def repeat_row(self, num_rows: int) -> None:
+        """The only row, so often."""
+        if self.stores:
+            held = self.get_seq_length()
+            old, self.start = (self.keys, self.values), 0
+            self.stores = [_room(x, num_rows, held) for x in old]
+            for store, x in zip(self.stores, old, strict=True):
+                store[..., :held, :] = x
+            self._see(num_rows, held)
+
+    def put_before(self, other: _Layer, length: int) -> None:
+        """The rows of another one come before these; both get ``length`` places, zeros first."""
+        if self.stores:
+            pairs = list(zip((other.keys, other.values), (self.keys, self.values), strict=True))
+            num_rows, self.start = len(other.keys) + len(self.keys), 0
+            self.stores = [_room(first, num_rows, length) for first, _ in pairs]
+            for store, (first, second) in zip(self.stores, pairs, strict=True):
+                for rows, x in ((store[: len(first)], first), (store[len(first) :], second)):
+                    missing = length - x.shape[-2]
+                    rows[..., :missing, :] = 0  # masked, and yet multiplied
+                    rows[..., missing:length, :] = x
+            self._see(num_rows, length)
+
+    def keep(self, left: list[int], moved: list[int], num_rows: int, unused: int) -> None:
+        """Put rows ``moved`` where rows ``left`` are, and see ``num_rows`` without the first ``unused`` places."""
+        if self.stores:
+            end = self.start + self.get_seq_length()
+            for seen in (self.keys, self.values):
+                seen[left] = seen[moved]
+            self.start += unused
+            self._see(num_rows, end)
+
+    def _see(self, num_rows: int, end: int) -> None:
+        self.keys, self.values = (store[:num_rows, :, self.start : end] for store in self.stores)
+
+
+def _room(like: Tensor, num_rows: int, num_places: int) -> Tensor:
+    _, num_heads, _, width = like.shape
+    return like.new_empty((num_rows, num_heads, num_places + _ROOM, width))

@@ -21,6 +21,10 @@ from lit_lora.data.chats.turn_end import TurnEnd, turn_end
 from lit_lora.language_model.full_batches import can_be_kept_full, complete_in_full_batches
 
 
+PROMPTS_AT_A_TIME = 25
+"""Where nothing else is asked for."""
+
+
 class Completion(NamedTuple):
     """What a model wrote after a prompt."""
 
@@ -38,7 +42,7 @@ def complete(
     *,
     end: TurnEnd,
     max_new_tokens: int,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     streamer: Any = None,
@@ -54,7 +58,7 @@ def complete(
         end: where an answer ends.
         max_new_tokens: longest completion.
         batch_size: prompts at a time; those of similar length go together, padded on the left. On a CPU, greedily,
-            prompts enter as answers come to their end.
+            prompts enter as answers come to their end. By default 25, and there what 16,384 tokens hold.
         temperature: 0 for the most likely token each time; above 0 to sample.
         top_p: sample from the smallest set of tokens of this total probability.
         streamer: as transformers has them; for one prompt.
@@ -85,6 +89,7 @@ def complete(
         pad_token_id=pad_id,
         **{"do_sample": False, **sampling},
     )
+    batch_size = PROMPTS_AT_A_TIME if batch_size is None else batch_size
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     completions = [Completion("", False)] * len(prompts)
     for start in range(0, len(order), batch_size):

@@ -10,7 +10,7 @@ import torch
 from lit_lora import LoRAConfig, inject_lora
 from lit_lora.base.byte_tokenizer import byte_tokenizer
 from lit_lora.data.chats.turn_end import TurnEnd
-from lit_lora.language_model import generation
+from lit_lora.language_model import full_batches, generation
 from lit_lora.language_model.full_batches import can_be_kept_full
 from lit_lora.language_model.generation import complete
 from tests.tiny import language_model
@@ -33,11 +33,20 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 STOPS = list(range(0, 260, 9))
 PROMPTS = [[5 + index, *(3 + (index * 7 + place) % 250 for place in range(index % 6))] for index in range(11)]
+BEGINNING = [11, 200, 3, 42] * 6
 
 
-def answers(model: Any, *, batch_size: int, end: TurnEnd, max_new_tokens: int = 20, **options: Any) -> list[Any]:
+def answers(
+    model: Any,
+    *,
+    batch_size: int | None,
+    end: TurnEnd,
+    max_new_tokens: int = 20,
+    prompts: list[list[int]] = PROMPTS,
+    **options: Any,
+) -> list[Any]:
     return complete(
-        model, byte_tokenizer(), PROMPTS, end=end, batch_size=batch_size, max_new_tokens=max_new_tokens, **options
+        model, byte_tokenizer(), prompts, end=end, batch_size=batch_size, max_new_tokens=max_new_tokens, **options
     )
 
 
@@ -52,14 +61,53 @@ def adapted(kind: str, fields: dict[str, Any]) -> Any:
 @pytest.mark.filterwarnings("ignore:not adapted")  # experts
 @pytest.mark.parametrize("kind", [*KEPT_FULL, *OTHERS])
 @pytest.mark.parametrize("strings", [(), ("e", "zz")])
-def test_answers_are_those_of_generate(kind, strings, monkeypatch):
+@pytest.mark.parametrize("beginning", [[], BEGINNING])
+def test_answers_are_those_of_generate(kind, strings, beginning, monkeypatch):
+    monkeypatch.setattr(full_batches, "_ROOM", 3)  # is used up and made anew
     model = adapted(kind, (KEPT_FULL | OTHERS)[kind])
     end = TurnEnd(STOPS[:8] if strings else STOPS, strings)
-    got = answers(model, batch_size=4, end=end)
+    prompts = [[*beginning, *prompt] for prompt in PROMPTS]
+    got = answers(model, batch_size=4, end=end, prompts=prompts)
     assert can_be_kept_full(model) == (kind in KEPT_FULL)
     monkeypatch.setattr(generation, "can_be_kept_full", lambda model: False)
-    assert got == answers(model, batch_size=1, end=end)
+    assert got == answers(model, batch_size=1, end=end, prompts=prompts)
     assert len({len(answer.text) for answer in got}) > 1
+
+
+def test_what_prompts_begin_with_is_read_once_for_those_that_enter_together():
+    model = adapted("Llama", {})
+    seen: list[torch.Size] = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["input_ids"].shape), with_kwargs=True
+    )
+    prompts = [[*BEGINNING, *prompt] for prompt in PROMPTS]
+    answers(model, batch_size=4, end=TurnEnd(STOPS, ()), max_new_tokens=1, prompts=prompts)
+    assert [shape[0] for shape in seen] == [1, 4, 1, 4, 3]  # two passes would cost three prompts more than one saves
+    assert [shape[1] for shape in seen if shape[0] == 1] == [len(BEGINNING)] * 2
+    seen.clear()
+    answers(model, batch_size=4, end=TurnEnd(STOPS, ()), max_new_tokens=1)  # nothing shared
+    assert [shape[0] for shape in seen] == [4, 4, 3]
+
+
+@pytest.mark.parametrize(("length", "rows"), [(100, 128), (1000, 16), (9000, 4)])
+def test_as_many_prompts_at_a_time_as_have_room(length, rows, monkeypatch):
+    entered: list[int] = []
+
+    class Noted(full_batches._Batch):
+        def enter(self, rows: list[Any]) -> None:
+            entered.append(len(rows))
+            for row in rows:
+                row.answer.append(STOPS[0])
+            self.rows = list(rows)
+
+        def keep(self, places: list[int]) -> None:
+            self.rows = [self.rows[place] for place in places]
+
+    monkeypatch.setattr(full_batches, "_Batch", Noted)
+    prompts = [[5] * length] * 300
+    answers(adapted("Llama", {}), batch_size=None, end=TurnEnd(STOPS, ()), max_new_tokens=20, prompts=prompts)
+    assert entered[0] == rows
+    assert sum(entered) == 300
 
 
 def test_no_row_is_computed_after_its_answer(monkeypatch):
