@@ -20,7 +20,6 @@ from lit_lora.base.shards import is_sharded
 from lit_lora.data.chats.turn_end import TurnEnd, turn_end
 from lit_lora.language_model.full_batches import can_be_kept_full, complete_in_full_batches
 
-
 PROMPTS_AT_A_TIME = 25
 """Where nothing else is asked for."""
 

@@ -106,7 +106,8 @@ def test_swiglu_and_its_gradients(device, dtype, tolerance):
         expected = [expected, *torch.autograd.grad(expected, exact, grad.cpu().double())]
         got = [out, *swiglu_backward(gate, up, grad)]
         assert got[1] is grad
-        assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
+        assert torch.equal(gate, before[0])
+        assert torch.equal(up, before[1])
         for ours, theirs in zip(got, expected, strict=True):
             _close(ours, theirs, tolerance)
 
