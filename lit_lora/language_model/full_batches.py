@@ -164,10 +164,11 @@ class _Batch:
 
     def _logits(self, ids_BL: Tensor, mask_BL: Tensor, layers: list[_Layer]) -> Tensor:
         positions_BL = (mask_BL.cumsum(-1) - 1).clamp_min(0)[:, -ids_BL.shape[1] :]
+        cache: Any = [*layers]
         logits: Tensor = self.model(
             input_ids=ids_BL,
             attention_mask=None if mask_BL.all() else mask_BL,
-            past_key_values=Cache(layers=layers),
+            past_key_values=Cache(layers=cache),
             use_cache=True,
             **({"position_ids": positions_BL} if self.takes_positions else {}),
             **self.options,
@@ -199,26 +200,23 @@ class _Layer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the keys and values of new places, and return all."""
-        held, num_new = self.get_seq_length(), key_states.shape[-2]
+        held, num_new, new = self.get_seq_length(), key_states.shape[-2], (key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not self.stores or self.start + held + num_new > self.stores[0].shape[-2]:
+            old = self._seen()
+            self.stores, self.start = [_room(x, len(x), held + num_new) for x in new], 0
+            for store, x in zip(self.stores, old, strict=False):
+                store[..., :held, :] = x
         end = self.start + held + num_new
-        if not self.stores or end > self.stores[0].shape[-2]:
-            stores = [_room(new, len(new), held + num_new) for new in (key_states, value_states)]
-            if held:
-                for store, old in zip(stores, (self.keys, self.values), strict=True):
-                    store[..., :held, :] = old
-            self.stores, self.start, end = stores, 0, held + num_new
-        for store, new in zip(self.stores, (key_states, value_states), strict=True):
-            store[: len(new), :, end - num_new : end] = new
-        self._see(len(key_states), end)
-        return self.keys, self.values
+        for store, x in zip(self.stores, new, strict=True):
+            store[: len(x), :, end - num_new : end] = x
+        return self._see(len(key_states), end)
 
     def repeat_row(self, num_rows: int) -> None:
         """The only row, so often."""
-        if self.stores:
-            held = self.get_seq_length()
-            old, self.start = (self.keys, self.values), 0
+        if old := self._seen():
+            held, self.start = self.get_seq_length(), 0
             self.stores = [_room(x, num_rows, held) for x in old]
             for store, x in zip(self.stores, old, strict=True):
                 store[..., :held, :] = x
@@ -226,9 +224,9 @@ class _Layer(DynamicLayer):
 
     def put_before(self, other: _Layer, length: int) -> None:
         """The rows of another one come before these; both get ``length`` places, zeros first."""
-        if self.stores:
-            pairs = list(zip((other.keys, other.values), (self.keys, self.values), strict=True))
-            num_rows, self.start = len(other.keys) + len(self.keys), 0
+        if own := self._seen():
+            pairs = list(zip(other._seen(), own, strict=True))
+            num_rows, self.start = sum(len(x) for x in pairs[0]), 0
             self.stores = [_room(first, num_rows, length) for first, _ in pairs]
             for store, (first, second) in zip(self.stores, pairs, strict=True):
                 for rows, x in ((store[: len(first)], first), (store[len(first) :], second)):
@@ -240,14 +238,19 @@ class _Layer(DynamicLayer):
     def keep(self, left: list[int], moved: list[int], num_rows: int, unused: int) -> None:
         """Put rows ``moved`` where rows ``left`` are, and see ``num_rows`` without the first ``unused`` places."""
         if self.stores:
+            for x in self._seen() if left else ():
+                x[left] = x[moved]
             end = self.start + self.get_seq_length()
-            for seen in (self.keys, self.values):
-                seen[left] = seen[moved]
             self.start += unused
             self._see(num_rows, end)
 
-    def _see(self, num_rows: int, end: int) -> None:
-        self.keys, self.values = (store[:num_rows, :, self.start : end] for store in self.stores)
+    def _see(self, num_rows: int, end: int) -> tuple[Tensor, Tensor]:
+        keys, values = (store[:num_rows, :, self.start : end] for store in self.stores)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def _seen(self) -> list[Tensor]:
+        return [x for x in (self.keys, self.values) if x is not None] if self.stores else []
 
 
 def _room(like: Tensor, num_rows: int, num_places: int) -> Tensor:
