@@ -16,6 +16,7 @@ C keys that the block sees.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -72,8 +73,11 @@ class _Example(NamedTuple):
 
     def gather(self, x_KTE: Tensor) -> Tensor:
         """Keys or values of the example, its beginning first, ``(K, C, E)``, contiguous."""
-        own = x_KTE[:, self.rows]
-        return torch.cat([x_KTE[:, : self.prefix], own], dim=1) if self.prefix else own.contiguous()
+        num_heads, _, width = x_KTE.shape
+        gathered = x_KTE.new_empty(num_heads, self.prefix + self.rows.stop - self.rows.start, width)
+        gathered[:, : self.prefix] = x_KTE[:, : self.prefix]
+        gathered[:, self.prefix :] = x_KTE[:, self.rows]
+        return gathered
 
     def add_(self, total_KTE: Tensor, grad_KCE: Tensor) -> None:
         """The reverse of ``gather``, summed."""
@@ -97,10 +101,11 @@ class _BlockwiseAttention(torch.autograd.Function):
         out_THE = query.new_empty(num_rows, num_heads, width)
         for example in _examples(seq_lens, shared_prefix):
             keys, values = example.gather(key[0]), example.gather(value[0])
+            wide_keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
             for rows, num_seen in example.blocks():
                 stacked = _stack(query[0, :, rows], len(keys), scaling)
                 for heads in _together(len(keys), num_seen):
-                    weights = _weights(stacked[heads], keys[heads, :num_seen], rows).to(query.dtype)
+                    weights = _weights(stacked[heads], wide_keys[heads, :num_seen], rows).to(query.dtype)
                     _unstack_(out_THE[rows], heads, products.matmul(weights, values[heads, :num_seen]))
         ctx.save_for_backward(query, key, value)
         ctx.options = seq_lens, shared_prefix, scaling
@@ -120,6 +125,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         dkey, dvalue = (torch.zeros((num_rows, num_key_heads, width), dtype=wide).transpose(0, 1) for _ in range(2))
         for example in _examples(seq_lens, shared_prefix):
             keys, values = example.gather(key), example.gather(value)
+            wide_keys = keys.to(wide)
             # With the keys as columns: a product with many columns is the faster one.
             dkeys_KEC, dvalues_KEC = (
                 torch.zeros_like(x.transpose(1, 2), dtype=wide, memory_format=torch.contiguous_format)
@@ -129,7 +135,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                 stacked, dout = _stack(query[:, rows], num_key_heads, scaling), _stack(grad_HTE[:, rows], num_key_heads)
                 for heads in _together(num_key_heads, num_seen):
                     seen = keys[heads, :num_seen]
-                    weights = _weights(stacked[heads], seen, rows)
+                    weights = _weights(stacked[heads], wide_keys[heads, :num_seen], rows)
                     dweights = products.matmul(dout[heads], values[heads, :num_seen].transpose(1, 2)).to(wide)
                     dvalues_KEC[heads, :, :num_seen] += products.matmul(
                         dout[heads].transpose(1, 2), weights.to(query.dtype)
@@ -166,15 +172,22 @@ def _unstack_(out_BHE: Tensor, key_heads: slice, stacked: Tensor) -> None:
     out_BHE[:, first : first + len(own)].copy_(own.transpose(0, 1))
 
 
-def _weights(stacked: Tensor, keys_KCE: Tensor, rows: slice) -> Tensor:
-    """Attention weights of a block, ``(K, G * B, C)``, not below float32.
+def _weights(stacked: Tensor, wide_keys_KCE: Tensor, rows: slice) -> Tensor:
+    """Attention weights of a block, ``(K, G * B, C)``, in the type of the keys, which is not below float32.
 
     Only the last B columns can be hidden from a query.
     """
-    # A score of 20 is off by 0.06 where it is rounded to bfloat16, and its weight by 6 %.
-    wide = torch.promote_types(stacked.dtype, torch.float32)
-    scores = products.matmul(stacked.to(wide), keys_KCE.transpose(1, 2).to(wide))
+    columns_KEC = wide_keys_KCE.transpose(1, 2)
+    if stacked.dtype is columns_KEC.dtype:
+        scores = products.matmul(stacked, columns_KEC)
+    else:  # a score of 20 is off by 0.06 where it is rounded to bfloat16, and its weight by 6 %
+        scores = torch.bmm(stacked.to(columns_KEC.dtype), columns_KEC)
     size = rows.stop - rows.start
-    hidden_BB = torch.full((size, size), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
-    scores.view(len(scores), -1, size, scores.shape[-1])[..., -size:] += hidden_BB
+    scores.view(len(scores), -1, size, scores.shape[-1])[..., -size:] += _hidden(size, scores.dtype)
     return torch.softmax(scores, dim=-1)
+
+
+@cache
+def _hidden(size: int, dtype: torch.dtype) -> Tensor:
+    """Of the keys in the rows of a block those that come after each query, as minus infinity, ``(B, B)``."""
+    return torch.full((size, size), float("-inf"), dtype=dtype).triu_(1)
