@@ -16,7 +16,6 @@ C keys that the block sees.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -99,13 +98,14 @@ class _BlockwiseAttention(torch.autograd.Function):
     ) -> Tensor:
         _, num_heads, num_rows, width = query.shape
         out_THE = query.new_empty(num_rows, num_heads, width)
+        hidden = _hidden(query)
         for example in _examples(seq_lens, shared_prefix):
             keys, values = example.gather(key[0]), example.gather(value[0])
-            wide_keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+            wide_keys = keys.to(hidden.dtype)
             for rows, num_seen in example.blocks():
                 stacked = _stack(query[0, :, rows], len(keys), scaling)
                 for heads in _together(len(keys), num_seen):
-                    weights = _weights(stacked[heads], wide_keys[heads, :num_seen], rows).to(query.dtype)
+                    weights = _weights(stacked[heads], wide_keys[heads, :num_seen], rows, hidden).to(query.dtype)
                     _unstack_(out_THE[rows], heads, products.matmul(weights, values[heads, :num_seen]))
         ctx.save_for_backward(query, key, value)
         ctx.options = seq_lens, shared_prefix, scaling
@@ -121,7 +121,8 @@ class _BlockwiseAttention(torch.autograd.Function):
         grad_HTE = grad[0].transpose(0, 1)
         # In the layout of the projections' outputs, which the caller transposed.
         dquery_THE = query.new_empty(num_rows, num_heads, width)
-        wide = torch.promote_types(query.dtype, torch.float32)
+        hidden = _hidden(query)
+        wide = hidden.dtype
         dkey, dvalue = (torch.zeros((num_rows, num_key_heads, width), dtype=wide).transpose(0, 1) for _ in range(2))
         for example in _examples(seq_lens, shared_prefix):
             keys, values = example.gather(key), example.gather(value)
@@ -135,7 +136,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                 stacked, dout = _stack(query[:, rows], num_key_heads, scaling), _stack(grad_HTE[:, rows], num_key_heads)
                 for heads in _together(num_key_heads, num_seen):
                     seen = keys[heads, :num_seen]
-                    weights = _weights(stacked[heads], wide_keys[heads, :num_seen], rows)
+                    weights = _weights(stacked[heads], wide_keys[heads, :num_seen], rows, hidden)
                     dweights = products.matmul(dout[heads], values[heads, :num_seen].transpose(1, 2)).to(wide)
                     dvalues_KEC[heads, :, :num_seen] += products.matmul(
                         dout[heads].transpose(1, 2), weights.to(query.dtype)
@@ -172,22 +173,22 @@ def _unstack_(out_BHE: Tensor, key_heads: slice, stacked: Tensor) -> None:
     out_BHE[:, first : first + len(own)].copy_(own.transpose(0, 1))
 
 
-def _weights(stacked: Tensor, wide_keys_KCE: Tensor, rows: slice) -> Tensor:
-    """Attention weights of a block, ``(K, G * B, C)``, in the type of the keys, which is not below float32.
-
-    Only the last B columns can be hidden from a query.
-    """
+def _weights(stacked: Tensor, wide_keys_KCE: Tensor, rows: slice, hidden_BB: Tensor) -> Tensor:
+    """Attention weights of a block, ``(K, G * B, C)``, in the type of the keys, which is not below float32."""
     columns_KEC = wide_keys_KCE.transpose(1, 2)
     if stacked.dtype is columns_KEC.dtype:
         scores = products.matmul(stacked, columns_KEC)
     else:  # a score of 20 is off by 0.06 where it is rounded to bfloat16, and its weight by 6 %
         scores = torch.bmm(stacked.to(columns_KEC.dtype), columns_KEC)
     size = rows.stop - rows.start
-    scores.view(len(scores), -1, size, scores.shape[-1])[..., -size:] += _hidden(size, scores.dtype)
+    scores.view(len(scores), -1, size, scores.shape[-1])[..., -size:] += hidden_BB[:size, :size]
     return torch.softmax(scores, dim=-1)
 
 
-@cache
-def _hidden(size: int, dtype: torch.dtype) -> Tensor:
-    """Of the keys in the rows of a block those that come after each query, as minus infinity, ``(B, B)``."""
-    return torch.full((size, size), float("-inf"), dtype=dtype).triu_(1)
+def _hidden(query: Tensor) -> Tensor:
+    """What is added to the scores of a block with its own keys: minus infinity for those after each query, ``(B, B)``.
+
+    Of the other keys that a block sees none is hidden from its queries.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return query.new_full((_BLOCK, _BLOCK), float("-inf"), dtype=wide).triu_(1)
