@@ -146,6 +146,28 @@ def test_speed_on_other_work_is_what_was_measured():
     assert f"runs at {slower} of its speed" in prose("docs/speed.md")
 
 
+def test_speed_in_bfloat16_is_what_was_measured():
+    page = prose("docs/speed.md")
+    rows = cells_below("| in bfloat16 | lit_lora |", (PROJECT / "docs/speed.md").read_text())
+    for row, name in zip(rows, ("natural_lora", "dense_lora", "natural_qlora"), strict=True):
+        found = {framework: f"{of['tokens_per_s']:.0f}" for framework, of in medians(f"train_{name}_bf16").items()}
+        trl = max(found.get("trl", "-"), found.get("trl_tuned", "-"))
+        assert row[1:] == [found["lit_lora"], found["peft"], trl, found.get("limit", "-")]
+    ours, peft = (medians("train_natural_lora_bf16")[name] for name in ("lit_lora", "peft"))
+    assert f"natural lengths is {ours['peak_rss_mib']:,.0f} MiB, PEFT's {peft['peak_rss_mib']:,.0f}." in page
+    assert f"its loss is {peft['last_loss']:.4f}, lit_lora's {ours['last_loss']:.4f}" in page
+    speed, memory = (ours[key] / peft[key] for key in ("tokens_per_s", "peak_rss_mib"))
+    readme = prose("README.md")
+    assert f"in bfloat16 {speed:.1f} times in {memory:.2f}." in readme
+    both = [medians("train_natural_lora_bf16")[name] for name in ("lit_lora", "peft", "trl_tuned")]
+    assert "In bfloat16 " + ", ".join(f"{of['tokens_per_s']:.0f}" for of in both) in readme
+    assert "In bfloat16 " + ", ".join(f"{of['peak_rss_mib']:,.0f}" for of in both) in readme
+    beside = {name: of["tokens_per_s"] for name, of in medians("train_natural_lora_bf16_litgpt").items()}
+    litgpt = max(beside["litgpt"], beside["litgpt_mixed"])
+    said = f"{litgpt:.0f} tokens/s beside lit_lora's {beside['lit_lora']:.0f} and PEFT's {beside['peft']:.0f}"
+    assert said in page
+
+
 def test_the_readme_counts_architectures_as_the_sweep_did():
     equal, not_built, refused = re.search(
         r"^(\d+) equal, (\d+) not built, (\d+) refused\.$",
