@@ -1,9 +1,9 @@
-"""litgpt's LoRA, one process, in an environment of its own: ``PYTHON -m benchmarks.peers.litgpt_worker litgpt job.json``.
+"""litgpt's LoRA, one process: ``PYTHON -m benchmarks.peers.litgpt_worker litgpt job.json`` prints what it measured.
 
-litgpt pins other versions than lit_lora, so ``train.py --litgpt PYTHON`` runs this by the interpreter that has it. It is
-litgpt's loop (``litgpt/finetune/lora.py``): its model, its collation, its chunked head and loss, its converted weights,
-at the precisions that it offers; the examples, their order, rank, scale, layers, optimizer and learning rate are the
-job's. litgpt draws its own initial adapter, stacks q, k and v, and does not clip.
+litgpt pins other versions than lit_lora, so ``train.py --litgpt PYTHON`` runs this by the interpreter that has it. It
+is litgpt's loop (``litgpt/finetune/lora.py``): its model, its collation, its chunked head and loss, its converted
+weights, at the precisions that it offers; the examples, their order, rank, scale, layers, optimizer and learning rate
+are the job's. litgpt draws its own initial adapter, stacks q, k and v, and does not clip.
 """
 
 from __future__ import annotations
