@@ -74,6 +74,16 @@ def test_answers_are_those_of_generate(kind, strings, beginning, monkeypatch):
     assert len({len(answer.text) for answer in got}) > 1
 
 
+@pytest.mark.parametrize("kind", KEPT_FULL)
+@pytest.mark.filterwarnings("ignore:not adapted")  # experts
+def test_prompts_of_one_length_need_no_mask_and_see_what_they_share(kind, monkeypatch):
+    model = adapted(kind, KEPT_FULL[kind])
+    prompts = [[*BEGINNING, 5 + index, 90, 7 * index] for index in range(8)]
+    got = answers(model, batch_size=8, end=TurnEnd(STOPS[:8], ()), prompts=prompts)
+    monkeypatch.setattr(generation, "can_be_kept_full", lambda model: False)
+    assert got == answers(model, batch_size=1, end=TurnEnd(STOPS[:8], ()), prompts=prompts)
+
+
 def test_what_prompts_begin_with_is_read_once_for_those_that_enter_together():
     model = adapted("Llama", {})
     seen: list[torch.Size] = []
