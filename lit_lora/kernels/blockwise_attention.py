@@ -72,6 +72,8 @@ class _Example(NamedTuple):
 
     def gather(self, x_KTE: Tensor) -> Tensor:
         """Keys or values of the example, its beginning first, ``(K, C, E)``, contiguous."""
+        if not self.prefix:
+            return x_KTE[:, self.rows].contiguous()
         num_heads, _, width = x_KTE.shape
         gathered = x_KTE.new_empty(num_heads, self.prefix + self.rows.stop - self.rows.start, width)
         gathered[:, : self.prefix] = x_KTE[:, : self.prefix]
@@ -98,7 +100,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     ) -> Tensor:
         _, num_heads, num_rows, width = query.shape
         out_THE = query.new_empty(num_rows, num_heads, width)
-        hidden = _hidden(query)
+        hidden = _hidden_keys(query, seq_lens)
         for example in _examples(seq_lens, shared_prefix):
             keys, values = example.gather(key[0]), example.gather(value[0])
             wide_keys = keys.to(hidden.dtype)
@@ -121,7 +123,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         grad_HTE = grad[0].transpose(0, 1)
         # In the layout of the projections' outputs, which the caller transposed.
         dquery_THE = query.new_empty(num_rows, num_heads, width)
-        hidden = _hidden(query)
+        hidden = _hidden_keys(query, seq_lens)
         wide = hidden.dtype
         dkey, dvalue = (torch.zeros((num_rows, num_key_heads, width), dtype=wide).transpose(0, 1) for _ in range(2))
         for example in _examples(seq_lens, shared_prefix):
@@ -185,10 +187,10 @@ def _weights(stacked: Tensor, wide_keys_KCE: Tensor, rows: slice, hidden_BB: Ten
     return torch.softmax(scores, dim=-1)
 
 
-def _hidden(query: Tensor) -> Tensor:
+def _hidden_keys(query: Tensor, seq_lens: list[int]) -> Tensor:
     """What is added to the scores of a block with its own keys: minus infinity for those after each query, ``(B, B)``.
 
     Of the other keys that a block sees none is hidden from its queries.
     """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    return query.new_full((_BLOCK, _BLOCK), float("-inf"), dtype=wide).triu_(1)
+    size, wide = min(_BLOCK, max(seq_lens)), torch.promote_types(query.dtype, torch.float32)
+    return query.new_full((size, size), float("-inf"), dtype=wide).triu_(1)
