@@ -178,10 +178,11 @@ def score(
         if metric in ANSWER_METRICS:
             ANSWER_METRICS[metric](held_out.expected, held_out.expected)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
+    at_a_time = PROMPTS_AT_A_TIME if batch_size is None else batch_size
     asks = any(metric in ANSWER_METRICS for metric in names)
 
     def sums() -> Any:
-        return token_sums(loaded.model, loaded.tokenizer, held_out, batch_size=batch_size or PROMPTS_AT_A_TIME)
+        return token_sums(loaded.model, loaded.tokenizer, held_out, batch_size=at_a_time)
 
     after = sums()  # first: a loss that is no number needs no answers
     if base is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -176,12 +177,10 @@ class _Batch:
         return logits
 
 
-def _shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
+def _shared_beginning(prompts: Sequence[list[int]]) -> int:
     """Tokens that all prompts begin with; 0 where a pass of their own costs more than it saves."""
-    most = min(len(prompt) for prompt in prompts) - 1
-    shared = 0
-    while shared < most and all(prompt[shared] == prompts[0][shared] for prompt in prompts):
-        shared += 1
+    but_last = (prompt[:-1] for prompt in prompts)  # each has at least the last one left to read
+    shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*but_last, strict=False)))
     return shared if shared * (len(prompts) - 1) >= _WORTH_A_PASS else 0
 
 
@@ -204,10 +203,7 @@ class _Layer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if not self.stores or self.start + held + num_new > self.stores[0].shape[-2]:
-            old = self._seen()
-            self.stores, self.start = [_room(x, len(x), held + num_new) for x in new], 0
-            for store, x in zip(self.stores, old, strict=False):
-                store[..., :held, :] = x
+            self._move(new, len(key_states), held + num_new)
         end = self.start + held + num_new
         for store, x in zip(self.stores, new, strict=True):
             store[: len(x), :, end - num_new : end] = x
@@ -215,11 +211,9 @@ class _Layer(DynamicLayer):
 
     def repeat_row(self, num_rows: int) -> None:
         """The only row, so often."""
-        if old := self._seen():
-            held, self.start = self.get_seq_length(), 0
-            self.stores = [_room(x, num_rows, held) for x in old]
-            for store, x in zip(self.stores, old, strict=True):
-                store[..., :held, :] = x
+        if self.stores:
+            held = self.get_seq_length()
+            self._move(self._seen(), num_rows, held)
             self._see(num_rows, held)
 
     def put_before(self, other: _Layer, length: int) -> None:
@@ -243,6 +237,13 @@ class _Layer(DynamicLayer):
             end = self.start + self.get_seq_length()
             self.start += unused
             self._see(num_rows, end)
+
+    def _move(self, like: Sequence[Tensor], num_rows: int, num_places: int) -> None:
+        """Into new memory, for tensors such as ``like``; a single row becomes all of them."""
+        old, held = self._seen(), self.get_seq_length()
+        self.stores, self.start = [_room(x, num_rows, num_places) for x in like], 0
+        for store, x in zip(self.stores, old, strict=False):  # of a new layer there is nothing yet
+            store[..., :held, :] = x
 
     def _see(self, num_rows: int, end: int) -> tuple[Tensor, Tensor]:
         keys, values = (store[:num_rows, :, self.start : end] for store in self.stores)
