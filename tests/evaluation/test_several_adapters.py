@@ -126,6 +126,19 @@ def test_rows_of_a_file_name_their_adapters(place: Path, tmp_path: Path, said: C
     assert json.loads(one)["completion"] == alone(place, "other", "why")
 
 
+@pytest.mark.parametrize("batch_size", [None, 1, 3, 5])
+@pytest.mark.parametrize("step", [1, -1, 3], ids=["in order", "backwards", "mixed"])
+def test_answers_are_alike_in_any_order_and_batch_size(
+    batch_size: int | None, step: int, place: Path, tmp_path: Path, said: Callable[..., tuple[str, str]]
+) -> None:
+    asked = [*PROMPTS, "why", "say one"]
+    asked = [asked[index * step % len(asked)] for index in range(len(asked))]
+    file = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in asked])
+    options = [] if batch_size is None else [f"--batch_size={batch_size}"]
+    out, _ = said("generate", file, "--adapter", folder_of(place, "linear"), "--max_new_tokens=8", *options)
+    assert [json.loads(line)["completion"] for line in out.splitlines()] == [alone(place, "linear", p) for p in asked]
+
+
 # ---------------------------------------------------------------------- evaluate
 
 
