@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from lit_lora.base.trained_on import TrainedOn
 from lit_lora.data.chats.tokenize import format_prompt, format_text
 from lit_lora.data.chats.turn_end import TurnEnd, is_hidden, text_end, turn_end
 from lit_lora.evaluation.load import Asked, Loaded
-from lit_lora.language_model.generation import Completion, complete
+from lit_lora.language_model.generation import Completion, complete, counting_on
 from lit_lora.wording import setting
 
 BASE = "__base__"
@@ -88,7 +87,7 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             streamer=TextStreamer(group.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None,
-            progress=None if progress is None else partial(_sum, progress, num_done),
+            progress=counting_on(progress, num_done),
             adapters=None if names is None else [names[index] for index in group.ids],
         )
         num_done += len(found)
@@ -118,10 +117,6 @@ def check_sampling(temperature: float, top_p: float, seed: int | None, max_new_t
 def continues_text(trained_on: TrainedOn, format: Literal["auto", "chat", "text"]) -> bool:
     """Whether a prompt is continued as text, not answered, by what was trained so."""
     return format == "text" or (format == "auto" and trained_on.format == "text")
-
-
-def _sum(progress: Callable[[int], None], before: int, done: int) -> None:
-    progress(before + done)
 
 
 class _Group(NamedTuple):

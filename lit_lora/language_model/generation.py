@@ -70,16 +70,16 @@ def complete(
     check_vocabulary(model, prompts)
     stops = stop_tokens(model, tokenizer, end)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[-1]
-    if not temperature and streamer is None and adapters is None and can_be_kept_full(model):
-        with _contiguous_into_head(model):
-            answers = complete_in_full_batches(
-                model,
-                prompts,
-                has_ended=lambda ids: ids[-1] in stops or _says(tokenizer, end.strings, ids),
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                progress=progress,
-            )
+    if not temperature and streamer is None and can_be_kept_full(model):
+        answers = _in_full_batches(
+            model,
+            prompts,
+            adapters,
+            progress,
+            has_ended=lambda ids: ids[-1] in stops or _says(tokenizer, end.strings, ids),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
         return [_completion(tokenizer, ids, stops, end.strings) for ids in answers]
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     config = GenerationConfig(
@@ -116,6 +116,33 @@ def complete(
         if progress is not None:
             progress(start + len(indices))
     return completions
+
+
+def counting_on(progress: Callable[[int], None] | None, num_before: int) -> Callable[[int], None] | None:
+    """``progress`` for a part of the prompts, before which so many others were done."""
+    return None if progress is None else lambda num_done: progress(num_before + num_done)
+
+
+def _in_full_batches(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    adapters: Sequence[str | None] | None,
+    progress: Callable[[int], None] | None,
+    **options: Any,
+) -> list[list[int]]:
+    """Tokens after each prompt; one adapter after the other, since in a batch, too, each multiplies its rows alone."""
+    answers: list[list[int]] = [[]] * len(prompts)
+    num_done = 0
+    for name in dict.fromkeys(adapters or [None]):
+        indices = [index for index in range(len(prompts)) if adapters is None or adapters[index] == name]
+        with nullcontext() if adapters is None else adapters_by_row(model, [name]), _contiguous_into_head(model):
+            written = complete_in_full_batches(
+                model, [prompts[index] for index in indices], progress=counting_on(progress, num_done), **options
+            )
+        num_done += len(indices)
+        for index, ids in zip(indices, written, strict=True):
+            answers[index] = ids
+    return answers
 
 
 def answer(

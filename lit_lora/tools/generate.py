@@ -58,8 +58,7 @@ def generate(
         top_p: sample from the smallest set of tokens of this total probability.
         seed: seed for sampling.
         stream: print tokens as they come.
-        batch_size: prompts of a file at a time, those of different adapters together; by default 25, on a CPU
-            what 16,384 tokens hold.
+        batch_size: prompts of a file at a time; by default 25, on a CPU what 16,384 tokens hold.
         output: file to write the answers to a file of prompts to; by default they are printed.
         other_base: put the adapter on a base although its weights are not those that it was trained on.
         trust_remote_code: run code that comes with the base.

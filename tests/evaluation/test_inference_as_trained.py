@@ -80,6 +80,17 @@ def test_generate_stops_where_an_answer_ended_in_training(prompt, stream, chat, 
     assert _generated(capsys, prompt, adapter=chat, stream=stream) == ANSWERS[prompt] + "\n"
 
 
+@pytest.mark.parametrize("batch_size", [None, 1, 4, 5])
+@pytest.mark.parametrize("stride", [1, -1, 3], ids=["in order", "backwards", "mixed"])
+def test_answers_of_a_file_are_alike_in_any_order_and_batch_size(batch_size, stride, chat, tmp_path, capsys):
+    prompts = [*ANSWERS, *ANSWERS, "say two", "say one"]
+    prompts = [prompts[place * stride % len(prompts)] for place in range(len(prompts))]
+    file = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    options = {} if batch_size is None else {"batch_size": batch_size}
+    lines = _generated(capsys, file, adapter=chat, **options).splitlines()
+    assert [json.loads(line)["completion"] for line in lines] == [ANSWERS[prompt] for prompt in prompts]
+
+
 def test_an_end_that_is_no_special_token_is_not_printed(chat, tmp_path, capsys):
     chat_tokenizer(CHATML, special=False).save_pretrained(tmp_path / "tokenizer")
     assert _generated(capsys, "say one", adapter=chat, tokenizer=tmp_path / "tokenizer") == "yes\n"

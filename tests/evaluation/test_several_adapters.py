@@ -24,6 +24,7 @@ from lit_lora.adapters.merge import disable_lora
 from lit_lora.evaluation import load as loading
 from lit_lora.evaluation.chat import Chat
 from lit_lora.evaluation.load import Loaded, load_in_turn
+from lit_lora.language_model import generation
 from tests.chat_tokenizers import chat_tokenizer
 from tests.several_adapters import ADAPTERS, PROMPTS, folder_of, make_place
 from tests.started_runs import write_rows
@@ -51,8 +52,13 @@ def alone(place: Path, name: str | None, prompt: str) -> str:
 
 
 @pytest.mark.parametrize("batch_size", [3, 16])
-def test_each_prompt_is_answered_as_by_its_adapter_alone(batch_size: int, place: Path) -> None:
+@pytest.mark.parametrize("full", [True, False], ids=["in turn", "in one batch"])
+def test_each_prompt_is_answered_as_by_its_adapter_alone(
+    full: bool, batch_size: int, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever kind it is, and with the tokenizer, the template and the end that it was trained with."""
+    if not full:
+        monkeypatch.setattr(generation, "can_be_kept_full", lambda model: False)
     names = ["linear", "text", None, "template", "dora", "rows", "biases", "other"]
     loaded = lit_lora.load([folder_of(place, name) for name in names if name])
     found = lit_lora.generate(loaded, PROMPTS, adapter_names=names, max_new_tokens=8, batch_size=batch_size)
@@ -65,7 +71,8 @@ def test_each_prompt_is_answered_as_by_its_adapter_alone(batch_size: int, place:
         assert len({*one}) >= 6, "the adapters matter"
 
 
-def test_a_batch_with_an_adapter_for_each_prompt_is_that_of_peft(place: Path) -> None:
+def test_a_batch_with_an_adapter_for_each_prompt_is_that_of_peft(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "can_be_kept_full", lambda model: False)
     names = ["linear", "__base__", "other"]
     loaded = lit_lora.load({name: folder_of(place, name) for name in ("linear", "other")})
     found = lit_lora.generate(loaded, PROMPTS[:3], adapter_names=names, max_new_tokens=8)
@@ -124,19 +131,6 @@ def test_rows_of_a_file_name_their_adapters(place: Path, tmp_path: Path, said: C
     unnamed = write_rows(tmp_path / "unnamed.jsonl", [{"prompt": "why"}])
     (one,) = said("generate", unnamed, "--adapter", folder_of(place, "other"), "--max_new_tokens=8")[0].splitlines()
     assert json.loads(one)["completion"] == alone(place, "other", "why")
-
-
-@pytest.mark.parametrize("batch_size", [None, 1, 3, 5])
-@pytest.mark.parametrize("step", [1, -1, 3], ids=["in order", "backwards", "mixed"])
-def test_answers_are_alike_in_any_order_and_batch_size(
-    batch_size: int | None, step: int, place: Path, tmp_path: Path, said: Callable[..., tuple[str, str]]
-) -> None:
-    asked = [*PROMPTS, "why", "say one"]
-    asked = [asked[index * step % len(asked)] for index in range(len(asked))]
-    file = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in asked])
-    options = [] if batch_size is None else [f"--batch_size={batch_size}"]
-    out, _ = said("generate", file, "--adapter", folder_of(place, "linear"), "--max_new_tokens=8", *options)
-    assert [json.loads(line)["completion"] for line in out.splitlines()] == [alone(place, "linear", p) for p in asked]
 
 
 # ---------------------------------------------------------------------- evaluate
