@@ -283,11 +283,11 @@ class LoRALightningModule(TokenLossModule):
 
     # ------------------------------------------------------------------ prediction
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """A list of one generation, or of none for a filler: see :func:`lit_lora.language_model.generation.answer`."""
+    def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[dict[str, Any]]:
+        """A generation for each prompt but fillers: see :func:`lit_lora.language_model.generation.answer`."""
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         answered = answer(self.model, tokenizer, batch, max_new_tokens=self.max_new_tokens)  # type: ignore[arg-type]
-        return [] if batch.get("filler") else [answered]
+        return [found for found, prompt in zip(answered, batch, strict=True) if not prompt.get("filler")]
 
     # ------------------------------------------------------------------ checkpoints
 

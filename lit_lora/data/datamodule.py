@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_lora.data.batches.evaluation_batches import OrderedBatchSampler, plan_in_order
 from lit_lora.data.batches.fingerprint import check_fingerprint, fingerprint_of
 from lit_lora.data.batches.limits import check_limits, check_own_sampler, check_settings
-from lit_lora.data.batches.loaders import PromptDataset, batch_loader, generator_of, only, prompts_of_rank
+from lit_lora.data.batches.loaders import PROMPTS_A_BATCH, PromptDataset, batch_loader, generator_of, prompts_of_rank
 from lit_lora.data.batches.mixture import Mixture
 from lit_lora.data.batches.resume import check_not_resumed, rank_batches_consumed
 from lit_lora.data.batches.sampler import BatchSettings, ResumableBatchSampler, plan_batches
@@ -308,7 +308,7 @@ class SFTDataModule(pl.LightningDataModule):
         return lines_of(self.train_data, example_ids)
 
     def predict_dataloader(self) -> DataLoader:
-        """Prompts with reference answers, one at a time: ``prompt_ids`` (1, L), ``reference``, ``example_ids`` (1,).
+        """Prompts with reference answers, lists of 100: ``prompt_ids`` (1, L), ``reference``, ``example_ids`` (1,).
 
         From the test data, else the validation data, else the training data. Of a conversation the last answer is
         asked for.
@@ -323,7 +323,10 @@ class SFTDataModule(pl.LightningDataModule):
         prompts = source.prompts(data, self.tokenizer)
         share = prompts_of_rank(prompts, self._rank, self._world_size)
         return DataLoader(
-            PromptDataset(share), batch_size=1, collate_fn=only, generator=generator_of(self.batch_settings.seed)
+            PromptDataset(share),
+            batch_size=PROMPTS_A_BATCH,
+            collate_fn=list,
+            generator=generator_of(self.batch_settings.seed),
         )
 
     def state_dict(self) -> dict[str, Any]:

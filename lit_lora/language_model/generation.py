@@ -146,23 +146,30 @@ def _in_full_batches(
 
 
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any], *, max_new_tokens: int
-) -> dict[str, Any]:
-    """Answer one prompt of a conversation, greedily.
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[dict[str, Any]], *, max_new_tokens: int
+) -> list[dict[str, Any]]:
+    """Answer prompts of conversations, greedily.
 
     Args:
         model: in evaluation mode.
         tokenizer: as used for training.
-        batch: ``prompt_ids``, ``(1, L)``, and where there is one, ``reference``.
+        prompts: each with ``prompt_ids``, ``(1, L)``, and where there is one, ``reference``.
         max_new_tokens: longest answer, in tokens.
 
     Returns:
-        ``prompt``, ``completion``, ``reference``, and whether it was ``cut``.
+        For each ``prompt``, ``completion``, ``reference``, and whether it was ``cut``.
     """
-    ids = batch["prompt_ids"][0].tolist()
-    (written,) = complete(model, tokenizer, [ids], end=turn_end(tokenizer), max_new_tokens=max_new_tokens)
-    prompt = tokenizer.decode(ids, skip_special_tokens=True)
-    return {"prompt": prompt, "completion": written.text, "reference": batch.get("reference"), "cut": written.cut}
+    ids = [prompt["prompt_ids"][0].tolist() for prompt in prompts]
+    completions = complete(model, tokenizer, ids, end=turn_end(tokenizer), max_new_tokens=max_new_tokens)
+    return [
+        {
+            "prompt": tokenizer.decode(tokens, skip_special_tokens=True),
+            "completion": completion.text,
+            "reference": prompt.get("reference"),
+            "cut": completion.cut,
+        }
+        for tokens, completion, prompt in zip(ids, completions, prompts, strict=True)
+    ]
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: TurnEnd) -> list[int]:

@@ -189,7 +189,7 @@ def test_test_data_and_its_fallback(file, tmp_path) -> None:
 
 def test_prompts_for_prediction(file) -> None:
     data = ready(file, "predict", validation_fraction=0.25)
-    prompts = list(data.predict_dataloader())
+    (prompts,) = data.predict_dataloader()
     tokenizer = byte_tokenizer()
     for index, prompt in enumerate(prompts):
         row = ROWS[data.validation_data.lines[index] - 1]
@@ -202,7 +202,7 @@ def test_prompts_for_prediction(file) -> None:
 def test_prompts_of_a_conversation_ask_for_the_last_answer(tmp_path) -> None:
     turns = [{"role": role, "content": f"{role} {i}"} for i in range(2) for role in ("user", "assistant")]
     data = ready(write(tmp_path / "a.jsonl", [{"messages": turns}]), "predict")
-    (prompt,) = data.predict_dataloader()
+    ((prompt,),) = data.predict_dataloader()
     assert prompt["reference"] == "assistant 1"
     assert "assistant 0" in byte_tokenizer().decode(prompt["prompt_ids"][0])
     data = ready(write(tmp_path / "b.jsonl", [{"text": "plain"}]), "predict")
@@ -260,7 +260,7 @@ class Module(BoringModel):
         return self.layer(torch.randn(2, 32)).sum()
 
     def predict_step(self, batch, batch_idx):
-        return batch["reference"]
+        return [prompt["reference"] for prompt in batch]
 
 
 def trainer(**options) -> pl.Trainer:
@@ -288,7 +288,7 @@ def test_with_a_trainer_the_tokenizer_is_the_modules(file) -> None:
     assert len(data.tokenizer) == 259
     assert fitted.limit_val_batches == 1.0, "given back after training without validation data"
     answers = trainer().predict(Module(), datamodule=make(file, tokenizer=None, limit=4))
-    assert answers == [row["completion"] for row in ROWS[:4]]
+    assert answers == [[row["completion"] for row in ROWS[:4]]]
 
 
 @FEW_WORKERS

@@ -134,7 +134,9 @@ def test_every_kind_gives_the_same_examples(tmp_path, kind) -> None:
         expected.train_data[i].ids.tolist() for i in range(5)
     ]
     assert len(data.train_data) == 5
-    assert [prompt["reference"] for prompt in data.predict_dataloader()] == [row["completion"] for row in ROWS]
+    assert [prompt["reference"] for prompt in next(iter(data.predict_dataloader()))] == [
+        row["completion"] for row in ROWS
+    ]
 
 
 def test_the_same_content_under_another_name_is_in_the_cache(tmp_path, monkeypatch) -> None:

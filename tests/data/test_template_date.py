@@ -96,7 +96,7 @@ def test_prompts_have_the_date_of_the_run(folder, monkeypatch) -> None:
     tokenizer = chat_tokenizer(DATED)
     data = SFTDataModule("my.jsonl", tokenizer=tokenizer, cache_dir="cache")
     data.setup("predict")
-    batch = next(iter(data.predict_dataloader()))
+    batch, *_ = next(iter(data.predict_dataloader()))
     assert batch["prompt_ids"][0].tolist() == format_prompt(
         tokenizer, [{"role": "user", "content": "say 0"}], date="2026-11-05"
     )

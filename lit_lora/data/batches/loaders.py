@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,10 @@ def generator_of(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+PROMPTS_A_BATCH = 100
+"""Prompts that are answered together: many, since a batch is kept full only while others of it wait."""
+
+
 class PromptDataset(Dataset):
     """Prompts to answer, with the reference answers."""
 
@@ -112,8 +116,3 @@ def prompts_of_rank(prompts: list[dict[str, Any]], rank: int, world_size: int) -
     """
     share = prompts[rank::world_size]
     return share if len(share) == -(-len(prompts) // world_size) else [*share, {**prompts[0], "filler": True}]
-
-
-def only(batch: list[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The single example of a batch."""
-    return batch[0]
