@@ -12,8 +12,9 @@ timed before the adapter gradients of lit_lora and PEFT agree on the first batch
 ``--dtype bfloat16`` holds the base so in all of them, and peers get ``bf16=True``, with which they compute so; adapters
 are float32 everywhere. Parity is shown in float32 all the same.
 
-litgpt pins other versions, so it runs in an environment of its own (``pip install litgpt``), whose interpreter
-``--litgpt`` names; it adds the rows ``litgpt`` and, in bfloat16, ``litgpt_mixed``.
+litgpt and torchtune need other versions, so they run in environments of their own (``pip install litgpt``; ``pip
+install torchtune torchao==0.9.0``), whose interpreters ``--litgpt`` and ``--torchtune`` name; they add the rows
+``litgpt``, in bfloat16 ``litgpt_mixed``, and ``torchtune``.
 
 ``--data`` is a JSONL file that ``lit-lora fit`` can read, of natural text. Peers: ``pip install -e .[bench]``.
 Run it on a machine that does nothing else.
@@ -58,12 +59,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base; see above")
     parser.add_argument("--litgpt", default=None, help="interpreter of an environment with litgpt; adds its rows")
     parser.add_argument("--litgpt-name", default="SmolLM2-135M-Instruct", help="what litgpt calls the base")
+    parser.add_argument("--torchtune", default=None, help="interpreter of an environment with torchtune; adds its row")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--name", default=None, help="of the result files")
     args = parser.parse_args()
     frameworks = args.frameworks or (ABLATION if args.ablation else LORA)
     if args.litgpt:
         frameworks = [*frameworks, "litgpt", *["litgpt_mixed"] * (args.dtype == "bfloat16")]
+    if args.torchtune:
+        frameworks = [*frameworks, "torchtune"]
     name = args.name or "_".join(
         ["ablation" if args.ablation else "train", args.workload, "qlora" if args.quantized else "lora"]
         + ["bf16"] * (args.dtype == "bfloat16")
@@ -122,7 +126,7 @@ def _prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "quantized": args.quantized,
         "dtype": args.dtype,
         "base_folder": str(resolve_base(args.base)[0]),
-        "litgpt": args.litgpt,
+        "interpreters": {"litgpt": args.litgpt, "torchtune": args.torchtune},
         "litgpt_name": args.litgpt_name,
     }
     (folder / "job.json").write_text(json.dumps(job))
@@ -149,8 +153,8 @@ def _run(framework: str, job: dict[str, Any], folder: Path) -> dict[str, Any] | 
     environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
     environment.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
     python, module = sys.executable, "frameworks"
-    if framework.startswith("litgpt"):
-        python, module = job["litgpt"], "litgpt_worker"
+    if (peer := framework.split("_")[0]) in job["interpreters"]:
+        python, module = job["interpreters"][peer], f"{peer}_worker"
     process = subprocess.run(
         [python, "-W", "ignore", "-m", f"benchmarks.peers.{module}", framework, str(folder / "job.json")],
         capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], check=False,

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lit_lora.base.held_dtype import held_dtype
 from lit_lora.wording import setting
 
 
@@ -28,7 +29,7 @@ def say_what_a_step_is(trainer: Trainer) -> None:
 def say_what_float16_needs(trainer: Trainer, model: Any) -> None:
     """A base in float16 without a loss scale loses gradients that are too small for it: say what to set."""
     scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-    if getattr(model, "dtype", None) is torch.float16 and not scales:
+    if held_dtype(model) is torch.float16 and not scales:
         rank_zero_info(
             "the base is in float16, whose smallest gradients become zero without a loss scale: set "
             f"{setting('trainer.precision', '16-mixed')}"

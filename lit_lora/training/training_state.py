@@ -23,6 +23,7 @@ import lit_lora
 from lit_lora.adapters.layers import LoRALayer, adapter_modules
 from lit_lora.adapters.trainable_tokens import TrainableTokens
 from lit_lora.base.base_hash import base_hash, short
+from lit_lora.base.held_dtype import held_dtype
 from lit_lora.data.batches.resume import align_loop_progress, data_state
 from lit_lora.files.checkpoint import rng_state, set_rng_state
 from lit_lora.training import optimization, resume_settings
@@ -187,8 +188,7 @@ def _adapters_of(model: nn.Module) -> dict[str, list[Any]]:
 
 
 def _dtype_of(model: nn.Module) -> str | None:
-    frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
-    dtype = next(frozen, None)
+    dtype = held_dtype(model)
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 

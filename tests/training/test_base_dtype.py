@@ -91,6 +91,7 @@ def train(folder: Path, max_steps: int, **options: object) -> None:
     if not base.exists():
         make_base(base)
     data = questions(folder.parent / "data.jsonl")
+    options.setdefault("data__tokenizer", base)
     settings = {"model__optimization__lr_schedule": "constant", "model__lora__lora_dropout": 0.1, "data__batch_size": 2}
     fit(str(base), data, folder, max_steps=max_steps, convergence__min_decrease=-1, **settings, **options)
 
@@ -103,17 +104,35 @@ def began_in(run: Path) -> str:
     return read_checkpoint(newest_checkpoint(run / "checkpoints")[0])["lit_lora"]["base_dtype"]
 
 
+BITS = {"model__quantization__bits": 4, "model__quantization__block_size": 32}
+EMBEDDING_BITS = {**BITS, "model__quantization__embedding_bits": 8}
+HELD: dict[str, dict[str, object]] = {
+    "plain": {},
+    "4 bits": BITS,
+    "4 bits, 8 of the embedding": EMBEDDING_BITS,
+    "8 bits": {"model__quantization__bits": 8},
+    "trained embedding": {**BITS, "model__lora__modules_to_save": "[embed_tokens]"},
+    "trained rows": {"model__lora__trainable_token_indices": "[97, 101]"},
+    "drawn": {**EMBEDDING_BITS, "model__base": "random:"},
+}
+
+
 @pytest.mark.parametrize("began", ["bfloat16", "float32"])
-def test_a_run_keeps_its_own_on_another_processor(processor, tmp_path, caplog, began):
+@pytest.mark.parametrize("held", HELD)
+def test_a_run_keeps_its_own_on_another_processor(processor, tmp_path, caplog, held, began):
     """From the command line, to the last bit; what it is held in is said first, and what would change it."""
     here, there = {"has_bfloat16": began == "bfloat16"}, {"has_bfloat16": began != "bfloat16"}
+    options = dict(HELD[held])
+    if held == "drawn":
+        make_base(tmp_path / "base")
+        options["model__base"] = f"random:{tmp_path / 'base'}"
     processor(**here)
-    train(tmp_path / "whole", 5)
+    train(tmp_path / "whole", 5, **options)
     assert ("is held and multiplied in bfloat16" in caplog.text) is (began == "bfloat16")
-    train(tmp_path / "run", 3)
+    train(tmp_path / "run", 3, **options)
     caplog.clear()
     processor(**there)
-    train(tmp_path / "run", 5, ckpt_path="last")
+    train(tmp_path / "run", 5, ckpt_path="last", **options)
     other = "float32" if began == "bfloat16" else "bfloat16"
     assert f"the base is in {began}, as the run began; --model.dtype {other} changes it" in caplog.text
     lit_lora("verify", tmp_path / "run")  # exits where it differs

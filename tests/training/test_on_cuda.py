@@ -50,13 +50,17 @@ def test_several_processes_are_said_to_multiply_the_batch(settings, said, caplog
     assert bool(said) == bool(caplog.text)
 
 
+@pytest.mark.parametrize("quantization", [None, QuantizationConfig(block_size=32, embedding_bits=8)])
 @pytest.mark.parametrize(
     ("dtype", "scaler", "is_said"),
     [(torch.float16, None, True), (torch.float16, object(), False), (torch.bfloat16, None, False)],
 )
-def test_a_base_in_float16_without_a_loss_scale_is_told_what_to_set(dtype, scaler, is_said, caplog):
+def test_a_base_in_float16_without_a_loss_scale_is_told_what_to_set(dtype, scaler, is_said, quantization, caplog):
+    model = language_model().to(dtype).requires_grad_(False)
+    if quantization is not None:
+        quantize_(model, quantization)
     with caplog.at_level(logging.INFO):
-        on_cuda.say_what_float16_needs(_trainer(scaler=scaler), SimpleNamespace(dtype=dtype))
+        on_cuda.say_what_float16_needs(_trainer(scaler=scaler), model)
     assert ("set precision='16-mixed'" in caplog.text) is is_said
 
 
