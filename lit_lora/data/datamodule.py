@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_lora.data.batches.evaluation_batches import OrderedBatchSampler, plan_in_order
 from lit_lora.data.batches.fingerprint import check_fingerprint, fingerprint_of
 from lit_lora.data.batches.limits import check_limits, check_own_sampler, check_settings
-from lit_lora.data.batches.loaders import PROMPTS_A_BATCH, PromptDataset, batch_loader, generator_of, prompts_of_rank
+from lit_lora.data.batches.loaders import batch_loader, prompt_loader, prompts_of_rank
 from lit_lora.data.batches.mixture import Mixture
 from lit_lora.data.batches.resume import check_not_resumed, rank_batches_consumed
 from lit_lora.data.batches.sampler import BatchSettings, ResumableBatchSampler, plan_batches
@@ -322,12 +322,7 @@ class SFTDataModule(pl.LightningDataModule):
         assert source is not None
         prompts = source.prompts(data, self.tokenizer)
         share = prompts_of_rank(prompts, self._rank, self._world_size)
-        return DataLoader(
-            PromptDataset(share),
-            batch_size=PROMPTS_A_BATCH,
-            collate_fn=list,
-            generator=generator_of(self.batch_settings.seed),
-        )
+        return prompt_loader(share, self.batch_settings.seed)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data and what it depends on; plain types."""

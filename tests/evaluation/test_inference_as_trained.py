@@ -97,7 +97,7 @@ def test_an_end_that_is_no_special_token_is_not_printed(chat, tmp_path, capsys):
 
 
 def test_evaluate_and_predict_stop_there_too(chat, place, tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_lora.data.datamodule.PROMPTS_A_BATCH", 3)  # of four
+    monkeypatch.setattr("lit_lora.data.batches.loaders.PROMPTS_A_BATCH", 3)  # of four
     data = place / "questions.jsonl"
     lit_lora("evaluate", data, chat, output=tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())

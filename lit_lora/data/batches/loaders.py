@@ -83,6 +83,12 @@ class PromptDataset(Dataset):
         return self.prompts[index]
 
 
+def prompt_loader(prompts: list[dict[str, Any]], seed: int) -> DataLoader:
+    """Lists of :data:`PROMPTS_A_BATCH` prompts, in order."""
+    dataset, generator = PromptDataset(prompts), generator_of(seed)
+    return DataLoader(dataset, batch_size=PROMPTS_A_BATCH, collate_fn=list, generator=generator)
+
+
 def prompts_of(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, source: str, date: str | None
 ) -> list[dict[str, Any]]:
