@@ -81,4 +81,4 @@ def torchtune(job: Job) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with open(sys.argv[2]) as file:
-        print("\n" + json.dumps({"torchtune": torchtune}[sys.argv[1]](json.load(file))))
+        print("\n" + json.dumps(torchtune(json.load(file))))

@@ -34,7 +34,7 @@ TIERS = {
     1: Tier("1_quick", 2, 1, "smollm2-135m-instruct"),
     2: Tier("2_convergence", 5, 1, "smollm2-135m-instruct"),
     3: Tier("3_memory", 15, 2),
-    4: Tier("4_extended", 110, 4),
+    4: Tier("4_extended", 120, 4),
     5: Tier("5_full", None, 12),
 }
 
