@@ -46,7 +46,7 @@ def main() -> None:
         options = {
             "model.base": args.base, "data.train": args.data, "data.limit": args.limit,
             "data.batch_size": args.batch_size, "data.validation_fraction": 0, "data.cache_dir": f"{folder}/cache",
-            "trainer.default_root_dir": f"{folder}/run", "trainer.accelerator": "cpu",
+            "trainer.default_root_dir": f"{folder}/run", "trainer.accelerator": "cpu", "trainer.max_steps": 1000,
         }  # fmt: skip
         fit = ["fit", *(f"--{name}={value}" for name, value in options.items())]
         with_tokenizing = _seconds(FIT, *fit)

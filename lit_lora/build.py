@@ -117,8 +117,9 @@ def make_trainable(
     if step.recompute_mlp:
         recompute_gated_mlps(model, trial=not valueless)
     # The compiler fuses such chains itself, and finds its code no more in an attention that was changed.
-    if step.fused_kernels and not step.compile_layers and _has_kernels(model):
-        share_inputs(model)
+    if step.fused_kernels and not step.compile_layers:
+        if _has_kernels(model):
+            share_inputs(model)
         if not step.liger:  # which has kernels for the same
             fuse_elementwise(model)
     model.train()

@@ -297,7 +297,8 @@ class StepConfig:
 
     fused_kernels: bool = True
     """In half precision, one kernel for each norm, rotary position and SwiGLU (a few rows at a time on a CPU), and
-    layers with the same input computed together; under ``compile_layers`` the compiler sees to that."""
+    layers with the same input computed together; in float32 on a CPU for rotary positions alone. Under
+    ``compile_layers`` the compiler sees to that."""
 
     cuda_graphs: bool | Literal["auto"] = "auto"
     """On one GPU, record forward and backward pass as CUDA graphs: what the host launched kernel by kernel is launched

@@ -1,13 +1,12 @@
 """Causal attention over a packed batch on a CPU: one autograd function, a block of queries at a time.
 
-torch's CPU kernel works on one example, wants key and value heads repeated, and runs at about a quarter of the speed
-of a matrix product. Here the query heads that share a key head are stacked into one product, keys that a block cannot
-see are never touched, and results go straight to where the next layer reads them. The backward pass makes the
-attention weights again, as FlashAttention (arXiv:2205.14135) does, so nothing but the inputs is kept.
+For bfloat16, where torch's kernel (``flash_attention.py``) is slower. Query heads that share a key head are stacked
+into one product, keys that a block cannot see are never touched, and results go straight to where the next layer reads
+them. The backward pass makes the attention weights again, as FlashAttention (arXiv:2205.14135) does, so nothing but
+the inputs is kept. Products are taken in bfloat16, the softmax and the sums over blocks in float32.
 
 The readable reference is the other branch of ``attention.packed_attention_forward``. Left out: dropout, sliding
-windows, soft-capped scores, float16; that branch serves them. In bfloat16 the products are taken in bfloat16, the
-softmax and the sums over blocks in float32.
+windows, soft-capped scores, float16; that branch serves them.
 
 Shapes: T rows of the batch, H query heads, K key and value heads, G = H / K, E head dimension, B queries of a block,
 C keys that the block sees.
@@ -16,12 +15,13 @@ C keys that the block sees.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_lora.kernels import products
+from lit_lora.kernels.packed_rows import Example, examples
 
 _LONG = 768
 """From so many tokens of an example on, torch's own kernel is faster than products by MKL (``benchmarks/NOTES.md``)."""
@@ -58,39 +58,11 @@ def blockwise_attention(
     return _BlockwiseAttention.apply(query, key, value, seq_lens, shared_prefix, scaling)
 
 
-class _Example(NamedTuple):
-    """Rows of the batch that see each other, and how many at the start of the batch they see too."""
-
-    rows: slice
-    prefix: int
-
-    def blocks(self) -> Iterator[tuple[slice, int]]:
-        """Rows of queries that are computed together, and how many keys of the example the last of them sees."""
-        for first in range(self.rows.start, self.rows.stop, _BLOCK):
-            last = min(first + _BLOCK, self.rows.stop)
-            yield slice(first, last), self.prefix + last - self.rows.start
-
-    def gather(self, x_KTE: Tensor) -> Tensor:
-        """Keys or values of the example, its beginning first, ``(K, C, E)``, contiguous."""
-        if not self.prefix:
-            return x_KTE[:, self.rows].contiguous()
-        num_heads, _, width = x_KTE.shape
-        gathered = x_KTE.new_empty(num_heads, self.prefix + self.rows.stop - self.rows.start, width)
-        gathered[:, : self.prefix] = x_KTE[:, : self.prefix]
-        gathered[:, self.prefix :] = x_KTE[:, self.rows]
-        return gathered
-
-    def add_(self, total_KTE: Tensor, grad_KCE: Tensor) -> None:
-        """The reverse of ``gather``, summed."""
-        total_KTE[:, : self.prefix] += grad_KCE[:, : self.prefix]
-        total_KTE[:, self.rows] += grad_KCE[:, self.prefix :]
-
-
-def _examples(seq_lens: list[int], shared_prefix: int) -> Iterator[_Example]:
-    start = 0
-    for index, length in enumerate(seq_lens):
-        yield _Example(slice(start, start + length), shared_prefix if index else 0)
-        start += length
+def _blocks(example: Example) -> Iterator[tuple[slice, int]]:
+    """Rows of queries that are computed together, and how many keys of the example the last of them sees."""
+    for first in range(example.rows.start, example.rows.stop, _BLOCK):
+        last = min(first + _BLOCK, example.rows.stop)
+        yield slice(first, last), example.prefix + last - example.rows.start
 
 
 class _BlockwiseAttention(torch.autograd.Function):
@@ -101,10 +73,10 @@ class _BlockwiseAttention(torch.autograd.Function):
         _, num_heads, num_rows, width = query.shape
         out_THE = query.new_empty(num_rows, num_heads, width)
         hidden = _hidden_keys(query, seq_lens)
-        for example in _examples(seq_lens, shared_prefix):
-            keys, values = example.gather(key[0]), example.gather(value[0])
+        for example in examples(seq_lens, shared_prefix):
+            keys, values = (example.whole(x[0]).contiguous() for x in (key, value))
             wide_keys = keys.to(hidden.dtype)
-            for rows, num_seen in example.blocks():
+            for rows, num_seen in _blocks(example):
                 stacked = _stack(query[0, :, rows], len(keys), scaling)
                 for heads in _together(len(keys), num_seen):
                     weights = _weights(stacked[heads], wide_keys[heads, :num_seen], rows, hidden).to(query.dtype)
@@ -126,15 +98,15 @@ class _BlockwiseAttention(torch.autograd.Function):
         hidden = _hidden_keys(query, seq_lens)
         wide = hidden.dtype
         dkey, dvalue = (torch.zeros((num_rows, num_key_heads, width), dtype=wide).transpose(0, 1) for _ in range(2))
-        for example in _examples(seq_lens, shared_prefix):
-            keys, values = example.gather(key), example.gather(value)
+        for example in examples(seq_lens, shared_prefix):
+            keys, values = (example.whole(x).contiguous() for x in (key, value))
             wide_keys = keys.to(wide)
             # With the keys as columns: a product with many columns is the faster one.
             dkeys_KEC, dvalues_KEC = (
                 torch.zeros_like(x.transpose(1, 2), dtype=wide, memory_format=torch.contiguous_format)
                 for x in (keys, values)
             )
-            for rows, num_seen in example.blocks():
+            for rows, num_seen in _blocks(example):
                 stacked, dout = _stack(query[:, rows], num_key_heads, scaling), _stack(grad_HTE[:, rows], num_key_heads)
                 for heads in _together(num_key_heads, num_seen):
                     seen = keys[heads, :num_seen]

@@ -1,4 +1,4 @@
-"""Norms, rotary positions and SwiGLU in half precision: one kernel each on CUDA, a few rows at a time on a CPU.
+"""Norms, rotary positions and SwiGLU, in half precision: one kernel each on CUDA, a few rows at a time on a CPU.
 
 Written with torch's operators, as models write them, they are chains of small kernels, each of which reads and writes
 all of its operands, and some of which keep float32 copies for the backward pass. Here the norm is torch's own fused
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_lora.kernels.cuda_way import HALF, computes_half, has_no_values, runs_triton
+from lit_lora.kernels.cuda_way import HALF, computes_half, has_no_values, runs_triton, takes_cuda_way
 
 _IN_CACHE = 2**16
 """Elements that a thread of a CPU computes together: as many float32 copies as a formula has fit its second cache, and
@@ -31,6 +31,12 @@ more than the 32,768 below which torch takes one thread for all."""
 def serves(x: Tensor) -> bool:
     """Whether what is computed from ``x`` is computed here."""
     return x.dtype in HALF and computes_half(x)
+
+
+def serves_positions(x: Tensor) -> bool:
+    """Whether rotary positions of ``x`` are: on a CPU in float32 too, where the model's own chain takes three times as
+    long. Its norm in float32 is as fast as ours, and rounds alike."""
+    return serves(x) or (x.dtype is torch.float32 and x.device.type == "cpu" and not takes_cuda_way(x))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

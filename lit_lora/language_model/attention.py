@@ -10,11 +10,11 @@ attention with a window, a soft cap and a scale (sinks, a bias, keys of another 
 refused with ``CannotPack``: the trial before a run (``trial.py``) then pads.
 
 Which kernel: half precision on CUDA takes ``varlen_attention.py``, one launch for all examples, on cards that have
-FlashAttention. A CPU takes ``blockwise_attention.py``, where that is faster. Elsewhere each example
-goes through ``scaled_dot_product_attention``, with key and value heads repeated but for FlashAttention: a CPU's
-grouped-query backward is three times slower than the copy, and CUDA's other kernels refuse grouped queries, which
-leaves one whose memory is quadratic. Soft-capped scores, and the sliding windows that are left, take a plain masked
-product, made again in the backward pass so that its scores are not kept.
+FlashAttention. A CPU takes ``flash_attention.py`` in full precision, ``blockwise_attention.py`` in bfloat16 where that
+is faster. Elsewhere each example goes through ``scaled_dot_product_attention``, with key and value heads repeated but
+for FlashAttention: a CPU's grouped-query backward is three times slower than the copy, and CUDA's other kernels refuse
+grouped queries, which leaves one whose memory is quadratic. Soft-capped scores, and the sliding windows that are left,
+take a plain masked product, made again in the backward pass so that its scores are not kept.
 
 On a CPU the examples of a batch may share their beginning, which then is there once (``shared_prefix``).
 
@@ -23,6 +23,7 @@ Shapes: T tokens of the batch, H query heads, K key and value heads, E head dime
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NoReturn
@@ -39,6 +40,7 @@ from lit_lora.base.quantized_linear import autocast_dtype
 from lit_lora.kernels.blockwise_attention import blockwise_attention, is_faster
 from lit_lora.kernels.cuda_cards import has_flash_attention
 from lit_lora.kernels.cuda_stand_ins import is_on_cuda
+from lit_lora.kernels.flash_attention import flash_attention
 from lit_lora.kernels.varlen_attention import serves
 from lit_lora.kernels.varlen_attention import varlen_attention as _varlen
 
@@ -140,12 +142,17 @@ def packed_attention_forward(
     if lengths is None:
         raise CannotPack("its attention goes through the examples one by one")
     equal_widths = value.shape[-1] == query.shape[-1]
-    blockwise = query.dtype in (torch.bfloat16, torch.float32, torch.float64)
     on_cpu = query.device.type == "cpu" and not is_on_cuda(query)
-    if blockwise and equal_widths and plain and on_cpu and (shared_prefix or is_faster(longest)):
+    if equal_widths and plain and on_cpu and (attend := _of_a_cpu(query.dtype, longest, shared_prefix)):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return blockwise_attention(query, key, value, lengths, shared_prefix=shared_prefix, scaling=scaling), None
+        return attend(query, key, value, lengths, shared_prefix=shared_prefix, scaling=scaling), None
     return _per_example(query, key, value, lengths, shared_prefix, scaling, dropout, window, softcap), None
+
+
+def _of_a_cpu(dtype: torch.dtype, longest: int, shared_prefix: int) -> Callable[..., Tensor] | None:
+    if dtype in (torch.float32, torch.float64):
+        return flash_attention
+    return blockwise_attention if dtype is torch.bfloat16 and (shared_prefix or is_faster(longest)) else None
 
 
 def _check_call(

@@ -1,4 +1,4 @@
-"""Norms and rotary positions of a model in half precision through one kernel each (``kernels/elementwise.py``).
+"""Norms and rotary positions of a model through one kernel each (``kernels/elementwise.py``).
 
 Nothing is looked up by a model's name. A norm is taken if its own forward, on rows of several magnitudes, is the
 formula of RMSNorm; rotary positions if the function that an attention calls for them is their formula. Both are
@@ -96,8 +96,8 @@ def _with_kernel(kind: type) -> FunctionType | None:
 
 def _rotation(own: Rotary) -> Rotary:
     def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        served = len(args) == 4 and not kwargs and elementwise.serves(args[0]) and not torch.compiler.is_compiling()
-        if served and _fits(*args):
+        ours = len(args) == 4 and not kwargs and elementwise.serves_positions(args[0])
+        if ours and not torch.compiler.is_compiling() and _fits(*args):
             return elementwise.rotate(*args)
         return own(*args, **kwargs)
 

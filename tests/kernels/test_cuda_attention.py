@@ -134,7 +134,7 @@ def test_each_version_of_torch_is_passed_what_it_takes(monkeypatch, calls, versi
 )
 def test_a_card_gets_the_kernel_that_it_has(monkeypatch, calls, card, dtype, width, kernel, grouped):
     """Grouped key heads go to FlashAttention alone: torch's other kernels leave them to one of quadratic memory."""
-    monkeypatch.setattr("lit_lora.language_model.attention.is_faster", lambda longest: False)
+    monkeypatch.setattr("lit_lora.language_model.attention._of_a_cpu", lambda *_: None)
     use_version(monkeypatch, of_2_13, calls)
     with cuda_cards.assumed(card):
         attend(dtype, keys=2, width=width)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lit_lora import LoRAConfig, inject_lora
 from lit_lora.data.batches.packing import collate_packed
-from lit_lora.kernels import blockwise_attention
+from lit_lora.kernels import flash_attention
 from lit_lora.language_model import attention, forward
 from lit_lora.language_model.attention_calls import packable_up_to, record_calls
 from lit_lora.language_model.forward import laid_out, language_model_loss, linear_cross_entropy_with_accuracy
@@ -111,25 +111,24 @@ def broken(monkeypatch):
         return masked(query, key, value, window=window and window + 1, **options)
 
     def borders(query: Any, key: Any, value: Any, seq_lens: list[int], **options: Any) -> Any:
-        return blockwise(query, key, value, [sum(seq_lens)], **options)
+        return flash(query, key, value, [sum(seq_lens)], **options)
 
     def prefix(query: Any, key: Any, value: Any, seq_lens: list[int], *, shared_prefix: int = 0, **options: Any) -> Any:
-        return blockwise(query, key, value, seq_lens, shared_prefix=shared_prefix and shared_prefix - 1, **options)
+        return flash(query, key, value, seq_lens, shared_prefix=shared_prefix and shared_prefix - 1, **options)
 
     def gradient(*args: Any, **options: Any) -> Any:
-        out = blockwise(*args, **options)
+        out = flash(*args, **options)
         return out.detach() + 1.02 * (out - out.detach())
 
     def head(*args: Any, **options: Any) -> Any:
         out = chunked(*args, **options)
         return out._replace(nll_sum=out.nll_sum.detach() + 1.02 * (out.nll_sum - out.nll_sum.detach()))
 
-    masked, blockwise = attention._masked_attention, attention.blockwise_attention
+    masked, flash = attention._masked_attention, attention.flash_attention
     chunked = linear_cross_entropy_with_accuracy
-    monkeypatch.setattr(attention, "is_faster", lambda longest: True)
     parts = {
-        "window": (attention, "_masked_attention", window), "borders": (attention, "blockwise_attention", borders),
-        "prefix": (attention, "blockwise_attention", prefix), "gradient": (attention, "blockwise_attention", gradient),
+        "window": (attention, "_masked_attention", window), "borders": (attention, "flash_attention", borders),
+        "prefix": (attention, "flash_attention", prefix), "gradient": (attention, "flash_attention", gradient),
         "head": (forward, "linear_cross_entropy_with_accuracy", head),
     }  # fmt: skip
     return lambda name: monkeypatch.setattr(*parts[name])
@@ -183,8 +182,7 @@ def test_whatever_a_model_raises_is_a_reason_to_pad(error):
 
 
 def test_an_error_of_our_own_is_not_taken_for_an_answer(monkeypatch):
-    monkeypatch.setattr(blockwise_attention, "_BLOCK", None)  # as a slip of the pen would
-    monkeypatch.setattr(attention, "is_faster", lambda longest: True)
+    monkeypatch.setattr(flash_attention, "_put_", None)  # as a slip of the pen would
     with pytest.raises(TypeError, match="NoneType"):
         choose_path(adapted())
 

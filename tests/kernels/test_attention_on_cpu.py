@@ -1,10 +1,11 @@
-"""Blockwise attention against the branch that computes each example by itself."""
+"""Attention in blocks, and by torch's kernel, against the branch that computes each example by itself."""
 
 import pytest
 import torch
 
 from lit_lora.kernels import products
 from lit_lora.kernels.blockwise_attention import blockwise_attention
+from lit_lora.kernels.flash_attention import flash_attention
 from lit_lora.language_model import attention
 from lit_lora.language_model.attention import _per_example
 
@@ -28,14 +29,22 @@ def _blockwise(query, key, value, lengths, shared_prefix):
     return blockwise_attention(query, key, value, lengths, shared_prefix=shared_prefix, scaling=0.3)
 
 
+def _flash(query, key, value, lengths, shared_prefix):
+    return flash_attention(query, key, value, lengths, shared_prefix=shared_prefix, scaling=0.3)
+
+
+each_kernel = pytest.mark.parametrize("kernel", [_blockwise, _flash])
+
+
 def _reference(query, key, value, lengths, shared_prefix):
     return _per_example(query, key, value, lengths, shared_prefix, 0.3, 0.0, None, None)
 
 
+@each_kernel
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("key_heads", [6, 2, 1])
-def test_values_and_gradients_equal_the_reference(lengths, key_heads):
-    got = _attention_and_gradients(_blockwise, lengths, 0, key_heads=key_heads)
+def test_values_and_gradients_equal_the_reference(kernel, lengths, key_heads):
+    got = _attention_and_gradients(kernel, lengths, 0, key_heads=key_heads)
     expected = _attention_and_gradients(_reference, lengths, 0, key_heads=key_heads)
     assert got[0].is_contiguous()
     for value, other in zip(got, expected, strict=True):
@@ -51,9 +60,10 @@ def test_bfloat16_is_as_exact_as_its_inputs(lengths, shared):
         assert (value.double() - other).norm() < 0.01 * other.norm()
 
 
+@each_kernel
 @pytest.mark.parametrize("lengths", [[5, 3, 9], [130, 1, 200, 40], [150, 450, 2]], ids=str)
-def test_a_shared_prefix_is_seen_by_every_example(lengths):
-    got = _attention_and_gradients(_blockwise, lengths, lengths[0])
+def test_a_shared_prefix_is_seen_by_every_example(kernel, lengths):
+    got = _attention_and_gradients(kernel, lengths, lengths[0])
     expected = _attention_and_gradients(_reference, lengths, lengths[0])
     for value, other in zip(got, expected, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-12)
@@ -62,20 +72,34 @@ def test_a_shared_prefix_is_seen_by_every_example(lengths):
     torch.manual_seed(1)
     prefix, *rests = lengths
     query, key, value = (torch.randn(1, 2, sum(lengths), 8, dtype=torch.float64) for _ in range(3))
-    shared = _blockwise(query, key, value, lengths, prefix)[0].split(lengths)
+    shared = kernel(query, key, value, lengths, prefix)[0].split(lengths)
     parts = [x.split(lengths, dim=2) for x in (query, key, value)]
     for index, rest in enumerate(rests, start=1):
         whole = [torch.cat([part[0], part[index]], dim=2) for part in parts]
-        alone = _blockwise(*whole, [prefix + rest], 0)[0]
+        alone = kernel(*whole, [prefix + rest], 0)[0]
         torch.testing.assert_close(alone[prefix:], shared[index], rtol=1e-10, atol=1e-12)
 
 
-def test_float32_is_as_exact_as_torchs_kernel():
+@each_kernel
+def test_float32_is_as_exact_as_torchs_kernel(kernel):
     exact = _attention_and_gradients(_reference, [300, 100], 0)
-    ours = _attention_and_gradients(_blockwise, [300, 100], 0, dtype=torch.float32)
+    ours = _attention_and_gradients(kernel, [300, 100], 0, dtype=torch.float32)
     torchs = _attention_and_gradients(_reference, [300, 100], 0, dtype=torch.float32)
     for value, other, true in zip(ours, torchs, exact, strict=True):
         assert (value - true).abs().max() <= 2 * (other - true).abs().max() + 1e-7
+
+
+def _called(monkeypatch, lengths, shared, dtype):
+    calls = []
+    for name in ("blockwise_attention", "flash_attention", "_per_example"):
+        own = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *a, own=own, name=name, **k: calls.append(name) or own(*a, **k))
+    q, k, v = (torch.randn(1, 2, sum(lengths), 8, dtype=dtype) for _ in range(3))
+    seq_lens = attention.SeqLens(lengths, shared)
+    attention.packed_attention_forward(
+        torch.nn.Module(), q, k, v, attention.no_mask(q.device), cu_seq_lens_q=torch.zeros(1), seq_lens=seq_lens
+    )
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -84,14 +108,42 @@ def test_float32_is_as_exact_as_torchs_kernel():
 )
 def test_long_examples_take_torchs_kernel_where_products_are_slow(monkeypatch, lengths, shared, onednn, blockwise):
     monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
-    calls = []
-    monkeypatch.setattr(attention, "blockwise_attention", lambda q, *_, **__: calls.append(1) or q.transpose(1, 2))
-    q, k, v = (torch.randn(1, 2, sum(lengths), 8) for _ in range(3))
-    seq_lens = attention.SeqLens(lengths, shared)
-    attention.packed_attention_forward(
-        torch.nn.Module(), q, k, v, attention.no_mask(q.device), cu_seq_lens_q=torch.zeros(1), seq_lens=seq_lens
-    )
-    assert bool(calls) == blockwise
+    called = _called(monkeypatch, lengths, shared, torch.bfloat16)
+    assert called == ["blockwise_attention" if blockwise else "_per_example"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernel"),
+    [
+        (torch.float32, "flash_attention"),
+        (torch.float64, "flash_attention"),
+        (torch.bfloat16, "blockwise_attention"),
+        (torch.float16, "_per_example"),
+    ],
+)
+@pytest.mark.parametrize("lengths", [[5, 3], [5, 900]])
+@pytest.mark.parametrize("shared", [0, 5])
+def test_a_type_gets_the_kernel_that_is_fast_for_it(monkeypatch, dtype, kernel, lengths, shared):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    assert _called(monkeypatch, lengths, shared, dtype) == [kernel]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_heads_need_not_lie_in_one_piece(dtype):
+    """Neither those of the inputs, nor those of the gradient, as that of a sum."""
+    torch.manual_seed(0)
+    plain = [torch.randn(1, heads, 12, 8, dtype=dtype) for heads in (4, 2, 2)]
+    torn = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in plain]
+    results = []
+    for inputs in (plain, torn):
+        inputs = [x.requires_grad_() for x in inputs]
+        out = _flash(*inputs, [7, 5], 0)
+        results.append([out, *torch.autograd.grad(out.sum(), inputs)])
+    expected = _reference(*plain, [7, 5], 0)
+    torch.testing.assert_close(results[0][0], expected)
+    torch.testing.assert_close(results[0][1:], list(torch.autograd.grad(expected.sum(), plain)))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
 
 
 def test_autocast_takes_the_other_branch_in_half_precision():
@@ -107,9 +159,20 @@ def test_autocast_takes_the_other_branch_in_half_precision():
     torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
 
 
+def _kept(kernel, inputs):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        return kept, kernel(*inputs, [150, 50], 0)
+
+
 def test_nothing_but_the_inputs_is_kept_for_the_backward_pass():
     inputs = [torch.randn(1, 4, 200, 8, requires_grad=True) for _ in range(3)]
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()), lambda x: x):
-        _blockwise(*inputs, [200], 0)
-    assert sorted(kept) == sorted(x.data_ptr() for x in inputs)
+    kept, _ = _kept(_blockwise, inputs)
+    assert sorted(x.data_ptr() for x in kept) == sorted(x.data_ptr() for x in inputs)
+
+
+def test_torchs_kernel_keeps_the_output_too_and_a_number_for_each_row_and_head():
+    inputs = [torch.randn(1, 4, 200, 8, requires_grad=True) for _ in range(3)]
+    kept, out = _kept(_flash, inputs)
+    assert {x.data_ptr() for x in (*inputs, out)} <= {x.data_ptr() for x in kept}
+    assert sum(x.numel() for x in kept) == sum(x.numel() for x in (*inputs, out)) + 4 * 200
