@@ -165,7 +165,7 @@ def test_peft_loads_the_adapter_with_equal_logits_and_gradients(trained, real_mo
     assert adapters.keys() == gradients.keys()
     assert len(adapters) == 420
     for name, gradient in adapters.items():
-        assert (gradient - gradients[name]).abs().max() < 1e-5, name
+        assert (gradient - gradients[name]).abs().max() < 2e-5, name
 
 
 def test_transformers_load_adapter_gives_equal_logits(trained, real_model, token_ids):

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from lit_lora.base.attention_choice import attention_implementation
+from lit_lora.base.whose_error import ask
 from lit_lora.language_model.attention import CannotPack
 
 MaskRule = Callable[[Any, Any, Any, Any], Any]
@@ -46,7 +47,7 @@ def record_calls(model: PreTrainedModel, input_ids: Tensor) -> list[AttentionCal
     AttentionMaskInterface.register(_NAME, recorder.make_mask)
     with attention_implementation(model, _NAME):
         # With a mask of ones transformers need not look whether the row is a packed one.
-        model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+        ask(model, input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
     return recorder.calls
 
 

@@ -184,6 +184,7 @@ class _Limits(NamedTuple):
     packed_up_to: int | None
 
 
+@torch.no_grad()
 def _packing_limits(model: PreTrainedModel) -> _Limits:
     ids = trial_batch(model, _LENGTHS, special=False).layouts["padded"]["input_ids"][:1]
     calls = record_calls(model, ids)

@@ -23,6 +23,7 @@ from lit_lora.adapters.frozen_statistics import keep_batch_norm_frozen
 from lit_lora.base.int8_rows import Int8Head
 from lit_lora.base.module_state import attributes_kept
 from lit_lora.base.shards import device_of, device_of_model, recover_
+from lit_lora.base.whose_error import ask
 from lit_lora.kernels.linear_cross_entropy import IGNORE_INDEX
 from lit_lora.language_model.forward import (
     Batch,
@@ -145,7 +146,7 @@ def run_general(model: PreTrainedModel, batch: TrialBatch, *, labelled: bool) ->
     if labelled:
         inputs["labels"] = batch.labels
     with _HeadWatch(model) as watch:
-        output = model(**inputs, use_cache=False)
+        output = ask(model, **inputs, use_cache=False)
     loss = output.loss.item() if labelled and output.loss is not None else None
     return GeneralRun(output.logits, loss, watch.why_not_direct(output.logits))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lit_lora.base.whose_error import raised_here
+from lit_lora.base.whose_error import ask, raised_here
 from lit_lora.kernels import elementwise
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -44,11 +44,11 @@ def fuse_elementwise(model: nn.Module) -> tuple[int, int]:
     return len(norms), len(attentions)
 
 
-def _norm(module: Any, x: Tensor) -> Tensor:
+def _norm(module: Any, x: Tensor, *others: Any, **named: Any) -> Tensor:
     weight = module.weight
     served = elementwise.serves(x) and x.dtype == weight.dtype and not weight.requires_grad
-    if not served or torch.compiler.is_compiling():
-        return type(module).forward(module, x)
+    if not served or others or named or torch.compiler.is_compiling():  # others, as the gate of Mamba's
+        return type(module).forward(module, x, *others, **named)
     return elementwise.rms_norm(x, weight, _epsilon(module))
 
 
@@ -69,9 +69,10 @@ def _is_rms_norm(module: Any) -> bool:
         x = torch.linspace(-1, 2, 3 * len(weight), device="cpu").view(3, -1) * magnitudes
         expected = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
         stand_in = object.__new__(type(module))
-        vars(stand_in).update(vars(module), _parameters={"weight": nn.Parameter(weight, requires_grad=False)})
+        of_trial = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}  # others are None
+        vars(stand_in).update(vars(module), _parameters=of_trial)
         try:
-            got = type(module).forward(stand_in, x)
+            got = ask(type(module).forward, stand_in, x)
         except Exception as error:
             if raised_here(error):
                 raise
@@ -128,7 +129,7 @@ def _is_rotation(own: Rotary) -> bool:
         cos, sin = (torch.randn(2, 5, 8, device="cpu", dtype=torch.float64, generator=generator) for _ in range(2))
         expected = elementwise.rotate(query, key, cos, sin)
         try:
-            got = own(query, key, cos, sin)
+            got = ask(own, query, key, cos, sin)
         except Exception as error:
             if raised_here(error):
                 raise

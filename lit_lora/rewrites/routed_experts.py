@@ -21,7 +21,7 @@ from lit_lora.adapters.parameters import LoRAParameter
 from lit_lora.adapters.task_heads import as_pretrained
 from lit_lora.base.module_state import attributes_kept
 from lit_lora.base.shards import device_of_model
-from lit_lora.base.whose_error import described, raised_here
+from lit_lora.base.whose_error import ask, described, raised_here
 
 _NUM_TOKENS = 32
 _TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -88,7 +88,7 @@ def _calls(model: Any, groups: dict[str, list[LoRAParameter]]) -> dict[str, tupl
     ids = torch.arange(_NUM_TOKENS, device=device).mul_(7).remainder_(vocab)[None]
     try:
         with torch.no_grad(), attributes_kept(model), _random_state_kept(device):
-            model(input_ids=ids)
+            ask(model, input_ids=ids)
     except Exception as error:  # whatever it needs instead: the trial of the whole model says so
         if raised_here(error):
             raise

@@ -67,7 +67,7 @@ def test_loss_through_an_8_bit_head_equals_that_of_its_dequantized_weight(tied, 
     torch.testing.assert_close(got.loss_sum, expected.loss_sum, rtol=1e-5, atol=1e-5)
     assert got.num_correct == expected.num_correct
     for name in gradients:
-        torch.testing.assert_close(gradients[name], expected_gradients[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradients[name], expected_gradients[name], rtol=1e-4, atol=2e-5)
 
 
 def test_8_bit_rows_are_close_and_a_row_of_zeros_stays_zero():

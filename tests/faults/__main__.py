@@ -302,12 +302,14 @@ def main() -> None:
     parser.add_argument("--corruptions", type=int, default=60, help="of checkpoints, and as many of adapters")
     parser.add_argument("--max_minutes", type=float, default=25, help="after these no new fault is started")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["float32", "auto"], default="float32", help="auto: what fit takes here")
     parser.add_argument("--keep", action="store_true", help="leave the working folder")
     parser.add_argument("--output", type=Path, default=RESULTS / "faults.md")
     options = parser.parse_args()
     torch.set_num_threads(1)  # threads would not survive the fork
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # float32 on every machine, as in the tests
+    if options.dtype == "float32":
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # which leaves auto no other choice on any machine
     from tests.faults.bad_inputs import bad_inputs
     from tests.faults.hostile_files import hostile_files
 
@@ -339,7 +341,8 @@ def main() -> None:
     lines = [
         "# Faults, and what became of the runs",
         "",
-        f"`python -m tests.faults --seed {options.seed} --kills {options.kills} --corruptions {options.corruptions}`,",
+        f"`python -m tests.faults --seed {options.seed} --kills {options.kills} --corruptions {options.corruptions}"
+        f"{' --dtype auto' * (options.dtype == 'auto')}`,",
         f"{time.strftime('%Y-%m-%d')}, {time.monotonic() - started:.0f} s on {os.cpu_count()} cores "
         f"({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}.",
         "",

@@ -115,7 +115,15 @@ class _Refusing(modeling_llama.LlamaRMSNorm):
         raise KeyError("it wants more")
 
 
-@pytest.mark.parametrize("kind", [_Scaled, _OutsideEpsilon, _Refusing, nn.LayerNorm])
+class _Unbiased(nn.LayerNorm):
+    """As MPT's: of the names that its class reads, one stands for no parameter."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.bias = None
+
+
+@pytest.mark.parametrize("kind", [_Scaled, _OutsideEpsilon, _Refusing, nn.LayerNorm, _Unbiased])
 def test_a_norm_of_another_formula_is_left_alone(kind):
     assert fuse_elementwise(nn.Sequential(kind(16), modeling_llama.LlamaRMSNorm(16))) == (1, 0)
 

@@ -170,3 +170,33 @@ def test_a_copied_model_shares_within_itself():
 
 def test_a_model_that_is_no_language_model_is_left_alone():
     assert share_inputs(_Two()) == 0
+
+
+class _NeedsMore(nn.Module):
+    """Without sound a layer is handed nothing, as a model of speech does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input_ids: Tensor, use_cache: bool, sound: Tensor | None = None) -> Tensor:
+        return self.layer(sound)
+
+
+class _TakesSoundAlone(_NeedsMore):
+    def forward(self, sound: Tensor) -> Tensor:  # type: ignore[override]
+        return self.layer(sound)
+
+
+@pytest.mark.parametrize("decoder", [_NeedsMore, _TakesSoundAlone])
+def test_a_model_that_needs_other_inputs_is_left_alone(decoder):
+    model = _model()
+    model.get_decoder = lambda: decoder(model.model.layers[0].mlp.up_proj)
+    assert share_inputs(model) == 0
+
+
+def test_an_error_of_ours_is_raised(monkeypatch):
+    model = _model()
+    monkeypatch.setattr(layers_module, "lora_linear", None)  # as a slip of the pen would
+    with pytest.raises(TypeError, match="NoneType"):
+        share_inputs(model)

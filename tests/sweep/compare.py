@@ -2,7 +2,7 @@
 
 The reference is the model as transformers runs it: each example alone, without padding, with its own attention, its own
 loss where that is the one of next tokens, and adapters computed by plain operations. Ours is what ``fit`` does: the
-path that ``choose_path`` finds, fused adapters, recomputed MLPs and layers, on packed and padded batches and on a
+path that ``choose_path`` finds, fused adapters and rotary positions, recomputed MLPs and layers, on packed and padded batches and on a
 single example.
 """
 
@@ -29,6 +29,7 @@ from lit_lora.data.prepared.dataset import TokenizedExample
 from lit_lora.language_model.forward import ForwardPath, laid_out, language_model_loss
 from lit_lora.language_model.trial import choose_path
 from lit_lora.module import LossOutput
+from lit_lora.rewrites.fused_elementwise import fuse_elementwise
 from lit_lora.rewrites.gated_mlp import recompute_gated_mlps
 from lit_lora.rewrites.recompute import checkpoint_layers
 from tests.sweep.configs import VOCAB, tiny_config
@@ -148,6 +149,7 @@ def _compare_causal(model: PreTrainedModel, alone: bool) -> tuple[ForwardPath, l
     single = _our_run(model, examples[:1], path, collate_packed)
     found.append(single.differences(_own_run(model, examples[:1], path)))
     recompute_gated_mlps(model)
+    fuse_elementwise(model)
     if repeated_layers(model):
         checkpoint_layers(model)
     found.append(_our_run(model, examples, path, collate_packed).differences(expected))

@@ -1,0 +1,54 @@
+"""Every causal architecture of transformers is built as ``fit`` builds it, in the types that a CPU computes in.
+
+Its loss is that of its own forward pass in float32. How exact the gradients are is for ``tests/sweep``, in float32;
+here it is enough that a part of some model which takes more than others, or has less, does not stop the run.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lit_lora.build import make_trainable
+from lit_lora.config import StepConfig
+from lit_lora.data.batches.packing import collate_packed
+from lit_lora.language_model.forward import language_model_loss
+from tests.language_model.test_forward import _collated, _reference_loss
+from tests.sweep.compare import _adaptable, build
+from tests.tiny import examples
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of what is not adapted, and transformers' own
+
+REFUSED = {"cpmant": "not causal", "xlnet": "not causal", "reformer": "does not run in training mode"}
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_it_trains(model_type: str, dtype: torch.dtype) -> None:
+    try:
+        own = build(model_type).eval()
+        model = copy.deepcopy(own).to(dtype)
+        with torch.no_grad():
+            expected, _ = (float(_reference_loss(each, examples())) for each in (own, model))
+        lora = replace(_adaptable(own), init_lora_weights=True)
+    except Exception as error:
+        pytest.skip(f"transformers does not run a tiny one on text: {type(error).__name__}")
+    if model_type in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[model_type]):
+            make_trainable(model, lora, StepConfig())
+        return
+    if model_type == "prophetnet":
+        pytest.skip("nearly causal: a future token moves its logits by less than rounding in half precision may")
+    path = make_trainable(model, lora, StepConfig()).path
+    assert path is not None
+    loss = language_model_loss(model.eval(), _collated(collate_packed, examples()), path).nll_sum
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(expected, rel=LOSS_TOLERANCE[dtype])
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
