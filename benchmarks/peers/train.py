@@ -228,10 +228,13 @@ def machine(num_threads: int) -> str:
 def _processor() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()
-        model = next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
-        flags = next(line for line in text.splitlines() if line.startswith("flags"))
-        return f"{model} ({'AVX512' if ' avx512f' in flags else 'AVX2' if ' avx2' in flags else 'no AVX2'})"
-    except (OSError, StopIteration):
+        first = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines())
+        found = {name.strip(): value.strip() for name, value in first.items()}
+        # AMD names processors of several generations alike, and one of them multiplies twice as fast as another.
+        name = f"{found['model name']}, family {found['cpu family']}, model {found['model']}"
+        flags = found["flags"].split()
+        return f"{name} ({'AVX512' if 'avx512f' in flags else 'AVX2' if 'avx2' in flags else 'no AVX2'})"
+    except (OSError, KeyError):
         return platform.processor()
 
 

@@ -1,9 +1,10 @@
 """Causal attention over a packed batch on a CPU: one autograd function, a block of queries at a time.
 
-For bfloat16, where torch's kernel (``flash_attention.py``) is slower. Query heads that share a key head are stacked
-into one product, keys that a block cannot see are never touched, and results go straight to where the next layer reads
-them. The backward pass makes the attention weights again, as FlashAttention (arXiv:2205.14135) does, so nothing but
-the inputs is kept. Products are taken in bfloat16, the softmax and the sums over blocks in float32.
+For bfloat16, and for long examples on AMD, where torch's kernel (``flash_attention.py``) is slower. Query heads that
+share a key head are stacked into one product, keys that a block cannot see are never touched, and results go straight
+to where the next layer reads them. The backward pass makes the attention weights again, as FlashAttention
+(arXiv:2205.14135) does, so nothing but the inputs is kept. In bfloat16 products are taken so, the softmax and the sums
+over blocks in float32.
 
 The readable reference is the other branch of ``attention.packed_attention_forward``. Left out: dropout, sliding
 windows, soft-capped scores, float16; that branch serves them.
@@ -33,9 +34,9 @@ _ONE_BY_ONE = 512
 """Keys from which on the key heads of a block are computed one after the other."""
 
 
-def is_faster(longest: int) -> bool:
-    """Than torch's kernel, for examples of at most so many tokens."""
-    return longest < _LONG or products.onednn_is_faster()
+def is_faster(longest: int, dtype: torch.dtype) -> bool:
+    """Than torch's kernel, for examples of at most so many tokens: for long ones by oneDNN, for others in bfloat16."""
+    return products.onednn_is_faster() if longest >= _LONG else dtype is torch.bfloat16
 
 
 def blockwise_attention(

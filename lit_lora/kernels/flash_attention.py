@@ -6,7 +6,7 @@ forward pass only the logarithms of the softmax's sums are kept beside inputs an
 layer that reads it too.
 
 A common beginning of the examples is computed with each of them again, and its results are left out: few rows, that
-see few. In bfloat16 ``blockwise_attention.py`` is the faster one.
+see few. ``blockwise_attention.py`` is the faster one in bfloat16, and on AMD for long examples.
 
 Shapes: T rows of the batch, H query heads, K key and value heads, G = H / K, E head dimension, L rows of an example and
 of the beginning that it sees.

@@ -10,8 +10,8 @@ attention with a window, a soft cap and a scale (sinks, a bias, keys of another 
 refused with ``CannotPack``: the trial before a run (``trial.py``) then pads.
 
 Which kernel: half precision on CUDA takes ``varlen_attention.py``, one launch for all examples, on cards that have
-FlashAttention. A CPU takes ``flash_attention.py`` in full precision, ``blockwise_attention.py`` in bfloat16 where that
-is faster. Elsewhere each example goes through ``scaled_dot_product_attention``, with key and value heads repeated but
+FlashAttention. A CPU takes ``flash_attention.py`` in full precision, ``blockwise_attention.py`` where that is faster, as
+in bfloat16. Elsewhere each example goes through ``scaled_dot_product_attention``, with key and value heads repeated but
 for FlashAttention: a CPU's grouped-query backward is three times slower than the copy, and CUDA's other kernels refuse
 grouped queries, which leaves one whose memory is quadratic. Soft-capped scores, and the sliding windows that are left,
 take a plain masked product, made again in the backward pass so that its scores are not kept.
@@ -150,9 +150,12 @@ def packed_attention_forward(
 
 
 def _of_a_cpu(dtype: torch.dtype, longest: int, shared_prefix: int) -> Callable[..., Tensor] | None:
-    if dtype in (torch.float32, torch.float64):
-        return flash_attention
-    return blockwise_attention if dtype is torch.bfloat16 and (shared_prefix or is_faster(longest)) else None
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        return None
+    half = dtype is torch.bfloat16
+    if is_faster(longest, dtype) or (half and shared_prefix):
+        return blockwise_attention
+    return None if half else flash_attention
 
 
 def _check_call(

@@ -21,7 +21,7 @@ def share_prefix(batch: Batch, *, min_saved: int = 16) -> Batch:
     Args:
         batch: of two or more examples with ``target_positions``, as ``collate_packed`` makes it, on a CPU.
         min_saved: rows; a batch that would not become shorter by as many is left as it is. A tenth of all
-            rows where a long example takes the slower of two attention kernels then.
+            rows where, in bfloat16, a long example takes the slower of two attention kernels then.
 
     Returns:
         ``batch``, or one with ``shared_prefix``: how many rows of it are the common beginning. It ends before the first
@@ -30,7 +30,7 @@ def share_prefix(batch: Batch, *, min_saved: int = 16) -> Batch:
     lengths = batch["seq_lens"]
     positions_T, ids_T = batch["position_ids"].squeeze(0), batch["input_ids"].squeeze(0)
     target_rows = batch["target_positions"]
-    if not is_faster(max(lengths)):
+    if not is_faster(max(lengths), torch.bfloat16):
         min_saved = max(min_saved, sum(lengths) // 10)
     num_shared = min(lengths) - 1
     if target_rows.numel():

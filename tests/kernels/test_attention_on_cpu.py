@@ -112,20 +112,19 @@ def test_long_examples_take_torchs_kernel_where_products_are_slow(monkeypatch, l
     assert called == ["blockwise_attention" if blockwise else "_per_example"]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kernel"),
-    [
-        (torch.float32, "flash_attention"),
-        (torch.float64, "flash_attention"),
-        (torch.bfloat16, "blockwise_attention"),
-        (torch.float16, "_per_example"),
-    ],
-)
-@pytest.mark.parametrize("lengths", [[5, 3], [5, 900]])
 @pytest.mark.parametrize("shared", [0, 5])
-def test_a_type_gets_the_kernel_that_is_fast_for_it(monkeypatch, dtype, kernel, lengths, shared):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    assert _called(monkeypatch, lengths, shared, dtype) == [kernel]
+@pytest.mark.parametrize("lengths", [[5, 3], [5, 900]])
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_type_gets_the_kernel_that_is_fast_for_it(monkeypatch, dtype, onednn, lengths, shared):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    is_long = max(lengths) > 768
+    expected = "blockwise_attention" if is_long and onednn else "flash_attention"
+    if dtype is torch.bfloat16:
+        expected = "_per_example" if is_long and not onednn and not shared else "blockwise_attention"
+    if dtype is torch.float16:
+        expected = "_per_example"
+    assert _called(monkeypatch, lengths, shared, dtype) == [expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

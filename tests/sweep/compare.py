@@ -2,8 +2,8 @@
 
 The reference is the model as transformers runs it: each example alone, without padding, with its own attention, its own
 loss where that is the one of next tokens, and adapters computed by plain operations. Ours is what ``fit`` does: the
-path that ``choose_path`` finds, fused adapters and rotary positions, recomputed MLPs and layers, on packed and padded batches and on a
-single example.
+path that ``choose_path`` finds, fused adapters and rotary positions, recomputed MLPs and layers, on packed and padded
+batches and on a single example.
 """
 
 from __future__ import annotations
