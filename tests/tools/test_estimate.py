@@ -102,11 +102,15 @@ def test_what_is_assumed_without_data_is_said(arguments, capsys):
         ("gemma2", "packed without padding; loss from the model's logits"),
         ("llama4", "padded"),
         ("mpt", "padded"),
+        ("gptj", "padded"),
+        ("qwen3_next", "padded"),  # a norm with a gate
     ],
 )
-def test_any_architecture_can_be_estimated(arguments, capsys, model_type, traced):
-    refused = {"model.lora.exclude_modules": '["out_proj", "dt_proj"]'} if model_type in ("mamba", "jamba") else {}
-    main(["estimate", *arguments(model_type, **refused), "--lengths", "20", "30"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_architecture_can_be_estimated(arguments, capsys, model_type, traced, dtype):
+    left_out = {"mamba": '["out_proj", "dt_proj"]', "jamba": '["out_proj", "dt_proj"]', "qwen3_next": ".*mlp.*"}
+    options = {"model.dtype": dtype, "model.lora.exclude_modules": left_out.get(model_type, "null")}
+    main(["estimate", *arguments(model_type, **options), "--lengths", "20", "30"])
     assert f"traced {traced}" in capsys.readouterr().out
 
 
