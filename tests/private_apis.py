@@ -122,7 +122,7 @@ PRIVATE = (
     Private("._modules", "lit_lora/adapters/module_names.py lit_lora/base/module_state.py",
             "children under several names, which named_children leaves out", "named_children lists them",
             "torch.nn.Module"),
-    Private("._parameters", "lit_lora/base/module_state.py",
+    Private("._parameters", "lit_lora/base/module_state.py lit_lora/rewrites/fused_elementwise.py",
             "what a trial left on a module is undone", "a module can be copied without its tensors",
             "torch.nn.Module"),
     Private("._buffers", "lit_lora/base/module_state.py", "what a trial left on a module is undone",

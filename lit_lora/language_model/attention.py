@@ -10,11 +10,11 @@ attention with a window, a soft cap and a scale (sinks, a bias, keys of another 
 refused with ``CannotPack``: the trial before a run (``trial.py``) then pads.
 
 Which kernel: half precision on CUDA takes ``varlen_attention.py``, one launch for all examples, on cards that have
-FlashAttention. A CPU takes ``flash_attention.py`` in full precision, ``blockwise_attention.py`` where that is faster, as
-in bfloat16. Elsewhere each example goes through ``scaled_dot_product_attention``, with key and value heads repeated but
-for FlashAttention: a CPU's grouped-query backward is three times slower than the copy, and CUDA's other kernels refuse
-grouped queries, which leaves one whose memory is quadratic. Soft-capped scores, and the sliding windows that are left,
-take a plain masked product, made again in the backward pass so that its scores are not kept.
+FlashAttention. A CPU takes ``flash_attention.py`` in full precision, ``blockwise_attention.py`` where that is faster,
+as in bfloat16. Elsewhere each example goes through ``scaled_dot_product_attention``, with key and value heads repeated
+but for FlashAttention: a CPU's grouped-query backward is three times slower than the copy, and CUDA's other kernels
+refuse grouped queries, which leaves one whose memory is quadratic. Soft-capped scores, and the sliding windows that are
+left, take a plain masked product, made again in the backward pass so that its scores are not kept.
 
 On a CPU the examples of a batch may share their beginning, which then is there once (``shared_prefix``).
 

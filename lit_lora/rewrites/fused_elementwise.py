@@ -69,7 +69,8 @@ def _is_rms_norm(module: Any) -> bool:
         x = torch.linspace(-1, 2, 3 * len(weight), device="cpu").view(3, -1) * magnitudes
         expected = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
         stand_in = object.__new__(type(module))
-        of_trial = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}  # others are None
+        # Whatever else it has a name for is no parameter.
+        of_trial = module._parameters | {"weight": nn.Parameter(weight, requires_grad=False)}
         vars(stand_in).update(vars(module), _parameters=of_trial)
         try:
             got = ask(type(module).forward, stand_in, x)
