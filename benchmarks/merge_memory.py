@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sharded_loading import Peaks
+from lit_lora.report.circumstances import processor
 
 RESULTS = Path(__file__).parent / "results" / "merge_memory.md"
 SIZES = {
@@ -87,11 +88,6 @@ def _tensors(folder: Path) -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--dtype", default="float32")
@@ -115,7 +111,7 @@ def main() -> None:
         num_files = {way: len(list((folder / way).glob("*.safetensors"))) for way in WAYS}
     lines = [
         "# Memory of merging\n",
-        f"`python -m benchmarks.merge_memory --dtype {args.dtype}`, {date.today()}, {_processor()} with other work "
+        f"`python -m benchmarks.merge_memory --dtype {args.dtype}`, {date.today()}, {processor()} with other work "
         f"beside it, Python {platform.python_version()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}. A Llama of {sizes['base']:,.0f} MB in {args.dtype} safetensors of at most "
         f"{sizes['file']:,.0f} MB; a layer has {sizes['layer']:,.0f} MB, embedding and head together "

@@ -118,10 +118,11 @@ def make_trainable(
         recompute_gated_mlps(model, trial=not valueless)
     # The compiler fuses such chains itself, and finds its code no more in an attention that was changed.
     if step.fused_kernels and not step.compile_layers:
-        if _has_kernels(model):
+        has_kernels = _has_kernels(model)
+        if has_kernels:
             share_inputs(model)
         if not step.liger:  # which has kernels for the same
-            fuse_elementwise(model)
+            fuse_elementwise(model, norms_too=has_kernels)
     model.train()
     if not valueless:
         check_routed_experts(model)

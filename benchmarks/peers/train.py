@@ -26,7 +26,6 @@ import argparse
 import csv
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -226,16 +225,17 @@ def machine(num_threads: int) -> str:
 
 
 def _processor() -> str:
+    """Its name, generation and vectors: AMD calls several generations alike, one of them twice as fast as another."""
+    from lit_lora.report.circumstances import processor
+
     try:
-        text = Path("/proc/cpuinfo").read_text()
-        first = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines())
-        found = {name.strip(): value.strip() for name, value in first.items()}
-        # AMD names processors of several generations alike, and one of them multiplies twice as fast as another.
-        name = f"{found['model name']}, family {found['cpu family']}, model {found['model']}"
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        found = {name.strip(): value.strip() for name, value in (line.split(":", 1) for line in first.splitlines())}
         flags = found["flags"].split()
-        return f"{name} ({'AVX512' if 'avx512f' in flags else 'AVX2' if 'avx2' in flags else 'no AVX2'})"
+        vectors = "AVX512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
+        return f"{processor()}, family {found['cpu family']}, model {found['model']} ({vectors})"
     except (OSError, KeyError):
-        return platform.processor()
+        return processor()
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def blockwise_attention(
         scaling: factor on the scores.
 
     Returns:
-        ``(1, T, H, E)``, contiguous.
+        ``(1, T, H, E)``, contiguous; can be differentiated once.
     """
     return _BlockwiseAttention.apply(query, key, value, seq_lens, shared_prefix, scaling)
 

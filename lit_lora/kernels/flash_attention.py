@@ -28,20 +28,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, seq_lens: list[int], *, shared_prefix: int = 0, scaling: float
 ) -> Tensor:
-    """Attention of packed examples, each token to itself and the tokens of its example before it.
-
-    Args:
-        query: ``(1, H, T, E)``, float32 or float64.
-        key: ``(1, K, T, E)``.
-        value: ``(1, K, T, E)``.
-        seq_lens: rows of each example, in order; they add up to T.
-        shared_prefix: the first entry of ``seq_lens`` has this many rows and is the beginning of every other example;
-            0 if examples share none.
-        scaling: factor on the scores.
-
-    Returns:
-        ``(1, T, H, E)``, contiguous; can be differentiated once.
-    """
+    """What :func:`lit_lora.kernels.blockwise_attention.blockwise_attention` gives, of float32 or float64."""
     query, key, value = map(_with_rows_in_one_piece, (query, key, value))
     return _FlashAttention.apply(query, key, value, seq_lens, shared_prefix, scaling)
 

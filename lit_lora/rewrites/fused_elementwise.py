@@ -28,13 +28,17 @@ _ROTARY = "apply_rotary_pos_emb"
 Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 
-def fuse_elementwise(model: nn.Module) -> tuple[int, int]:
+def fuse_elementwise(model: nn.Module, *, norms_too: bool = True) -> tuple[int, int]:
     """Give the norms and the rotary positions of ``model`` kernels of their own, where these compute the same.
+
+    Args:
+        model: is changed.
+        norms_too: False to change rotary positions alone: float32 on a CPU has no kernel for norms.
 
     Returns:
         How many norms, and how many attentions, were changed.
     """
-    norms = [module for module in model.modules() if _is_rms_norm(module)]
+    norms = [module for module in model.modules() if norms_too and _is_rms_norm(module)]
     for module in norms:
         module.forward = MethodType(_norm, module)
     attentions = [(module, made) for module in model.modules() if (made := _with_kernel(type(module))) is not None]

@@ -7,7 +7,9 @@ here it is enough that a part of some model which takes more than others, or has
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ from lit_lora.config import StepConfig
 from lit_lora.data.batches.packing import collate_packed
 from lit_lora.language_model.forward import language_model_loss
 from tests.language_model.test_forward import _collated, _reference_loss
+from tests.started_runs import fit, questions
 from tests.sweep.compare import _adaptable, build
+from tests.sweep.configs import tiny_config
 from tests.tiny import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what is not adapted, and transformers' own
@@ -52,3 +56,22 @@ def test_it_trains(model_type: str, dtype: torch.dtype) -> None:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "left_out"),
+    [
+        ("qwen3_next", ".*mlp.*"),  # a norm with a gate
+        ("mamba2", "[out_proj]"),
+        ("gptj", "null"),  # positions by a function of three arguments
+        ("mpt", "null"),  # a norm without bias
+        ("modernbert-decoder", "null"),  # a decoder that takes no token ids
+    ],
+)
+def test_fit_takes_a_step_of_it_in_half_precision(model_type: str, left_out: str, tmp_path: Path) -> None:
+    fields = tiny_config(model_type, vocab_size=260).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    options = {"model__dtype": "bfloat16", "model__lora__exclude_modules": left_out, "data__tokenizer": "bytes"}
+    data, run = questions(tmp_path / "data.jsonl"), tmp_path / "run"
+    adapter = fit(f"random:{tmp_path / 'config.json'}", data, run, max_steps=1, convergence__min_decrease=-1, **options)
+    assert (adapter / "adapter_model.safetensors").is_file()

@@ -150,5 +150,9 @@ def test_a_build_takes_them_unless_told_otherwise(fused_kernels, on_cuda, dtype)
         make_trainable(model, LoRAConfig(), StepConfig(fused_kernels=fused_kernels))
     norm: Any = model.model.norm
     layer = model.model.layers[0].self_attn.q_proj
-    assert ("forward" in vars(norm)) == fused_kernels
-    assert (layer.shared_input is not None) == (fused_kernels and (on_cuda or dtype is torch.bfloat16))
+    assert (
+        ("forward" in vars(norm))
+        == (layer.shared_input is not None)
+        == (fused_kernels and (on_cuda or dtype is torch.bfloat16))
+    )
+    assert ("forward" in vars(model.model.layers[0].self_attn)) == fused_kernels
