@@ -52,12 +52,15 @@ class TwoProcesses:
         except psutil.NoSuchProcess:
             return []
 
-    def wait(self, timeout_s: float) -> int | None:
-        """Exit code of the first rank; None if a rank is there after that time, and is then killed."""
-        ranks, ends_s = self.ranks(), time.monotonic() + timeout_s
+    def wait(self, timeout_s: float, ranks: list[psutil.Process] | None = None) -> int | None:
+        """Exit code of the first rank; None if a rank is there after that time, and is then killed.
+
+        ``ranks`` are those from before a kill: a first rank that is dead has no children to be found by.
+        """
+        others, ends_s = (ranks or self.ranks())[1:], time.monotonic() + timeout_s
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout_s)
-        _, alive = psutil.wait_procs(ranks[1:], max(0.0, ends_s - time.monotonic()))
+        _, alive = psutil.wait_procs(others, max(0.0, ends_s - time.monotonic()))
         alive += [psutil.Process(self.process.pid)] if self.process.poll() is None else []
         for process in alive:
             process.kill()
@@ -83,16 +86,14 @@ def killed_ranks(project: Project, rng: random.Random, budget: Budget, count: in
         ranks = run.ranks()
         if len(ranks) == 2:
             ranks[number % 2].send_signal(signal.SIGKILL)
-        survivor = ranks[1 - number % 2] if len(ranks) == 2 else None
-        code = run.wait(END_S)
-        gone = survivor is None or not survivor.is_running() or survivor.status() == psutil.STATUS_ZOMBIE
+        code = run.wait(END_S, ranks)
         newest, problems = newest_checkpoint(*project.checkpoints(name))
-        told = "stops:" in run.text or "peer" in run.text or "terminated with code -9" in run.text
-        fine = gone and code is not None and newest is not None and not problems
-        fine = fine and (told or code == 0) and not project.broken_files(name)
-        resumed = TwoProcesses(project, name, f"{name}-resumed", SHARDED)
-        fine = fine and resumed.wait(120) == 0
-        tally.check(fine, f"{name}: exit {code}, {problems}, see {run.log}")
+        told = code == 0 or any(reason in run.text for reason in ("stops:", "peer", "terminated with code -9"))
+        broken = project.broken_files(name)
+        resumed = TwoProcesses(project, name, f"{name}-resumed", SHARDED).wait(120)
+        fine = code is not None and newest is not None and not problems and told and not broken and resumed == 0
+        seen = f"{problems}, {'' if told else 'no '}reason told, left {broken}, resumed: exit {resumed}"
+        tally.check(fine, f"{name}: exit {code} of {len(ranks)} ranks, newest {newest}, {seen}, see {run.log}")
     return tally
 
 
@@ -109,16 +110,17 @@ def changing_strategy(project: Project, rng: random.Random, budget: Budget, coun
             continue
         name, codes = f"chain{number}", []
         for part, trainer in enumerate(CHAIN):
-            run = TwoProcesses(project, name, f"{name}-{part}", trainer)
+            run, ranks = TwoProcesses(project, name, f"{name}-{part}", trainer), None
             until = 5 * part + rng.uniform(1, 5)
             while part < len(CHAIN) - 1 and run.process.poll() is None:
                 if _steps(project, name) > until:
-                    for process in run.ranks()[::-1]:
+                    ranks = run.ranks()
+                    for process in ranks[::-1]:
                         with contextlib.suppress(psutil.NoSuchProcess):
                             process.kill()
                     break
                 time.sleep(0.02)
-            codes.append(run.wait(120))
+            codes.append(run.wait(120, ranks))
         end = project.end(name) if codes[-1] == 0 else {}
         fine = bool(end) and all(
             torch.allclose(end["state_dict"][key], value, rtol=1e-3, atol=1e-5)
