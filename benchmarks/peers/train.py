@@ -219,23 +219,11 @@ def _write(name: str, rows: list[dict[str, Any]], args: argparse.Namespace, pari
 
 def machine(num_threads: int) -> str:
     """Date, processor and versions, for the head of a table."""
-    packages = ("torch", "transformers", "peft", "lightning")
-    versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
-    return f"{date.today()}, {_processor()}, {num_threads} threads; {versions}"
-
-
-def _processor() -> str:
-    """Its name, generation and vectors: AMD calls several generations alike, one of them twice as fast as another."""
     from lit_lora.report.circumstances import processor
 
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        found = {name.strip(): value.strip() for name, value in (line.split(":", 1) for line in first.splitlines())}
-        flags = found["flags"].split()
-        vectors = "AVX512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
-        return f"{processor()}, family {found['cpu family']}, model {found['model']} ({vectors})"
-    except (OSError, KeyError):
-        return processor()
+    packages = ("torch", "transformers", "peft", "lightning")
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+    return f"{date.today()}, {processor()}, {num_threads} threads; {versions}"
 
 
 if __name__ == "__main__":

@@ -69,6 +69,38 @@ def lora_linears(
     return _LoRALinears.apply(x, up, layers, scalings, dtype, *tensors)
 
 
+class RoundedFactors(NamedTuple):
+    """A and B in half precision, for many calls between which nothing is trained."""
+
+    A_IR: Tensor
+    B_RO: Tensor
+    scaling: float
+    unread: Tensor
+    """What a product is added to that is added to nothing."""
+
+    @classmethod
+    def of(cls, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> RoundedFactors:
+        """Of A ``(R, I)`` and B ``(O, R)``."""
+        A_RI, B_OR = (factor.detach().to(dtype) for factor in (lora_A, lora_B))
+        return cls(A_RI.t(), B_OR.t(), scaling, A_RI.new_empty(()))
+
+
+def rounded_linear(
+    x: Tensor, up: Tensor | None, weight_OI: Tensor, bias: Tensor | None, factors: RoundedFactors
+) -> Tensor:
+    """What :func:`lora_linears` gives for one layer, bit for bit, for operands that are all in half precision.
+
+    With 25 rows (Zen 4) the adapter of a layer of 576 x 576 takes 45 us in place of 140: the rest of it was to find out
+    what can be computed how, and to round the factors.
+    """
+    x_TI = _input(x, up, factors.A_IR.dtype)
+    A_IR, B_RO, scaling, unread = factors
+    y_TO = torch.addmm(unread, torch.mm(x_TI, A_IR), B_RO, beta=0, alpha=scaling).addmm_(x_TI, weight_OI.t())
+    if bias is not None:
+        y_TO.add_(bias)
+    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+
 def _outputs(
     x: Tensor,
     up: Tensor | None,

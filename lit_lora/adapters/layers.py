@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lit_lora.adapters.functional import add_lora, half_precision, lora_linear
-from lit_lora.adapters.half_precision import Adapted, lora_linears
+from lit_lora.adapters.half_precision import Adapted, RoundedFactors, lora_linears, rounded_linear
 from lit_lora.adapters.lora_layer import FORWARDED, LoRALayer, bare_linear, scaled_product
 from lit_lora.adapters.module_names import plain_name
 from lit_lora.adapters.shared_input import SharedInput
@@ -44,6 +44,7 @@ class LoRALinear(LoRALayer):
         self.is_transposed = base_weight.is_conv1d(base_layer)
         self.may_be_quantized = base_weight.may_be_quantized(base_layer)
         self.shared_input: SharedInput | None = None
+        self.rounded: RoundedFactors | None = None
 
     @classmethod
     def tensor_shapes(cls, base_layer: nn.Module, config: LoRAConfig, r: int) -> dict[str, tuple[int, ...]]:
@@ -58,6 +59,9 @@ class LoRALinear(LoRALayer):
         With ``up``, ``(..., in)``, the input is ``silu(x) * up``; of the two results one is then kept for the backward.
         """
         adapts = self.enabled and not self.merged
+        rounded = self.rounded
+        if rounded is not None and adapts and x.dtype == rounded.unread.dtype and not torch.is_grad_enabled():
+            return rounded_linear(x, up, self.base_layer.weight, self.base_layer.bias, rounded)
         decodes = self.may_be_quantized and base_weight.has_kernel_for(self.base_layer, x)
         dropout = self.config.lora_dropout if self.training and adapts else 0.0
         fast = not decodes and self.can_be_fused()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -29,6 +29,12 @@ _ROOM = 64
 
 _WORTH_A_PASS = 64
 """Tokens that a pass over a shared beginning has to save."""
+
+_ENOUGH_TOKENS = 2**10
+"""That prompts are read with: a product of more is not faster."""
+
+_SAME_LENGTH = 1.1
+"""Longer than another prompt by this factor is worth not padding to it."""
 
 _TOKENS = 2**14
 """Places of a batch, in the memory of which there are keys and values of each layer."""
@@ -79,7 +85,8 @@ def complete_in_full_batches(
         room = batch_size - len(batch.rows)
         if waiting and 4 * room >= batch_size:  # several at once: one prompt alone would not fill the products
             entering = [waiting.popleft() for _ in range(min(room, len(waiting)))]
-            batch.enter([_Row(prompts[index], answers[index]) for index in entering])
+            for rows in _of_similar_length([_Row(prompts[index], answers[index]) for index in entering]):
+                batch.enter(rows)
         else:
             batch.step()
         staying = [
@@ -99,6 +106,18 @@ class _Row(NamedTuple):
     prompt: list[int]
     answer: list[int]
     """Tokens so far."""
+
+
+def _of_similar_length(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """Rows, shortest prompts first, in groups that are read one after the other, so that little is padded."""
+    group: list[_Row] = []
+    for row in rows:
+        length = len(row.prompt)
+        if group and length > _SAME_LENGTH * len(group[0].prompt) and len(group) * length >= _ENOUGH_TOKENS:
+            yield group
+            group = []
+        group.append(row)
+    yield group
 
 
 class _Batch:

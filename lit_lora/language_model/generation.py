@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from lit_lora.adapters.mixed_batch import adapters_by_row
+from lit_lora.adapters.rounded_factors import rounded_factors
 from lit_lora.base.shards import is_sharded
 from lit_lora.data.chats.turn_end import TurnEnd, turn_end
 from lit_lora.language_model.full_batches import can_be_kept_full, complete_in_full_batches
@@ -103,7 +104,7 @@ def complete(
             mask[row, longest - length :] = 1
         criteria = [_StopStrings(tokenizer, end.strings, longest)] if end.strings else []
         by_row = nullcontext() if adapters is None else adapters_by_row(model, [adapters[index] for index in indices])
-        with by_row, _generating_by(model, config), _contiguous_into_head(model):
+        with by_row, rounded_factors(model), _generating_by(model, config), _contiguous_into_head(model):
             output = model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
@@ -135,7 +136,8 @@ def _in_full_batches(
     num_done = 0
     for name in dict.fromkeys(adapters or [None]):
         indices = [index for index in range(len(prompts)) if adapters is None or adapters[index] == name]
-        with nullcontext() if adapters is None else adapters_by_row(model, [name]), _contiguous_into_head(model):
+        by_row = nullcontext() if adapters is None else adapters_by_row(model, [name])
+        with by_row, rounded_factors(model), _contiguous_into_head(model):
             written = complete_in_full_batches(
                 model, [prompts[index] for index in indices], progress=counting_on(progress, num_done), **options
             )

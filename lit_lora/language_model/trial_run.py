@@ -69,6 +69,12 @@ class TrialBatch(NamedTuple):
         starts = torch.tensor([prefix, *accumulate(own[:-1], initial=prefix)][1:]).to(positions_T.device)
         return torch.where(positions_T < prefix, positions_T, starts[example_T] + positions_T - prefix)
 
+    @property
+    def swapped(self) -> TrialBatch:
+        """The same examples in rows that have changed places, padded."""
+        rows = {name: self.layouts["padded"][name].flip(0) for name in ("input_ids", "attention_mask")}
+        return TrialBatch(self.lengths[::-1], {"padded": rows})
+
 
 def trial_batch(model: PreTrainedModel, lengths: tuple[int, ...], *, special: bool) -> TrialBatch:
     """Examples of these lengths, with a common beginning.

@@ -19,6 +19,7 @@ from lit_lora.files.atomic import atomic_write
 
 CIRCUMSTANCES = "circumstances.json"
 FORMAT = 1
+_GENERATION = (("family", "cpu family"), ("model", "model"))
 PACKAGES = ("lit-lora", "torch", "lightning", "transformers", "bitsandbytes", "safetensors", "datasets", "numpy")
 
 
@@ -95,14 +96,22 @@ def read_circumstances(path: Path) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, generation and vectors, as far as the system tells them.
+
+    AMD calls several generations alike, which round differently, and one of which is twice as fast as another.
+    """
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # another system than Linux
-    return platform.processor() or platform.machine()
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    except OSError:  # another system than Linux
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in first.splitlines())
+    found = {name.strip(): value.strip() for name, _, value in lines}
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    name = ", ".join([found["model name"], *(f"{word} {found[key]}" for word, key in _GENERATION if key in found)])
+    flags = found.get("flags", "").split()
+    vectors = "AVX512" if "avx512f" in flags else "AVX2" if "avx2" in flags else ""
+    return f"{name} ({vectors})" if vectors else name
 
 
 def _version(name: str) -> str | None:

@@ -99,6 +99,30 @@ def test_what_prompts_begin_with_is_read_once_for_those_that_enter_together():
     assert [shape[0] for shape in seen] == [4, 4, 3]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([20, 21, 22, 60, 62, 64], [(3, 22), (3, 64)]),
+        ([64, 21, 60, 22, 62, 20], [(3, 22), (3, 64)]),  # in whatever order they are asked
+        ([20] * 6, [(6, 20)]),
+        ([20, 22, 22, 22], [(4, 22)]),  # too little would be padded
+        ([2, 8, 30], [(2, 8), (1, 30)]),  # too few tokens for a product of its own
+        ([30], [(1, 30)]),
+    ],
+)
+def test_prompts_are_read_with_those_of_their_length(lengths, expected, monkeypatch):
+    monkeypatch.setattr(full_batches, "_ENOUGH_TOKENS", 32)
+    model, seen = adapted("Llama", {}), []
+    model.model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = [[(5 + 3 * index + 7 * place) % 250 for place in range(length)] for index, length in enumerate(lengths)]
+    got = answers(model, batch_size=8, end=TurnEnd([], ()), max_new_tokens=4, prompts=prompts)
+    assert seen == [*expected, *[(len(lengths), 1)] * 3]
+    monkeypatch.setattr(full_batches, "_ENOUGH_TOKENS", 2**20)
+    assert got == answers(model, batch_size=8, end=TurnEnd([], ()), max_new_tokens=4, prompts=prompts)
+
+
 @pytest.mark.parametrize(("length", "rows"), [(100, 128), (1000, 16), (9000, 4)])
 def test_as_many_prompts_at_a_time_as_have_room(length, rows, monkeypatch):
     entered: list[int] = []

@@ -204,6 +204,38 @@ def test_a_model_that_sees_what_follows_is_refused():
         choose_path(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_one_that_sees_what_follows_by_less_than_rounding_may_is_refused(share, dtype):
+    """As a trained one does, which mostly gives back the token that it sees."""
+    model = AutoModelForCausalLM.from_config(tiny_config("bert", is_decoder=False))
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.attention.output.dense.weight.mul_(share)
+    with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
+        choose_path(model.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rounding_that_depends_on_the_row_is_not_taken_for_it(dtype):
+    model = adapted().to(dtype)
+    forward = model.forward
+
+    def rough(*args: Any, **given: Any) -> Any:
+        output = forward(*args, **given)
+        noise = torch.ones(len(output.logits), 1, 1, dtype=dtype)
+        noise[1:] = 1.03
+        output.logits = output.logits * noise
+        return output
+
+    model.forward = rough
+    if dtype is torch.float32:
+        with pytest.raises(ValueError, match="not causal"):
+            choose_path(model)
+    else:
+        choose_path(model)
+
+
 def test_weights_that_are_no_numbers_are_refused():
     model = adapted()
     with torch.no_grad():
