@@ -11,7 +11,6 @@ from torch import nn
 from lit_lora.adapters.functional import half_precision
 from lit_lora.adapters.half_precision import RoundedFactors
 from lit_lora.adapters.layers import LoRALinear
-from lit_lora.base import base_weight
 from lit_lora.base.shards import is_sharded
 
 
@@ -23,7 +22,8 @@ def rounded_factors(model: nn.Module) -> Iterator[None]:
         model: in evaluation mode. Layers in full precision, quantized ones, those of a base that is divided, and
             adapters that do more than multiply twice, compute as ever.
     """
-    layers = [] if is_sharded(model) else [each for each in model.modules() if _can_be_rounded(each)]
+    adapted = [each for each in model.modules() if isinstance(each, LoRALinear)]
+    layers = [] if is_sharded(model) else [each for each in adapted if _can_be_rounded(each)]
     for layer in layers:
         layer.rounded = RoundedFactors.of(*layer.computed_factors(), layer.scaling, layer.base_layer.weight.dtype)
     try:
@@ -33,11 +33,8 @@ def rounded_factors(model: nn.Module) -> Iterator[None]:
             layer.rounded = None
 
 
-def _can_be_rounded(layer: nn.Module) -> bool:
-    if not isinstance(layer, LoRALinear) or not layer.can_be_fused():
+def _can_be_rounded(layer: LoRALinear) -> bool:
+    if not layer.can_be_fused() or layer.is_transposed or layer.may_be_quantized or layer.added_bias is not None:
         return False
     weight = layer.base_layer.weight
-    plain = not (layer.is_transposed or base_weight.may_be_quantized(layer.base_layer) or layer.added_bias is not None)
-    return (
-        plain and half_precision(weight, weight) == weight.dtype and not torch.is_autocast_enabled(weight.device.type)
-    )
+    return half_precision(weight, weight) == weight.dtype and not torch.is_autocast_enabled(weight.device.type)

@@ -22,6 +22,11 @@ def attention_implementation(model: PreTrainedModel, name: str) -> AbstractConte
     return _Selection(_configs(model), name)
 
 
+def implementations(model: PreTrainedModel) -> set[str | None]:
+    """Those that the parts of a model compute their attention by."""
+    return {config._attn_implementation_internal for config in _configs(model)}
+
+
 def selection_for_recompute() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """For ``torch.utils.checkpoint``: contexts of the forward pass and of its repetition in the backward pass.
 

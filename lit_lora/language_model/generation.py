@@ -19,6 +19,7 @@ from lit_lora.adapters.mixed_batch import adapters_by_row
 from lit_lora.adapters.rounded_factors import rounded_factors
 from lit_lora.base.shards import is_sharded
 from lit_lora.data.chats.turn_end import TurnEnd, turn_end
+from lit_lora.language_model.answering_attention import answering_attention
 from lit_lora.language_model.full_batches import can_be_kept_full, complete_in_full_batches
 
 PROMPTS_AT_A_TIME = 25
@@ -104,7 +105,7 @@ def complete(
             mask[row, longest - length :] = 1
         criteria = [_StopStrings(tokenizer, end.strings, longest)] if end.strings else []
         by_row = nullcontext() if adapters is None else adapters_by_row(model, [adapters[index] for index in indices])
-        with by_row, rounded_factors(model), _generating_by(model, config), _contiguous_into_head(model):
+        with by_row, _ready_to_answer(model), _generating_by(model, config):
             output = model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
@@ -137,7 +138,7 @@ def _in_full_batches(
     for name in dict.fromkeys(adapters or [None]):
         indices = [index for index in range(len(prompts)) if adapters is None or adapters[index] == name]
         by_row = nullcontext() if adapters is None else adapters_by_row(model, [name])
-        with by_row, rounded_factors(model), _contiguous_into_head(model):
+        with by_row, _ready_to_answer(model):
             written = complete_in_full_batches(
                 model, [prompts[index] for index in indices], progress=counting_on(progress, num_done), **options
             )
@@ -214,6 +215,13 @@ def _generating_by(model: Any, config: GenerationConfig) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+@contextmanager
+def _ready_to_answer(model: PreTrainedModel) -> Iterator[None]:
+    """What makes a token cheaper, and changes no answer."""
+    with rounded_factors(model), answering_attention(model), _contiguous_into_head(model):
+        yield
 
 
 @contextmanager

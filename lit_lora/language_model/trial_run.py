@@ -72,7 +72,8 @@ class TrialBatch(NamedTuple):
     @property
     def swapped(self) -> TrialBatch:
         """The same examples in rows that have changed places, padded."""
-        rows = {name: self.layouts["padded"][name].flip(0) for name in ("input_ids", "attention_mask")}
+        ids_NL, mask_NL = self.layouts["padded"]["input_ids"], self.layouts["padded"]["attention_mask"]
+        rows: Batch = {"input_ids": ids_NL.flip(0), "attention_mask": mask_NL.flip(0)}
         return TrialBatch(self.lengths[::-1], {"padded": rows})
 
 

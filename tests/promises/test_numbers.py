@@ -178,6 +178,15 @@ def test_speed_in_bfloat16_is_what_was_measured():
         assert said in page
 
 
+def test_answers_are_as_fast_as_was_measured():
+    found = re.findall(
+        r"^\| (lit_lora|transformers|PEFT), .* \| (\d+) \[", (RESULTS / "answers.md").read_text(), re.MULTILINE
+    )
+    base, adapter = cells_below("| answers | lit_lora |", (PROJECT / "docs/speed.md").read_text())
+    assert [*base[1:], *adapter[1:]] == [speed for _, speed in found]
+    assert [name for name, _ in found] == ["lit_lora", "transformers", "lit_lora", "PEFT"]
+
+
 def test_the_readme_counts_architectures_as_the_sweep_did():
     equal, not_built, refused = re.search(
         r"^(\d+) equal, (\d+) not built, (\d+) refused\.$",
