@@ -78,3 +78,16 @@ def test_fit_takes_a_step_of_it_in_half_precision(model_type: str, left_out: str
     data, run = questions(tmp_path / "data.jsonl"), tmp_path / "run"
     adapter = fit(f"random:{tmp_path / 'config.json'}", data, run, max_steps=1, convergence__min_decrease=-1, **options)
     assert (adapter / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_fit_refuses_one_that_sees_later_tokens(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sent twice, too."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("bert", vocab_size=260, is_decoder=False).to_dict()))
+    data, run = questions(tmp_path / "data.jsonl"), tmp_path / "run"
+    options = {"model__dtype": dtype, "data__tokenizer": "bytes"}
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            fit(f"random:{tmp_path / 'config.json'}", data, run, max_steps=1, **options)
+        assert "BertLMHeadModel is not causal" in capsys.readouterr().err
+    assert not [*tmp_path.rglob("*.ckpt"), *tmp_path.rglob("adapter_model.safetensors")]
