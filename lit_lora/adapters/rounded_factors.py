@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from lit_lora.adapters.functional import half_precision
@@ -37,4 +36,4 @@ def _can_be_rounded(layer: LoRALinear) -> bool:
     if not layer.can_be_fused() or layer.is_transposed or layer.may_be_quantized or layer.added_bias is not None:
         return False
     weight = layer.base_layer.weight
-    return half_precision(weight, weight) == weight.dtype and not torch.is_autocast_enabled(weight.device.type)
+    return half_precision(weight, weight) == weight.dtype  # under autocast to another type it is that

@@ -20,15 +20,17 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lit_lora.base.attention_choice import attention_implementation, implementations
+from lit_lora.base.shards import is_sharded
 
 IMPLEMENTATION = "lit_lora_answering"
 
 
 def answering_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Within, ``model`` attends so where it can, and else as ever; of use on a CPU."""
-    if model.device.type != "cpu" or not model.is_backend_compatible() or implementations(model) != {"sdpa"}:
-        return nullcontext()
-    return attention_implementation(model, IMPLEMENTATION)
+    """Within, ``model`` attends so: if it is whole, on a CPU, and computes by the attention that torch has."""
+    on_cpu = model.device.type == "cpu" and not is_sharded(model)  # whose shares may wait there for another device
+    if on_cpu and model.is_backend_compatible() and implementations(model) == {"sdpa"}:
+        return attention_implementation(model, IMPLEMENTATION)
+    return nullcontext()
 
 
 def answering_attention_forward(

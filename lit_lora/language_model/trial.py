@@ -232,12 +232,10 @@ def _sees_later_tokens(model: PreTrainedModel, batch: TrialBatch, general: Gener
     """
     here, there = general.logits_NLV[:, :SHARED]
     difference, tolerance = logit_difference(there, here), _tolerance(model, general)
-    if tolerance is not _ROUGH or not difference <= tolerance.logits:
-        return not difference <= tolerance.logits
-    if difference <= _EXACT[torch.float32].logits:
-        return False
-    swapped, _ = _attempt(run_general, model, batch.swapped, labelled=False)
-    return swapped is not None and difference > 4 * logit_difference(swapped.logits_NLV[1, :SHARED], here)
+    if tolerance is _ROUGH and _EXACT[torch.float32].logits < difference <= tolerance.logits:
+        swapped, _ = _attempt(run_general, model, batch.swapped, labelled=False)
+        return swapped is not None and difference > 4 * logit_difference(swapped.logits_NLV[1, :SHARED], here)
+    return not difference <= tolerance.logits
 
 
 def _why_other_logits(

@@ -19,7 +19,6 @@ from lit_lora.files.atomic import atomic_write
 
 CIRCUMSTANCES = "circumstances.json"
 FORMAT = 1
-_GENERATION = (("family", "cpu family"), ("model", "model"))
 PACKAGES = ("lit-lora", "torch", "lightning", "transformers", "bitsandbytes", "safetensors", "datasets", "numpy")
 
 
@@ -101,17 +100,17 @@ def processor() -> str:
     AMD calls several generations alike, which round differently, and one of which is twice as fast as another.
     """
     try:
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    except OSError:  # another system than Linux
-        return platform.processor() or platform.machine()
-    lines = (line.partition(":") for line in first.splitlines())
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""  # another system than Linux
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     found = {name.strip(): value.strip() for name, _, value in lines}
     if "model name" not in found:
         return platform.processor() or platform.machine()
-    name = ", ".join([found["model name"], *(f"{word} {found[key]}" for word, key in _GENERATION if key in found)])
+    generation = [f", {key.removeprefix('cpu ')} {found[key]}" for key in ("cpu family", "model") if key in found]
     flags = found.get("flags", "").split()
-    vectors = "AVX512" if "avx512f" in flags else "AVX2" if "avx2" in flags else ""
-    return f"{name} ({vectors})" if vectors else name
+    vectors = " (AVX512)" if "avx512f" in flags else " (AVX2)" if "avx2" in flags else ""
+    return "".join([found["model name"], *generation, vectors])
 
 
 def _version(name: str) -> str | None:

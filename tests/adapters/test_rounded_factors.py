@@ -122,10 +122,22 @@ def test_they_are_let_go_after_an_error_and_a_change_counts():
             assert not torch.equal(model(IDS).logits, before)
 
 
-def test_under_autocast_they_are_left_out():
-    model = adapted(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), rounded_factors(model):
-        assert not held(model)
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "is_held"),
+    [
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, torch.float16, False),
+        (torch.bfloat16, torch.bfloat16, True),
+    ],
+    ids=str,
+)
+def test_under_autocast_they_are_held_for_the_type_that_it_computes_in(dtype, autocast, is_held):
+    model = adapted(dtype=dtype)
+    with torch.autocast("cpu", autocast), torch.no_grad():
+        expected = model(IDS).logits
+        with rounded_factors(model):
+            assert bool(held(model)) == is_held
+            assert torch.equal(model(IDS).logits, expected)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
